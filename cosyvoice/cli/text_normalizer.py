@@ -1,0 +1,86 @@
+"""From a text as people write it to pieces as the language model can speak them."""
+
+import re
+from collections.abc import Callable
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any
+
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frontend_utils import (
+    break_long,
+    contains_chinese,
+    is_only_punctuation,
+    remove_bracket,
+    replace_blank,
+    replace_corner_mark,
+    spell_out_number,
+    split_paragraph,
+)
+
+PIECE_MAX, PIECE_MIN, PIECE_MERGE = 80, 60, 20  # characters in Chinese, else tokens
+SENTENCE_MAX = 200  # tokens: the longest text that the base model was trained on
+
+
+class TextNormalizer:
+    """Numbers, dates and symbols in words, and long text in pieces.
+
+    Chinese rules serve every text that holds a Chinese character, English rules the rest. With normalizer
+    "wetext" its grammars come first, where that package is installed; None keeps to the plain rules.
+    """
+
+    def __init__(self, encode: Callable[[str], list[int]], normalizer: str | None = "wetext") -> None:
+        if normalizer not in ("wetext", None):
+            raise InputError(f"no text normalizer {normalizer!r}; there are 'wetext' and None (plain rules)")
+        self.encode = encode
+        self.wetext = normalizer == "wetext" and find_spec("wetext") is not None
+
+    def normalize(self, text: str) -> str:
+        """The whole text in words."""
+        text = text.strip()
+        return self._chinese(text) if contains_chinese(text) else self._english(text)
+
+    def split(self, text: str) -> list[str]:
+        """A normalised text in pieces that each hold something to speak; possibly none."""
+        lang = "zh" if contains_chinese(text) else "en"
+        pieces = split_paragraph(text, self.encode, lang, PIECE_MAX, PIECE_MIN, PIECE_MERGE)
+        return [part for piece in pieces if not is_only_punctuation(piece) for part in self._break_long(piece)]
+
+    def _break_long(self, piece: str) -> list[str]:
+        def token_count(text: str) -> int:
+            return len(self.encode(text))
+
+        return [piece] if token_count(piece) <= SENTENCE_MAX else break_long(piece, token_count, PIECE_MAX)
+
+    def _chinese(self, text: str) -> str:
+        text = self._expand(text, "zh").replace("\n", "")
+        text = replace_corner_mark(replace_blank(text))
+        text = remove_bracket(text.replace(".", "。").replace(" - ", "，"))
+        return re.sub("[，,、]+$", "。", text)
+
+    def _english(self, text: str) -> str:
+        text = self._expand(text, "en")
+        has_digits = any(character.isdigit() for character in text)
+        return spell_out_number(text, self._inflect).strip() if has_digits else text
+
+    def _expand(self, text: str, lang: str) -> str:
+        """The text through wetext's grammar, where that is in use and can read it."""
+        if not self.wetext:
+            return text
+        try:
+            expanded = self._grammar.normalize(text, lang=lang)
+        except AssertionError:  # wetext 0.1.8 on some runs of punctuation
+            return text
+        return re.sub(r'\\(["\\])', r"\1", expanded)  # it escapes quotes and backslashes
+
+    @cached_property
+    def _grammar(self) -> Any:
+        from wetext import Normalizer
+
+        return Normalizer()
+
+    @cached_property
+    def _inflect(self) -> Any:
+        import inflect  # 2 seconds: only for numbers
+
+        return inflect.engine()

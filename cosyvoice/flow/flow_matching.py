@@ -1,0 +1,162 @@
+"""Conditional flow matching: the training loss, and sampling with classifier-free guidance."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frames import OVERLAP_TOKENS, mel_frames
+from matcha.models.components.flow_matching import cosine_time_grid, integrate_euler, optimal_transport_path
+
+CACHED_TAIL_FRAMES = mel_frames(OVERLAP_TOKENS)  # what the next chunk of a stream begins with
+
+
+@dataclass(frozen=True)
+class CFMParams:
+    """The `cfm_params` of a model YAML."""
+
+    sigma_min: float  # width of the data end of the path
+    solver: str
+    t_scheduler: str
+    training_cfg_rate: float  # share of training items that lose their conditions
+    inference_cfg_rate: float  # guidance strength w: v = (1 + w) v_conditional - w v_unconditional
+    reg_loss_type: str  # in every recipe, but names no term of this loss
+
+    @classmethod
+    def parse(cls, params: Any) -> "CFMParams":
+        """From a mapping (DictConfig, dict) or a namespace; raises InputError for what is missing or unknown."""
+        values = dict(params) if isinstance(params, Mapping) else vars(params)
+        names = {field.name for field in fields(cls)}
+        if set(values) != names:
+            raise InputError(f"ConditionalCFM: cfm_params needs exactly {sorted(names)}, not {sorted(values)}")
+        parsed = cls(**values)
+        if parsed.solver != "euler" or parsed.t_scheduler != "cosine":
+            raise InputError(
+                f"ConditionalCFM: solver {parsed.solver!r} with t_scheduler {parsed.t_scheduler!r} is not "
+                "implemented; use 'euler' with 'cosine'"
+            )
+        return parsed
+
+
+@dataclass
+class TrainingDraw:
+    """The random numbers of one training step."""
+
+    t: Tensor  # (B, 1, 1) flow time in [0, 1)
+    z: Tensor  # (B, M, T) standard normal noise
+    keep: Tensor  # (B,) bool: False where the item's conditions are dropped
+
+
+class ConditionalCFM(nn.Module):
+    """Mel spectrograms from noise along a learned velocity field (Lipman et al. 2023; Matcha-TTS, Mehta et al. 2024).
+
+    Guidance: "Classifier-Free Diffusion Guidance" (Ho and Salimans 2022); an unconditional item is one whose mu, speaker
+    and condition are all zero.
+    """
+
+    def __init__(
+        self, in_channels: int, cfm_params: Any, n_spks: int, spk_emb_dim: int, estimator: nn.Module
+    ) -> None:
+        super().__init__()
+        if n_spks < 1:
+            raise InputError(f"ConditionalCFM: n_spks {n_spks} is not implemented; a speaker is always given (1)")
+        if in_channels + spk_emb_dim != estimator.in_channels:
+            raise InputError(
+                f"ConditionalCFM: in_channels {in_channels} + spk_emb_dim {spk_emb_dim} differ from the estimator's "
+                f"in_channels {estimator.in_channels}"
+            )
+        self.params = CFMParams.parse(cfm_params)
+        self.estimator = estimator
+
+    def compute_loss(
+        self, x1: Tensor, mask: Tensor, mu: Tensor, spks: Tensor | None = None, cond: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean squared velocity error over the valid mel cells, and the noisy mel y (B, M, T) it was measured at.
+
+        x1 (B, M, T) is the mel, mask (B, 1, T) true at frames, mu (B, M, T), spks (B, S), cond (B, M, T).
+        """
+        draw = self.draw_training(x1)
+        y, u = optimal_transport_path(x1, draw.z, draw.t, self.params.sigma_min)
+        mu, spks, cond = (_keep_items(condition, draw.keep) for condition in (mu, spks, cond))
+        v = self.estimator(y.to(mu.dtype), mask, mu, draw.t.flatten(), spks, cond)
+        squared_error = ((v.float() - u) * mask).square().sum()
+        return squared_error / (mask.sum() * u.shape[1]), y
+
+    def draw_training(self, x1: Tensor) -> TrainingDraw:
+        """Draws time, noise and guidance dropout, in this order, on the device of x1."""
+        batch = x1.shape[0]
+        t = torch.rand(batch, 1, 1, device=x1.device)
+        z = self.draw_noise(x1)
+        keep = torch.rand(batch, device=x1.device) >= self.params.training_cfg_rate
+        return TrainingDraw(t, z, keep)
+
+    def draw_noise(self, like: Tensor) -> Tensor:
+        """Standard normal noise in float32, of the shape and on the device of `like`."""
+        return torch.randn(like.shape, device=like.device)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        mu: Tensor,
+        mask: Tensor,
+        n_timesteps: int,
+        temperature: float = 1.0,
+        spks: Tensor | None = None,
+        cond: Tensor | None = None,
+        prompt_len: int = 0,
+        cache: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Samples a mel (B, M, T) in float32, and returns the cache with which the next chunk of a stream begins.
+
+        A cache (B, M, C, 2) holds noise and mu of the prompt_len prompt frames and of the last frames of the chunk
+        before; it replaces the first C frames of both, so that the frames which two chunks share start out equal.
+        """
+        z = self.draw_noise(mu) * temperature
+        if cache is not None:
+            cached_z, cached_mu = cache.unbind(dim=-1)
+            z = torch.cat([cached_z.to(z.dtype), z[:, :, cached_z.shape[2] :]], dim=2)
+            mu = torch.cat([cached_mu.to(mu.dtype), mu[:, :, cached_mu.shape[2] :]], dim=2)
+        start = torch.stack([z, mu.to(z.dtype)], dim=-1)  # (B, M, T, 2)
+        new_cache = torch.cat([start[:, :, :prompt_len], start[:, :, -CACHED_TAIL_FRAMES:]], dim=2)
+        t_span = cosine_time_grid(n_timesteps, mu.device)
+        return self.solve_euler(z, t_span, mu, mask, spks, cond), new_cache
+
+    def solve_euler(
+        self,
+        x: Tensor,
+        t_span: Tensor,
+        mu: Tensor,
+        mask: Tensor,
+        spks: Tensor | None,
+        cond: Tensor | None,
+    ) -> Tensor:
+        """Integrates the guided velocity from x (B, M, T) over t_span (N + 1,).
+
+        The state stays in x's dtype, the network computes in mu's: in half precision small steps would get lost.
+        """
+        w = self.params.inference_cfg_rate
+        batch = x.shape[0]
+        masks = torch.cat([mask, mask])
+        mu, spks, cond = (_add_unconditional(condition) for condition in (mu, spks, cond))
+
+        def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
+            both = torch.cat([x, x]).to(mu.dtype)  # one call: conditional items first, then unconditional
+            v, v_unconditional = self.estimator(both, masks, mu, t.expand(2 * batch), spks, cond).chunk(2)
+            return (1 + w) * v - w * v_unconditional
+
+        return integrate_euler(guided_velocity, x, t_span)
+
+
+def _keep_items(condition: Tensor | None, keep: Tensor) -> Tensor | None:
+    """The condition (B, ...) with zeros in the items that are not kept."""
+    if condition is None:
+        return None
+    return condition * keep.view(-1, *[1] * (condition.dim() - 1))
+
+
+def _add_unconditional(condition: Tensor | None) -> Tensor | None:
+    """(B, ...) -> (2 B, ...): the condition, then zeros."""
+    return None if condition is None else torch.cat([condition, torch.zeros_like(condition)])

@@ -1,0 +1,149 @@
+"""HiFT: a mel spectrogram becomes a waveform through a harmonic source and an inverse Fourier transform.
+
+Li et al. 2023, "HiFTNet: A Fast High-Quality Neural Vocoder with Harmonic-plus-Noise Filter and Inverse
+Short Time Fourier Transform", section 2.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
+
+from cosyvoice.hifigan.resblock import ResBlock
+from cosyvoice.hifigan.source import SourceModuleHnNSF
+from cosyvoice.utils.errors import InputError
+
+SAMPLING_RATE_HZ = 22050
+MAX_MAGNITUDE = 100.0  # of one spectral bin: exp() of an untrained head must not overflow
+
+
+class HiFTGenerator(nn.Module):
+    """Vocoder: 80 mel bins at 22050 / 256 frames a second -> samples in [-audio_limit, audio_limit].
+
+    Keyword arguments are those of the shipped YAML.
+
+    Raises:
+        InputError: the sampling rate is not 22050 Hz; models of 24 kHz use another sine generator.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 80,
+        base_channels: int = 512,
+        nb_harmonics: int = 8,
+        sampling_rate: int = SAMPLING_RATE_HZ,
+        nsf_alpha: float = 0.1,
+        nsf_sigma: float = 0.003,
+        nsf_voiced_threshold: float = 10,
+        upsample_rates: Sequence[int] = (8, 8),
+        upsample_kernel_sizes: Sequence[int] = (16, 16),
+        istft_params: Mapping[str, int],
+        resblock_kernel_sizes: Sequence[int] = (3, 7, 11),
+        resblock_dilation_sizes: Sequence[Sequence[int]] = ((1, 3, 5), (1, 3, 5), (1, 3, 5)),
+        source_resblock_kernel_sizes: Sequence[int] = (7, 11),
+        source_resblock_dilation_sizes: Sequence[Sequence[int]] = ((1, 3, 5), (1, 3, 5)),
+        lrelu_slope: float = 0.1,
+        audio_limit: float = 0.99,
+        f0_predictor: nn.Module,
+    ) -> None:
+        super().__init__()
+        if sampling_rate != SAMPLING_RATE_HZ:
+            raise InputError(
+                f"hift: sampling_rate {sampling_rate} is not supported, only {SAMPLING_RATE_HZ}; "
+                "use a CosyVoice-300M folder (CosyVoice2 works at 24000 Hz)"
+            )
+        self.n_fft, self.hop = istft_params["n_fft"], istft_params["hop_len"]
+        self.samples_per_frame = prod(upsample_rates) * self.hop
+        self.lrelu_slope, self.audio_limit = lrelu_slope, audio_limit
+        bins = self.n_fft // 2 + 1
+
+        self.m_source = SourceModuleHnNSF(
+            sampling_rate, nb_harmonics, nsf_alpha, nsf_sigma, nsf_voiced_threshold
+        )
+        self.conv_pre = weight_norm(nn.Conv1d(in_channels, base_channels, 7, padding=3))
+        self.ups, self.source_downs = nn.ModuleList(), nn.ModuleList()
+        self.source_resblocks, self.resblocks = nn.ModuleList(), nn.ModuleList()
+        for i, (rate, kernel) in enumerate(zip(upsample_rates, upsample_kernel_sizes, strict=True)):
+            width = base_channels // 2 ** (i + 1)
+            self.ups.append(
+                weight_norm(nn.ConvTranspose1d(2 * width, width, kernel, rate, padding=(kernel - rate) // 2))
+            )
+            # the source's spectrogram has the frame rate of the last stage; earlier stages are slower
+            self.source_downs.append(_downsample(2 * bins, width, factor=prod(upsample_rates[i + 1 :])))
+            self.source_resblocks.append(
+                ResBlock(width, source_resblock_kernel_sizes[i], source_resblock_dilation_sizes[i])
+            )
+            for size, dilations in zip(resblock_kernel_sizes, resblock_dilation_sizes, strict=True):
+                self.resblocks.append(ResBlock(width, size, dilations))
+        self.conv_post = weight_norm(nn.Conv1d(width, 2 * bins, 7, padding=3))
+        self.f0_predictor = f0_predictor
+        self.register_buffer("stft_window", torch.hann_window(self.n_fft), persistent=False)
+
+    def forward(self, batch: Mapping[str, Tensor], device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Training: `batch["speech_feat"]` (B, T, M) -> speech (B, N), f0 in Hz (B, T)."""
+        mel = batch["speech_feat"].to(device).transpose(1, 2)  # (B, T, M) -> (B, M, T)
+        f0 = self.f0_predictor(mel)
+        return self.decode(mel, self._source(f0)), f0
+
+    @torch.inference_mode()
+    def inference(self, speech_feat: Tensor, cache_source: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mel (1, M, T) -> speech (1, N), source (1, 1, N).
+
+        `cache_source` (1, 1, C) holds the source that the first C samples had in the call before; it is used
+        again, so that consecutive pieces fit together.
+        """
+        source = self._source(self.f0_predictor(speech_feat))
+        if cache_source is not None and cache_source.shape[-1] > 0:
+            source = torch.cat([cache_source, source[..., cache_source.shape[-1] :]], dim=-1)
+        return self.decode(speech_feat, source), source
+
+    def decode(self, x: Tensor, s: Tensor) -> Tensor:
+        """Mel (B, M, T) and source (B, 1, N) -> speech (B, N), N = T * samples_per_frame."""
+        window = self.stft_window
+        spectrum = torch.stft(s.squeeze(1), self.n_fft, self.hop, window=window, return_complex=True)
+        source = torch.cat([spectrum.real, spectrum.imag], dim=1)  # (B, 2 * bins, frames)
+        x = self.conv_pre(x)
+        for stage in range(len(self.ups)):
+            x = self._upsample(x, source, stage)
+        # 0.01, not lrelu_slope: the pretrained weights were trained with torch's default here
+        head = self.conv_post(F.leaky_relu(x, 0.01))
+        log_magnitude, phase = head.chunk(2, dim=1)  # each (B, bins, frames)
+        magnitude = log_magnitude.exp().clamp(max=MAX_MAGNITUDE)
+        phase = phase.sin()
+        spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
+        speech = torch.istft(spectrum, self.n_fft, self.hop, window=window)
+        return speech.clamp(-self.audio_limit, self.audio_limit)
+
+    def remove_weight_norm(self) -> None:
+        """Fold every normalised weight into a plain one: the same output, faster, for inference only.
+
+        The state dict's names change with it, so weights must be loaded before.
+        """
+        for module in list(self.modules()):
+            if parametrize.is_parametrized(module, "weight"):
+                parametrize.remove_parametrizations(module, "weight")
+
+    def _source(self, f0: Tensor) -> Tensor:
+        f0 = f0.unsqueeze(1).repeat_interleave(self.samples_per_frame, dim=-1)  # (B, T) -> (B, 1, N)
+        return self.m_source(f0)
+
+    def _upsample(self, x: Tensor, source: Tensor, stage: int) -> Tensor:
+        """(B, 2C, T) -> (B, C, T * rate), with the source added, through the stage's residual stacks."""
+        x = self.ups[stage](F.leaky_relu(x, self.lrelu_slope))
+        if stage == len(self.ups) - 1:
+            x = F.pad(x, (1, 0), mode="reflect")  # a centred transform of n samples has n / hop + 1 frames
+        x = x + self.source_resblocks[stage](self.source_downs[stage](source))
+        stacks = len(self.resblocks) // len(self.ups)
+        blocks = self.resblocks[stage * stacks : (stage + 1) * stacks]
+        return sum(block(x) for block in blocks) / stacks
+
+
+def _downsample(in_channels: int, out_channels: int, factor: int) -> nn.Conv1d:
+    if factor == 1:
+        return nn.Conv1d(in_channels, out_channels, kernel_size=1)
+    return nn.Conv1d(in_channels, out_channels, kernel_size=2 * factor, stride=factor, padding=factor // 2)

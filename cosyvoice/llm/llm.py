@@ -1,0 +1,157 @@
+"""The language model from text to speech tokens (CosyVoice, Du et al., 2024, section 3.2)."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosyvoice.transformer.encoder import ConformerEncoder, TransformerEncoder
+from cosyvoice.transformer.label_smoothing_loss import LabelSmoothingLoss
+from cosyvoice.utils.common import IGNORE_ID, pad_list, th_accuracy
+from cosyvoice.utils.errors import InputError
+
+Sampler = Callable[[Tensor, Sequence[int], int], int]
+
+
+class TransformerLM(nn.Module):
+    """Predicts the speech tokens that follow: start, speaker, encoded text, task mark.
+
+    Id `speech_token_size` ends the speech. The speaker vector is normalised before its projection.
+    """
+
+    SOS, TASK = 0, 1  # rows of llm_embedding
+
+    def __init__(
+        self,
+        text_encoder_input_size: int,
+        llm_input_size: int,
+        llm_output_size: int,
+        text_token_size: int,
+        speech_token_size: int,
+        text_encoder: ConformerEncoder,
+        llm: TransformerEncoder,
+        sampling: Sampler,
+        length_normalized_loss: bool = True,
+        lsm_weight: float = 0.0,
+        spk_embed_dim: int = 192,
+    ) -> None:
+        super().__init__()
+        self.speech_token_size = speech_token_size
+        self.text_embedding = nn.Embedding(text_token_size, text_encoder_input_size)
+        self.text_encoder = text_encoder
+        self.text_encoder_affine_layer = nn.Linear(text_encoder.output_size(), llm_input_size)
+        self.llm_embedding = nn.Embedding(2, llm_input_size)
+        self.llm = llm
+        self.llm_decoder = nn.Linear(llm_output_size, speech_token_size + 1)
+        self.criterion_ce = LabelSmoothingLoss(
+            speech_token_size + 1, IGNORE_ID, smoothing=lsm_weight, normalize_length=length_normalized_loss
+        )
+        self.speech_embedding = nn.Embedding(speech_token_size, llm_input_size)
+        self.spk_embed_affine_layer = nn.Linear(spk_embed_dim, llm_input_size)
+        self.sampling = sampling
+
+    def encode(self, text: Tensor, text_lengths: Tensor) -> Tensor:
+        """text: (B, T) ids, text_lengths: (B,). Returns (B, T, C), the text as the language model reads it."""
+        encoded, _ = self.text_encoder(self.text_embedding(text), text_lengths, decoding_chunk_size=1)
+        return self.text_encoder_affine_layer(encoded)
+
+    def project_speaker(self, embedding: Tensor) -> Tensor:
+        """embedding: (B, 192) -> (B, 1, C). A zero vector stays zero before the projection."""
+        dtype = self.spk_embed_affine_layer.weight.dtype
+        return self.spk_embed_affine_layer(F.normalize(embedding, dim=1).to(dtype)).unsqueeze(1)
+
+    def forward(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Cross entropy and accuracy of the next speech token, teacher-forced.
+
+        batch: `text_token` (B, T) with `text_token_len` (B,), `speech_token` (B, S) with `speech_token_len` (B,) and
+        `embedding` (B, 192). Returns `loss` (nats, mean over all speech and end tokens of the batch) and `acc`, both 0-d.
+        """
+        text, text_lengths = batch["text_token"].to(device), batch["text_token_len"].to(device)
+        speech, speech_lengths = batch["speech_token"].to(device), batch["speech_token_len"].to(device)
+        text_embeddings = self.encode(text, text_lengths)
+        speaker = self.project_speaker(batch["embedding"].to(device))
+        lm_input, lm_lengths = self.join(text_embeddings, text_lengths, speaker, speech, speech_lengths)
+        target = self.targets(text_lengths, speech, speech_lengths)
+        lm_output, _ = self.llm(lm_input, lm_lengths)
+        counted = target != IGNORE_ID  # the head is applied only where a token is asked
+        scores = self.llm_decoder(lm_output[counted]).float()
+        loss = self.criterion_ce(scores.unsqueeze(0), target[counted].unsqueeze(0))
+        if not self.criterion_ce.normalize_length:
+            loss = loss / target.size(0)
+        return {"loss": loss, "acc": th_accuracy(scores, target[counted].unsqueeze(0), IGNORE_ID)}
+
+    def join(
+        self, text: Tensor, text_lengths: Tensor, speaker: Tensor, speech: Tensor, speech_lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Lay out each item as start, speaker, text, task mark, speech tokens, and pad anew.
+
+        text: (B, T, C), speaker: (B, 1, C), speech: (B, S) ids. Returns (B, L, C) and lengths (B,) = 3 + text + speech.
+        """
+        sos, task = self.llm_embedding.weight.unsqueeze(1)  # (1, C) each
+        speech_embeddings = self.speech_embedding(speech.clamp(min=0))
+        items = [
+            torch.cat((sos, speaker[i], text[i, : text_lengths[i]], task, speech_embeddings[i, : speech_lengths[i]]))
+            for i in range(text.size(0))
+        ]
+        lengths = torch.tensor([len(item) for item in items], device=text.device)
+        return pad_list(items, IGNORE_ID), lengths
+
+    def targets(self, text_lengths: Tensor, speech: Tensor, speech_lengths: Tensor) -> Tensor:
+        """(B, L): nothing is asked while the text is read; the task mark asks for the first speech token."""
+        items = []
+        for text_length, tokens, length in zip(text_lengths.tolist(), speech, speech_lengths.tolist(), strict=True):
+            spoken = F.pad(tokens[:length].long(), (2 + text_length, 0), value=IGNORE_ID)
+            items.append(F.pad(spoken, (0, 1), value=self.speech_token_size))
+        return pad_list(items, IGNORE_ID)
+
+    @torch.inference_mode()
+    def inference(
+        self,
+        text: Tensor,
+        text_len: Tensor,
+        prompt_text: Tensor,
+        prompt_text_len: Tensor,
+        prompt_speech_token: Tensor,
+        prompt_speech_token_len: Tensor,
+        embedding: Tensor,
+        sampling: int = 25,
+        max_token_text_ratio: float = 20,
+        min_token_text_ratio: float = 2,
+    ) -> Iterator[int]:
+        """Yield speech tokens one by one until the end token, or until `max_token_text_ratio` per text token.
+
+        text: (1, T). prompt_text: (1, P), prompt_speech_token: (1, Q), both may be empty. embedding: (1, 192), or (0, 192)
+        for no speaker position at all. The end token is forbidden below `min_token_text_ratio` per text token.
+        Raises InputError for empty text.
+        """
+        if text.size(1) == 0:
+            raise InputError("there is no text to speak: give at least one word")
+        min_tokens, max_tokens = (int(text.size(1) * ratio) for ratio in (min_token_text_ratio, max_token_text_ratio))
+        lm_input = self.inference_prefix(text, prompt_text, prompt_speech_token, embedding)
+        cache, tokens = self.llm.new_cache(), []
+        while len(tokens) < max_tokens:
+            log_p = self.next_log_probabilities(lm_input, cache)
+            if len(tokens) < min_tokens:
+                log_p[self.speech_token_size] = -torch.inf
+            token = self.sampling(log_p, tokens, sampling)
+            if token == self.speech_token_size:
+                return
+            tokens.append(token)
+            yield token
+            lm_input = self.speech_embedding.weight[token].view(1, 1, -1)
+
+    def inference_prefix(
+        self, text: Tensor, prompt_text: Tensor, prompt_speech_token: Tensor, embedding: Tensor
+    ) -> Tensor:
+        """What is read before the first new token, (1, L, C); arguments as in `inference`."""
+        whole_text = torch.cat((prompt_text, text), dim=1)
+        encoded = self.encode(whole_text, torch.tensor([whole_text.size(1)], device=text.device))
+        sos, task = self.llm_embedding.weight.view(2, 1, 1, -1)  # (1, 1, C) each
+        speaker = self.project_speaker(embedding).transpose(0, 1)  # (0 or 1, 1, C) -> (1, 0 or 1, C)
+        return torch.cat((sos, speaker, encoded, task, self.speech_embedding(prompt_speech_token)), dim=1)
+
+    def next_log_probabilities(self, lm_input: Tensor, cache: list) -> Tensor:
+        """Read (1, N, C) more and return the log-probabilities (V,) of the token that follows; `cache` grows."""
+        lm_output = self.llm.forward_chunk(lm_input, cache)
+        return self.llm_decoder(lm_output[0, -1]).float().log_softmax(dim=-1)

@@ -1,0 +1,115 @@
+"""Multi-head self-attention with relative positions, and the cache that makes decoding incremental."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosyvoice.transformer.embedding import relative_positions
+
+
+@dataclass
+class AttentionCache:
+    """What one layer has already computed while a sequence grows.
+
+    The three buffers hold `capacity` rows and are enlarged by doubling; rows in use are views, never copies.
+    """
+
+    keys: Tensor  # (1, H, capacity, D), rows 0..length-1 in use
+    values: Tensor  # (1, H, capacity, D)
+    positions: Tensor  # (1, H, capacity, D), projected distances capacity-1 .. 0: the last T rows serve T keys
+    length: int = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.size(2)
+
+
+def relative_shift(scores: Tensor, num_keys: int) -> Tensor:
+    """Turn scores by distance into scores by key, without a copy.
+
+    scores: (B, H, N, W); column c of every row stands for the distance T - 1 - c of the *last* query. Row i, which is
+    N - 1 - i frames earlier, therefore starts N - 1 - i columns later: in the flattened matrix the rows are windows of T
+    entries, W - 1 apart. Where W stops at distance 0, keys after the query read an unrelated entry and must be masked.
+    Returns (B, H, N, T).
+    """
+    num_queries, width = scores.shape[-2:]
+    if num_queries == 1:
+        return scores
+    return scores.flatten(-2)[..., num_queries - 1 :].unfold(-1, num_keys, width - 1)
+
+
+class RelPositionMultiHeadedAttention(nn.Module):
+    """Self-attention whose scores add a term of the distance between query and key (Dai et al., 2019, section 3.3).
+
+    score(i, j) = ((q_i + u) k_j + (q_i + v) W_pos r_{i-j}) / sqrt(D), with learned u and v for each head.
+    """
+
+    def __init__(self, n_head: int, n_feat: int, dropout_rate: float) -> None:
+        super().__init__()
+        self.h = n_head
+        self.d_k = n_feat // n_head
+        self.linear_q = nn.Linear(n_feat, n_feat)
+        self.linear_k = nn.Linear(n_feat, n_feat)
+        self.linear_v = nn.Linear(n_feat, n_feat)
+        self.linear_out = nn.Linear(n_feat, n_feat)
+        self.linear_pos = nn.Linear(n_feat, n_feat, bias=False)
+        self.pos_bias_u = nn.Parameter(torch.empty(n_head, self.d_k))
+        self.pos_bias_v = nn.Parameter(torch.empty(n_head, self.d_k))
+        nn.init.xavier_uniform_(self.pos_bias_u)
+        nn.init.xavier_uniform_(self.pos_bias_v)
+        self.dropout_rate = dropout_rate
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.h, self.d_k)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
+
+    def forward(self, x: Tensor, mask: Tensor, pos_emb: Tensor) -> Tensor:
+        """x: (B, T, C). mask: (B, 1 or T, T), True where attention is allowed.
+
+        pos_emb: (1, W, C), distances T-1 down to 0 (causal masks only) or down to -(T-1). Returns (B, T, C).
+        """
+        key, value = self.split_heads(self.linear_k(x)), self.split_heads(self.linear_v(x))
+        positions = self.split_heads(self.linear_pos(pos_emb))
+        return self.attend(x, key, value, positions, mask)
+
+    def step(self, x: Tensor, mask: Tensor | None, cache: AttentionCache) -> Tensor:
+        """Attend from N new frames to all frames so far, and remember them in `cache`.
+
+        x: (1, N, C). mask: (1, N, T) with T = cache.length + N, or None where all T are visible. Returns (1, N, C).
+        """
+        end = cache.length + x.size(1)
+        if end > cache.capacity:
+            self.enlarge(cache, max(end, 2 * cache.capacity))
+        cache.keys[:, :, cache.length : end] = self.split_heads(self.linear_k(x))
+        cache.values[:, :, cache.length : end] = self.split_heads(self.linear_v(x))
+        cache.length = end
+        positions = cache.positions[:, :, cache.capacity - end :]
+        return self.attend(x, cache.keys[:, :, :end], cache.values[:, :, :end], positions, mask)
+
+    def attend(self, x: Tensor, key: Tensor, value: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        query = self.linear_q(x).unflatten(-1, (self.h, self.d_k))  # (B, N, H, D)
+        content_query = (query + self.pos_bias_u).transpose(1, 2)
+        position_query = (query + self.pos_bias_v).transpose(1, 2) * self.d_k**-0.5
+        bias = relative_shift(position_query @ positions.transpose(-2, -1), key.size(2))  # (B, H, N, T)
+        if mask is not None:
+            bias = bias.masked_fill(~mask.unsqueeze(1), -torch.inf)
+        dropout = self.dropout_rate if self.training else 0.0
+        heads = F.scaled_dot_product_attention(content_query, key, value, attn_mask=bias, dropout_p=dropout)
+        return self.linear_out(heads.transpose(1, 2).flatten(2))  # (B, H, N, D) -> (B, N, C)
+
+    def new_cache(self, capacity: int) -> AttentionCache:
+        """An empty cache with room for `capacity` frames, in the weights' type and place."""
+        empty = self.linear_k.weight.new_empty(1, self.h, 0, self.d_k)
+        cache = AttentionCache(empty, empty, empty)
+        self.enlarge(cache, capacity)
+        return cache
+
+    def enlarge(self, cache: AttentionCache, capacity: int) -> None:
+        """Give every buffer `capacity` rows; only the distances that are new are projected."""
+        grown = capacity - cache.capacity
+        weight = self.linear_pos.weight
+        far = relative_positions(capacity - 1, cache.capacity, weight.size(1), weight.device).to(weight.dtype)
+        cache.positions = torch.cat((self.split_heads(self.linear_pos(far.unsqueeze(0))), cache.positions), dim=2)
+        cache.keys = F.pad(cache.keys, (0, 0, 0, grown))
+        cache.values = F.pad(cache.values, (0, 0, 0, grown))

@@ -1,0 +1,146 @@
+"""The attention stacks behind the text encoder, the language model and the flow's token encoder."""
+
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from cosyvoice.transformer.attention import AttentionCache, RelPositionMultiHeadedAttention
+from cosyvoice.transformer.embedding import relative_positions
+from cosyvoice.transformer.encoder_layer import EncoderLayer, PositionwiseFeedForward
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.mask import add_optional_chunk_mask, make_pad_mask, subsequent_mask
+
+INITIAL_CACHE_FRAMES = 256
+
+
+class InputEmbedding(nn.Module):
+    """Linear, LayerNorm, dropout (and ReLU in the language model), scaled by sqrt(width)."""
+
+    def __init__(self, input_size: int, output_size: int, dropout_rate: float, relu: bool) -> None:
+        super().__init__()
+        layers = [nn.Linear(input_size, output_size), nn.LayerNorm(output_size), nn.Dropout(dropout_rate)]
+        self.out = nn.Sequential(*layers, *([nn.ReLU()] if relu else []))
+        self.scale = math.sqrt(output_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x) * self.scale
+
+
+class BaseEncoder(nn.Module):
+    """Embedding, blocks with relative positions, final norm. Subclasses say what differs between the two families.
+
+    `static_chunk_size` 0 lets every frame see all others, 1 makes the stack causal. Only the options of the v1 recipes
+    are implemented; any other value is refused by name.
+    """
+
+    activation: ClassVar[type[nn.Module]]
+    norm_names: ClassVar[tuple[str, str]]
+    only_accepts: ClassVar[dict[str, Any]] = {
+        "normalize_before": True,
+        "pos_enc_layer_type": "rel_pos_espnet",
+        "selfattention_layer_type": "rel_selfattn",
+        "use_dynamic_chunk": False,
+        "use_dynamic_left_chunk": False,
+        "use_cnn_module": False,
+        "macaron_style": False,
+    }
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int = 256,
+        attention_heads: int = 4,
+        linear_units: int = 2048,
+        num_blocks: int = 6,
+        dropout_rate: float = 0.1,
+        positional_dropout_rate: float = 0.1,
+        attention_dropout_rate: float = 0.0,
+        input_layer: str = "linear",
+        static_chunk_size: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.refuse_unknown(options, input_layer)
+        self.static_chunk_size = static_chunk_size
+        self.embed = InputEmbedding(input_size, output_size, dropout_rate, relu=input_layer == "linear_legacy")
+        self.pos_dropout = nn.Dropout(positional_dropout_rate)
+        self.after_norm = nn.LayerNorm(output_size, eps=1e-5)
+        self.encoders = nn.ModuleList(
+            EncoderLayer(
+                output_size,
+                RelPositionMultiHeadedAttention(attention_heads, output_size, attention_dropout_rate),
+                PositionwiseFeedForward(output_size, linear_units, dropout_rate, self.activation()),
+                dropout_rate,
+                self.norm_names,
+            )
+            for _ in range(num_blocks)
+        )
+
+    def refuse_unknown(self, options: dict[str, Any], input_layer: str) -> None:
+        for name, value in options.items():
+            if name not in self.only_accepts:
+                raise InputError(f"{type(self).__name__} knows no option {name}: remove it from the YAML")
+            if value != self.only_accepts[name]:
+                raise InputError(f"{type(self).__name__} implements {name}={self.only_accepts[name]} only, not {value}")
+        if input_layer not in ("linear", "linear_legacy"):
+            raise InputError(f"input_layer must be linear or linear_legacy, not {input_layer}")
+
+    def output_size(self) -> int:
+        """Channels of the output."""
+        return self.after_norm.normalized_shape[0]
+
+    def forward(
+        self, xs: Tensor, xs_lens: Tensor, decoding_chunk_size: int = 0, num_decoding_left_chunks: int = -1
+    ) -> tuple[Tensor, Tensor]:
+        """Encode a padded batch.
+
+        xs: (B, T, input_size). xs_lens: (B,). The chunk arguments belong to the public signature; with a static chunk size
+        they change nothing. Returns the output (B, T, output_size) and the mask of valid frames (B, 1, T).
+        """
+        valid = ~make_pad_mask(xs_lens, xs.size(1)).unsqueeze(1)
+        mask = add_optional_chunk_mask(
+            xs, valid, False, False, decoding_chunk_size, self.static_chunk_size, num_decoding_left_chunks
+        )
+        x = self.embed(xs)
+        pos_emb = self.pos_dropout(self.positions(x))
+        for layer in self.encoders:
+            x = layer(x, mask, pos_emb)
+        return self.after_norm(x), valid
+
+    def positions(self, x: Tensor) -> Tensor:
+        """The distances that may occur in x (B, T, C), as (1, W, C): none below 0 where the stack is causal."""
+        frames = x.size(1)
+        last = 0 if self.static_chunk_size == 1 else 1 - frames
+        return relative_positions(frames - 1, last, x.size(2), x.device).to(x.dtype).unsqueeze(0)
+
+    def new_cache(self) -> list[AttentionCache]:
+        """An empty cache, one part a block, for `forward_chunk`."""
+        return [layer.self_attn.new_cache(INITIAL_CACHE_FRAMES) for layer in self.encoders]
+
+    def forward_chunk(self, xs: Tensor, cache: list[AttentionCache]) -> Tensor:
+        """Encode the next N frames of one growing sequence causally, reusing all that `cache` holds.
+
+        xs: (1, N, input_size). The cache is extended. Returns (1, N, output_size), equal to the same frames of `forward`
+        over the whole sequence in a causal stack.
+        """
+        new, total = xs.size(1), cache[0].length + xs.size(1)
+        mask = None if new == 1 else subsequent_mask(total, xs.device)[None, total - new :]  # (1, N, T)
+        x = self.embed(xs)
+        for layer, layer_cache in zip(self.encoders, cache, strict=True):
+            x = layer.step(x, mask, layer_cache)
+        return self.after_norm(x)
+
+
+class ConformerEncoder(BaseEncoder):
+    """The stack of text encoder and flow encoder: SiLU, no convolution module."""
+
+    activation = nn.SiLU
+    norm_names = ("norm_mha", "norm_ff")
+
+
+class TransformerEncoder(BaseEncoder):
+    """The stack of the language model: ReLU."""
+
+    activation = nn.ReLU
+    norm_names = ("norm1", "norm2")

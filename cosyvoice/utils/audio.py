@@ -1,0 +1,89 @@
+"""Reading recordings, and the features of the speech tokenizer and of the speaker encoder."""
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from cosyvoice.utils.errors import InputError
+from matcha.utils.audio import mel_filters
+
+PROMPT_RATE_HZ = 16_000  # what the speech tokenizer and the speaker encoder listen to
+MAX_PROMPT_SECONDS = 30  # Whisper's window
+
+WHISPER_N_FFT = 400  # 25 ms at 16 kHz
+WHISPER_HOP_SAMPLES = 160  # 10 ms at 16 kHz
+WHISPER_MELS = 128
+WHISPER_FLOOR = 1e-10
+WHISPER_RANGE_LOG10 = 8.0  # the quietest cell kept lies 80 dB below the loudest
+
+KALDI_MELS = 80
+
+
+def read_wav(wav: str | Path | BinaryIO) -> tuple[Tensor, int]:
+    """Decode a recording to mono: float32 (1, samples), nominally in [-1, 1], and its rate in Hz.
+
+    Channels are averaged. Raises InputError where the file is missing, cannot be decoded or is empty.
+    """
+    try:
+        samples, rate = soundfile.read(wav, dtype="float32", always_2d=True)  # (samples, channels)
+    except (soundfile.SoundFileError, OSError) as error:
+        reason = getattr(error, "error_string", None) or error
+        raise InputError(f"cannot read the audio {_name(wav)}: {reason}") from error
+    if not len(samples):
+        raise InputError(f"the audio {_name(wav)} is empty")
+    return torch.from_numpy(samples.mean(axis=1, dtype=np.float32))[None], rate
+
+
+def _name(wav: str | Path | BinaryIO) -> str:
+    return str(wav) if isinstance(wav, str | Path) else getattr(wav, "name", "stream")
+
+
+def resample(wav: Tensor, rate: int, target_rate: int) -> Tensor:
+    """Band-limited (windowed sinc) resampling of (1, samples) from rate to target_rate, both in Hz."""
+    if rate == target_rate:
+        return wav
+    # Imported here, as it takes a second: speaking with a stored voice needs no resampling.
+    from torchaudio.transforms import Resample
+
+    return Resample(rate, target_rate)(wav)  # the function of that name would compute its filter in float32
+
+
+def load_wav(wav: str | Path | BinaryIO, target_sr: int, min_sr: int = PROMPT_RATE_HZ) -> Tensor:
+    """A recording as mono float32 (1, samples) at target_sr Hz.
+
+    Raises InputError where it cannot be read, or must be resampled from a rate below min_sr Hz.
+    """
+    waveform, rate = read_wav(wav)
+    if rate < min_sr and rate != target_sr:
+        raise InputError(f"{_name(wav)} is sampled at {rate} Hz; at least {min_sr} Hz are needed")
+    return resample(waveform, rate, target_sr)
+
+
+def whisper_log_mel(wav_16k: Tensor, n_mels: int = WHISPER_MELS) -> Tensor:
+    """Whisper's features (1, n_mels, T), 100 frames a second, of (1, samples) at 16 kHz, not padded to 30 s.
+
+    Log10 mel power, at most 8 below the recording's maximum, shifted and scaled to about [-1, 1]
+    (Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision", section 2.2).
+    """
+    window = torch.hann_window(WHISPER_N_FFT, device=wav_16k.device)
+    spectrum = torch.stft(wav_16k, WHISPER_N_FFT, WHISPER_HOP_SAMPLES, window=window, return_complex=True)
+    power = spectrum[..., :-1].abs() ** 2  # (1, 201, T): the last frame is mostly padding
+    mel = mel_filters(PROMPT_RATE_HZ, WHISPER_N_FFT, n_mels, device=wav_16k.device) @ power  # (1, n_mels, T)
+    log_mel = mel.clamp(min=WHISPER_FLOOR).log10()
+    log_mel = log_mel.clamp(min=log_mel.max().item() - WHISPER_RANGE_LOG10)
+    return (log_mel + 4) / 4
+
+
+def kaldi_fbank(wav_16k: Tensor, subtract_mean: bool = True) -> Tensor:
+    """Kaldi's log-mel filterbank (T, 80), 100 frames a second, of (1, samples) at 16 kHz; no dither.
+
+    With subtract_mean each bin's mean over time is removed, as the speaker encoder expects.
+    """
+    from torchaudio.compliance import kaldi
+
+    features = kaldi.fbank(wav_16k, num_mel_bins=KALDI_MELS, dither=0.0, sample_frequency=PROMPT_RATE_HZ)
+    return features - features.mean(dim=0, keepdim=True) if subtract_mean else features

@@ -1,0 +1,148 @@
+"""Reading weights: never code, always strict, and a mismatch explained."""
+
+import hashlib
+import pickle
+import re
+import struct
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cosyvoice.utils.errors import InputError
+
+# Integers that training checkpoints of this format carry among the weights.
+TRAINING_COUNTERS = ("epoch", "step")
+GROUPS_SHOWN = 6
+TEXT_ROWS_25HZ = (60510, 60515)
+COSYVOICE2_NAMES = re.compile(r"^(llm\.model\.|encoder\.up_|encoder\.pre_lookahead|ups\.2\.)")
+COSYVOICE2_ROWS = {"speech_embedding.weight": 6564, "input_embedding.weight": 6561}
+
+# What reading a damaged file ends in, by where the damage lies.
+DAMAGE = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    OSError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.pt` file by name, on the CPU, memory-mapped where the file allows it.
+
+    Raises InputError when the file is missing, damaged, would run code on loading, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; check the folder, or download the model again")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise InputError(_refusal(path, str(error))) from None
+    except DAMAGE:
+        raise InputError(f"{path} is damaged or not a weights file; copy or download it again") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds a {type(state).__name__}, not a dict of tensors")
+    state = {name: value for name, value in state.items() if name not in TRAINING_COUNTERS}
+    _check_tensors(path, state)
+    return state
+
+
+def load_strict(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Loads `state` into `module`; every name and every shape must match.
+
+    The older spellings of a vocoder are understood: a `generator.` prefix, `weight_g` and `weight_v` for
+    weight norm. `name` is what a message calls the file. Raises InputError with the differing names,
+    grouped, and the likely cause.
+    """
+    state = {_current_name(key): value for key, value in state.items()}
+    own = module.state_dict()
+    missing = own.keys() - state.keys()
+    unexpected = state.keys() - own.keys()
+    reshaped = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
+    problems = [
+        f"{len(missing)} missing ({_grouped(missing)})" if missing else "",
+        f"{len(unexpected)} unexpected ({_grouped(unexpected)})" if unexpected else "",
+        f"{len(reshaped)} of another shape ({_shapes(sorted(reshaped), state, own)})" if reshaped else "",
+    ]
+    if any(problems):
+        differences = "; ".join(filter(None, problems))
+        cause = _likely_cause(state, missing, unexpected)
+        raise InputError(f"{name} does not fit this model: {differences}. Likely cause: {cause}")
+    module.load_state_dict(state, strict=True)
+
+
+def fingerprint_file(path: Path) -> str:
+    """SHA-256 of the file's content, hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refusal(path: Path, reason: str) -> str:
+    if wanted := re.search(r"GLOBAL ([\w.]+)", reason):
+        return f"{path} is refused: it wants to load {wanted[1]}, and weights need no code; it was not run"
+    return f"{path} is damaged or not a weights file; copy or download it again"
+
+
+def _check_tensors(path: Path, state: dict) -> None:
+    if "state_dict" in state:
+        raise InputError(f"{path} is a training checkpoint where weights are expected; merge it first")
+    others = sorted(str(name) for name, value in state.items() if not isinstance(value, Tensor))
+    if others or not state:
+        what = f"{', '.join(others[:GROUPS_SHOWN])} are not tensors" if others else "it is empty"
+        raise InputError(f"{path} is not a weights file: {what}")
+
+
+def _current_name(name: str) -> str:
+    name = name.removeprefix("generator.")
+    if name.endswith((".weight_g", ".weight_v")):
+        return f"{name[:-9]}.parametrizations.weight.original{'gv'.index(name[-1])}"
+    return name
+
+
+def _shapes(names: list[str], state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """`text_embedding.weight 60515x512, not 51866x512`, for the first few names."""
+
+    def size(tensor: Tensor) -> str:
+        return "x".join(map(str, tensor.shape)) or "a scalar"
+
+    shown = [f"{name} {size(state[name])}, not {size(own[name])}" for name in names[:GROUPS_SHOWN]]
+    return ", ".join([*shown, "..."] if len(names) > GROUPS_SHOWN else shown)
+
+
+def _grouped(names: set[str]) -> str:
+    """`decoder.estimator.*: 120, encoder.*: 12`: counts under the longest prefixes that give few groups."""
+    patterns = [re.sub(r"\.\d+(?=\.|$)", ".*", name).split(".") for name in sorted(names)]
+    for depth in range(max(map(len, patterns)), 0, -1):
+        groups = Counter(_prefix(pattern, depth) for pattern in patterns)
+        if len(groups) <= GROUPS_SHOWN:
+            break
+    shown = [f"{group}: {count}" for group, count in groups.most_common(GROUPS_SHOWN)]
+    return ", ".join([*shown, "..."] if len(groups) > GROUPS_SHOWN else shown)
+
+
+def _prefix(pattern: list[str], depth: int) -> str:
+    return ".".join(pattern[:depth]) + (".*" if len(pattern) > depth else "")
+
+
+def _likely_cause(state: dict[str, Tensor], missing: set[str], unexpected: set[str]) -> str:
+    rows = {name: len(tensor) for name, tensor in state.items() if tensor.dim()}
+    if any("lora_" in name for name in unexpected):
+        return "it holds LoRA adapters; give the base weights here, or merge first"
+    if unexpected and {name.replace(".attn.", ".attn1.") for name in unexpected} == missing:
+        return "its attention layers are named attn, not attn1; another version of the code wrote it"
+    if any(map(COSYVOICE2_NAMES.search, unexpected)) or COSYVOICE2_ROWS.items() & rows.items():
+        return "it belongs to CosyVoice2; use CosyVoice-300M, -SFT or -Instruct"
+    if rows.get("text_embedding.weight") in TEXT_ROWS_25HZ:
+        return "it belongs to CosyVoice-300M-25Hz; use the 50 Hz CosyVoice-300M, -SFT or -Instruct"
+    if len(unexpected) == len(state):
+        return "it holds the weights of another part of the model"
+    return "the weights and cosyvoice.yaml come from different models, or the file is incomplete"

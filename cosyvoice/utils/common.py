@@ -1,0 +1,72 @@
+"""Padding, accuracy and the samplers that choose a speech token from log-probabilities."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IGNORE_ID = -1  # a target that no loss and no accuracy counts
+
+
+def pad_list(xs: Sequence[Tensor], pad_value: float) -> Tensor:
+    """Stack sequences of different lengths: a list of (T_i, ...) -> (B, max T_i, ...), filled with `pad_value`."""
+    return torch.nn.utils.rnn.pad_sequence(list(xs), batch_first=True, padding_value=pad_value)
+
+
+def th_accuracy(pad_outputs: Tensor, pad_targets: Tensor, ignore_label: int) -> Tensor:
+    """Share of targets that are the most probable class.
+
+    pad_outputs: (B * T, V) scores. pad_targets: (B, T). Returns a 0-d float tensor.
+    """
+    predicted = pad_outputs.view(*pad_targets.shape, -1).argmax(dim=-1)
+    counted = pad_targets != ignore_label
+    return (predicted[counted] == pad_targets[counted]).float().mean()
+
+
+def ras_sampling(
+    weighted_scores: Tensor,
+    decoded_tokens: Sequence[int],
+    sampling: int,
+    top_p: float = 0.8,
+    top_k: int = 25,
+    win_size: int = 10,
+    tau_r: float = 0.1,
+) -> int:
+    """Repetition-aware sampling (VALL-E 2, section 3.3): nucleus sampling with a way out of loops.
+
+    A nucleus draw that already makes up at least `tau_r` of the last `win_size` tokens is forbidden, and one draw
+    is made from all that remains.
+
+    weighted_scores: (V,) log-probabilities, left as they are. decoded_tokens: the tokens accepted so far.
+    sampling: part of every sampler's signature, without effect here.
+    """
+    token = nucleus_sampling(weighted_scores, top_p=top_p, top_k=top_k)
+    repetitions = list(decoded_tokens[-win_size:]).count(token)
+    if repetitions >= win_size * tau_r:
+        others = weighted_scores.clone()
+        others[token] = -torch.inf
+        token = random_sampling(others, decoded_tokens, sampling)
+    return token
+
+
+def nucleus_candidates(weighted_scores: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
+    """The most probable tokens, until their sum reaches `top_p` (the one that crosses it included) or `top_k` are taken.
+
+    Returns their probabilities (not renormalised), in falling order, and their ids, both (N,).
+    """
+    probabilities, ids = weighted_scores.softmax(dim=0).sort(descending=True, stable=True)
+    probabilities, ids = probabilities[:top_k], ids[:top_k]
+    mass_before = probabilities.cumsum(dim=0) - probabilities
+    taken = int((mass_before < top_p).sum())
+    return probabilities[:taken], ids[:taken]
+
+
+def nucleus_sampling(weighted_scores: Tensor, top_p: float = 0.8, top_k: int = 25) -> int:
+    """One draw among `nucleus_candidates` (Holtzman et al., 2020, section 3.1). weighted_scores: (V,)."""
+    probabilities, ids = nucleus_candidates(weighted_scores, top_p, top_k)
+    return int(ids[probabilities.multinomial(1, replacement=True)])
+
+
+def random_sampling(weighted_scores: Tensor, decoded_tokens: Sequence[int], sampling: int) -> int:
+    """One draw from the whole distribution. weighted_scores: (V,); the other two are the samplers' common signature."""
+    return int(weighted_scores.softmax(dim=0).multinomial(1, replacement=True))

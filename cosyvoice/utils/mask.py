@@ -1,0 +1,68 @@
+"""Boolean masks over time: True means "may be attended to", except in `make_pad_mask`, where it means padding."""
+
+import torch
+from torch import Tensor
+
+from cosyvoice.utils.errors import InputError
+
+
+def make_pad_mask(lengths: Tensor, max_len: int = 0) -> Tensor:
+    """True at the padded frames of a batch.
+
+    lengths: (B,) valid frames of each item. max_len: width of the mask, at least the longest length.
+    Returns (B, T) bool.
+    """
+    width = max(max_len, int(lengths.max()))
+    frames = torch.arange(width, device=lengths.device)
+    return frames >= lengths.unsqueeze(1)  # (T,) against (B, 1) -> (B, T)
+
+
+def subsequent_mask(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """(size, size) lower triangle: frame i sees itself and the frames before it."""
+    return subsequent_chunk_mask(size, 1, device=device)
+
+
+def subsequent_chunk_mask(
+    size: int, chunk_size: int, num_left_chunks: int = -1, device: torch.device | str = "cpu"
+) -> Tensor:
+    """(size, size): frame i sees every frame up to the end of its own chunk of `chunk_size` frames.
+
+    `num_left_chunks` is part of the public signature and has no effect there either: all earlier chunks stay visible.
+    """
+    frames = torch.arange(size, device=device)
+    chunk_end = (frames // chunk_size + 1) * chunk_size  # first frame that i may not see
+    return frames < chunk_end.unsqueeze(1)
+
+
+def add_optional_chunk_mask(
+    xs: Tensor,
+    masks: Tensor,
+    use_dynamic_chunk: bool,
+    use_dynamic_left_chunk: bool,
+    decoding_chunk_size: int,
+    static_chunk_size: int,
+    num_decoding_left_chunks: int,
+) -> Tensor:
+    """Combine a padding mask with the chunk mask that the settings ask for.
+
+    xs: (B, T, C), read for its length only. masks: (B, 1, T), True at valid frames.
+    Returns (B, 1, T) without chunks, else (B, T, T). A row that would see nothing sees everything, so that an empty item
+    gives finite numbers.
+    """
+    size = xs.size(1)
+    if use_dynamic_chunk:
+        if decoding_chunk_size == 0:
+            raise InputError("dynamic chunks of random size are not implemented: set use_dynamic_chunk to False")
+        chunk_size = size if decoding_chunk_size < 0 else decoding_chunk_size
+    else:
+        chunk_size = static_chunk_size
+    if chunk_size <= 0:
+        return masks
+    chunks = subsequent_chunk_mask(size, chunk_size, num_decoding_left_chunks, xs.device)
+    visible = masks & chunks  # (B, 1, T) & (T, T) -> (B, T, T)
+    return visible | ~visible.any(dim=-1, keepdim=True)
+
+
+def mask_to_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive form of a mask: 0 where it is True, -1e10 elsewhere. For float32 and bfloat16 (-1e10 overflows half)."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -1.0e10)

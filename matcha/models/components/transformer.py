@@ -1,0 +1,70 @@
+"""The transformer block of the velocity network: self-attention without positions, then a feed-forward layer.
+
+Parameter names and arithmetic are those of diffusers' `Attention` and `FeedForward` (a test compares them). The
+few lines are written here because importing any part of diffusers takes longer than importing torch itself.
+"""
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention ("Attention Is All You Need", 3.2); heads * head_dim may differ from dim."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        inner_dim = heads * head_dim
+        self.to_q = nn.Linear(dim, inner_dim, bias=False)
+        self.to_k = nn.Linear(dim, inner_dim, bias=False)
+        self.to_v = nn.Linear(dim, inner_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner_dim, dim), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, T, dim); mask, boolean and broadcast to (B, heads, T, T), is True where a key may be seen."""
+        query, key, value = (
+            rearrange(project(x), "b t (h d) -> b h t d", h=self.heads)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        out = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
+
+
+class GELU(nn.Module):
+    """A linear layer followed by the exact GELU."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim_in, dim_out)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    """dim -> 4 dim -> dim, per frame."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GELU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Pre-norm self-attention and feed-forward, each added to its input. (norm2 would belong to cross-attention.)"""
+
+    def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, num_attention_heads, attention_head_dim, dropout)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim, dropout)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T, dim) -> (B, T, dim); attention_mask as in `Attention.forward`."""
+        hidden_states = hidden_states + self.attn1(self.norm1(hidden_states), attention_mask)
+        return hidden_states + self.ff(self.norm3(hidden_states))

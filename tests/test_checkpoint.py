@@ -1,0 +1,149 @@
+"""Weights files: what is read, what is refused, and what a mismatch says."""
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny
+from parity import PARITY_DIR
+from torch import Tensor, nn
+
+from cosyvoice.utils.checkpoint import fingerprint_file, load_strict, read_state_dict
+from cosyvoice.utils.errors import InputError
+
+
+class Bomb:
+    """Creates a file when a pickle of it is loaded with code execution."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.mark),)
+
+
+def mismatch(module: nn.Module, state: dict[str, Tensor]) -> str:
+    with pytest.raises(InputError) as caught:
+        load_strict(module, state, "part.pt")
+    message = str(caught.value)
+    assert message.startswith("part.pt does not fit") and "\n" not in message and len(message) < 1500
+    return message
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_counters_are_dropped_and_tensors_kept(tmp_path: Path, as_zip: bool) -> None:
+    path = tmp_path / "llm.pt"
+    weight = torch.arange(6.0).reshape(2, 3)
+    torch.save({"epoch": 3, "step": 12000, "a.weight": weight}, path, _use_new_zipfile_serialization=as_zip)
+    state = read_state_dict(path)
+    assert state.keys() == {"a.weight"}
+    assert torch.equal(state["a.weight"], weight)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_code_is_refused_and_not_run(tmp_path: Path, as_zip: bool) -> None:
+    path, mark = tmp_path / "flow.pt", tmp_path / "ran"
+    torch.save({"a": torch.zeros(1), "b": Bomb(mark)}, path, _use_new_zipfile_serialization=as_zip)
+    with pytest.raises(InputError, match=r"flow\.pt is refused.*mkdir"):
+        read_state_dict(path)
+    assert not mark.exists()
+
+
+def test_a_bare_pickle_with_code_is_refused(tmp_path: Path) -> None:
+    path, mark = tmp_path / "hift.pt", tmp_path / "ran"
+    path.write_bytes(pickle.dumps(Bomb(mark), protocol=2))
+    with pytest.raises(InputError, match="hift.pt"):
+        read_state_dict(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_cut_files_are_damaged(tmp_path: Path, as_zip: bool, share: float) -> None:
+    path = tmp_path / "llm.pt"
+    torch.save({"a": torch.zeros(100)}, path, _use_new_zipfile_serialization=as_zip)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(InputError, match="damaged"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(1)], "list"),
+        (torch.zeros(1), "Tensor"),
+        ({}, "empty"),
+        ({"epoch": 1}, "empty"),
+        ({"a": torch.zeros(1), "b": "text"}, "b are not tensors"),
+        ({"state_dict": {"a": torch.zeros(1)}, "epoch": 3}, "training checkpoint"),
+    ],
+)
+def test_other_content_is_refused(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "llm.pt")
+    with pytest.raises(InputError, match=message):
+        read_state_dict(tmp_path / "llm.pt")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="llm.pt does not exist"):
+        read_state_dict(tmp_path / "llm.pt")
+
+
+def test_names_are_grouped_and_counted() -> None:
+    flow = tiny("flow")
+    state = flow.state_dict()
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("encoder.encoders.")}
+    gone = len(state) - len(kept)
+    message = mismatch(flow, {**kept, "strange.0.x": torch.zeros(1), "strange.1.x": torch.zeros(1)})
+    assert f"{gone} missing (encoder.encoders.*" in message
+    assert "2 unexpected (strange.*.x: 2)" in message
+
+
+def test_a_scalar_and_a_wrong_shape_are_shown() -> None:
+    message = mismatch(nn.Linear(3, 2), {"weight": torch.zeros(4, 3), "bias": torch.tensor(0.0)})
+    assert "2 of another shape (bias a scalar, not 2, weight 4x3, not 2x3)" in message
+
+
+def test_attention_naming_is_the_cause() -> None:
+    flow = tiny("flow")
+    renamed = {name.replace(".attn1.", ".attn."): tensor for name, tensor in flow.state_dict().items()}
+    assert "named attn, not attn1" in mismatch(flow, renamed)
+
+
+def test_cosyvoice2_is_the_cause() -> None:
+    llm, flow = tiny("llm"), tiny("flow")
+    assert "CosyVoice2" in mismatch(llm, {"llm.model.model.norm.weight": torch.zeros(2)})
+    ahead = {"encoder.pre_lookahead_layer.conv1.bias": torch.zeros(2)}
+    assert "CosyVoice2" in mismatch(flow, flow.state_dict() | ahead)
+    assert "CosyVoice2" in mismatch(
+        flow, flow.state_dict() | {"input_embedding.weight": torch.zeros(6561, 64)}
+    )
+
+
+def test_25hz_is_the_cause() -> None:
+    llm = tiny("llm")
+    state = llm.state_dict() | {"text_embedding.weight": torch.zeros(60515, 32)}
+    assert "25Hz" in mismatch(llm, state)
+
+
+def test_adapters_and_other_parts_are_the_cause() -> None:
+    flow = tiny("flow")
+    assert "LoRA" in mismatch(flow, flow.state_dict() | {"encoder_proj.lora_a": torch.zeros(1)})
+    assert "another part" in mismatch(flow, read_state_dict(PARITY_DIR / "tiny_hift.pt"))
+    assert "incomplete" in mismatch(flow, {"encoder_proj.bias": torch.zeros(80)})
+
+
+def test_a_refused_file_leaves_the_module_as_it_was() -> None:
+    module = nn.Linear(2, 2)
+    before = module.weight.detach().clone()
+    mismatch(module, {"weight": torch.zeros(2, 2)})
+    assert torch.equal(module.weight, before)
+
+
+def test_fingerprint_is_sha256(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"weights" * 1000)
+    assert fingerprint_file(tmp_path / "x") == hashlib.sha256(b"weights" * 1000).hexdigest()

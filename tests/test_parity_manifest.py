@@ -1,0 +1,47 @@
+"""Our 300M configuration has the state dict of CosyVoice-300M: same names, shapes and dtypes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny
+from parity import PARITY_DIR, table
+
+from cosyvoice.utils.checkpoint import load_strict, read_state_dict
+from cosyvoice.utils.model_yaml import load_model_yaml
+
+CONFIG = Path(__file__).parents[1] / "examples" / "libritts" / "cosyvoice" / "conf" / "cosyvoice.yaml"
+PARTS = ("llm", "flow", "hift")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_full_size_state_dict_is_that_of_the_manifest(part: str) -> None:
+    with torch.device("meta"):  # shapes without memory
+        module = load_model_yaml(CONFIG, parts=(part,))[part]
+    expected = table("manifest_cosyvoice_300m")[part]
+    state = module.state_dict()
+    found = {
+        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        for name, tensor in state.items()
+    }
+    assert found == expected["keys"]
+    assert sum(parameter.numel() for parameter in module.parameters()) == expected["num_parameters"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_recorded_weights_load_strictly(part: str) -> None:
+    recorded = read_state_dict(PARITY_DIR / f"tiny_{part}.pt")
+    loaded = tiny(part).state_dict()
+    assert loaded.keys() == recorded.keys()
+    assert all(torch.equal(loaded[name], recorded[name]) for name in recorded)
+
+
+@pytest.mark.parametrize("path", sorted(PARITY_DIR.glob("tiny_hift_legacy.pt")), ids=lambda path: path.stem)
+def test_older_vocoder_names_load_the_same_weights(path: Path) -> None:
+    vocoder = tiny("hift")
+    expected = {name: tensor.clone() for name, tensor in vocoder.state_dict().items()}
+    for parameter in vocoder.parameters():
+        torch.nn.init.zeros_(parameter)
+    load_strict(vocoder, read_state_dict(path), path.name)
+    loaded = vocoder.state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
