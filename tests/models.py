@@ -1,5 +1,8 @@
 """Small models with recorded weights."""
 
+import shutil
+from pathlib import Path
+
 from parity import PARITY_DIR
 from torch import nn
 
@@ -13,3 +16,11 @@ def tiny(part: str) -> nn.Module:
     weights = PARITY_DIR / f"tiny_{part}.pt"
     load_strict(module, read_state_dict(weights), weights.name)
     return module.eval()
+
+
+def tiny_model_dir(folder: Path) -> Path:
+    """Makes `folder` a model folder of these weights, without the .onnx files."""
+    shutil.copy(PARITY_DIR / "tiny.yaml", folder / "cosyvoice.yaml")
+    for part in ("llm", "flow", "hift"):
+        shutil.copy(PARITY_DIR / f"tiny_{part}.pt", folder / f"{part}.pt")
+    return folder

@@ -1,5 +1,7 @@
 """Attention stacks, masks, loss and samplers against the recorded numbers."""
 
+import re
+
 import pytest
 import torch
 from models import tiny
@@ -47,7 +49,7 @@ def test_parity_position_tables(recorded: dict) -> None:
     tables = {key: value for key, value in recorded.items() if key.startswith("pos/")}
     assert tables
     for key, expected in tables.items():
-        offset, size = (int(part.lstrip("offsetiz")) for part in key.removeprefix("pos/").split("_"))
+        offset, size = map(int, re.fullmatch(r"pos/offset(\d+)_size(\d+)", key).groups())
         ours = relative_positions(offset + size - 1, 1 - offset - size, expected.size(2))
         assert_close(ours.unsqueeze(0), expected, atol=5e-5)
 

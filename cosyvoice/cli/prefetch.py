@@ -1,6 +1,6 @@
 """Run a generator ahead of its consumer."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from queue import SimpleQueue
@@ -11,11 +11,11 @@ Item = TypeVar("Item")
 _END = object()
 
 
-def prefetch(items: Generator[Item]) -> Iterator[Item]:
+def prefetch(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
     """The same items, made by a thread while the consumer works on earlier ones.
 
-    An exception in `items` is raised here, after the items before it. Closing this generator stops the thread at
-    its next item and waits for it, so that no work goes on for a consumer who left.
+    An exception in `items` is raised here, after the items before it. Closing this generator stops the thread
+    at its next item and waits for it, so that no work goes on for a consumer who left.
     """
     queue: SimpleQueue = SimpleQueue()
     left = Event()

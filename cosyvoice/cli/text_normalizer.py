@@ -44,13 +44,16 @@ class TextNormalizer:
         """A normalised text in pieces that each hold something to speak; possibly none."""
         lang = "zh" if contains_chinese(text) else "en"
         pieces = split_paragraph(text, self.encode, lang, PIECE_MAX, PIECE_MIN, PIECE_MERGE)
-        return [part for piece in pieces if not is_only_punctuation(piece) for part in self._break_long(piece)]
+        spoken = [piece for piece in pieces if not is_only_punctuation(piece)]
+        return [part for piece in spoken for part in self._break_long(piece)]
 
     def _break_long(self, piece: str) -> list[str]:
-        def token_count(text: str) -> int:
-            return len(self.encode(text))
+        if self._token_count(piece) <= SENTENCE_MAX:
+            return [piece]
+        return break_long(piece, self._token_count, PIECE_MAX)
 
-        return [piece] if token_count(piece) <= SENTENCE_MAX else break_long(piece, token_count, PIECE_MAX)
+    def _token_count(self, text: str) -> int:
+        return len(self.encode(text))
 
     def _chinese(self, text: str) -> str:
         text = self._expand(text, "zh").replace("\n", "")
@@ -61,7 +64,7 @@ class TextNormalizer:
     def _english(self, text: str) -> str:
         text = self._expand(text, "en")
         has_digits = any(character.isdigit() for character in text)
-        return spell_out_number(text, self._inflect).strip() if has_digits else text
+        return spell_out_number(text, self._inflect) if has_digits else text
 
     def _expand(self, text: str, lang: str) -> str:
         """The text through wetext's grammar, where that is in use and can read it."""

@@ -1,6 +1,7 @@
 """The velocity network of the flow: a one-dimensional U-Net of convolutions and self-attention."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -20,9 +21,9 @@ from matcha.models.components.transformer import BasicTransformerBlock
 
 
 class Stage(nn.ModuleList):
-    """One level of the U-Net. Item 0 is the residual block, 1 the transformer blocks, 2 (if any) the change of rate.
+    """One level of the U-Net: a residual block, transformer blocks, a change of rate (none in the middle).
 
-    A list, because the checkpoints number the three.
+    A list, because the checkpoints number these three.
     """
 
     def forward(self, x: Tensor, mask: Tensor, time_emb: Tensor) -> Tensor:
@@ -42,52 +43,51 @@ class Stage(nn.ModuleList):
 class ConditionalDecoder(nn.Module):
     """Predicts the velocity of noisy mel frames from the frames, the time and the conditions.
 
-    Matcha-TTS (Mehta et al. 2024), section 3.2. Every level but the last of the way down halves the frame rate, and
-    the way up mirrors it; any number of frames from 1 on is fine. `in_channels` counts x, mu, speaker and condition
-    together. Group norms average over padding, so a padded batch is not the same computation as its single items.
+    Matcha-TTS (Mehta et al. 2024), section 3.2. Each level of the way down but the last halves the frame
+    rate, and the way up mirrors it; T may be odd, or 1. `in_channels` counts x, mu, speaker and condition.
+    Group norms average over padding, so a padded batch is not the same computation as its single items.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        channels: Sequence[int] = (256, 256),
-        dropout: float = 0.0,
-        attention_head_dim: int = 64,
-        n_blocks: int = 4,
-        num_mid_blocks: int = 12,
-        num_heads: int = 8,
-        act_fn: str = "gelu",
+        channels: Sequence[int],
+        dropout: float,
+        attention_head_dim: int,
+        n_blocks: int,
+        num_mid_blocks: int,
+        num_heads: int,
+        act_fn: str,
     ) -> None:
         super().__init__()
         if act_fn != "gelu":
             raise InputError(f"ConditionalDecoder: act_fn {act_fn!r} is not implemented; use 'gelu'")
         self.in_channels = in_channels
         time_embed_dim = 4 * channels[0]
+
+        def stage(dim: int, dim_out: int, *change_of_rate: nn.Module) -> Stage:
+            residual_block = ResnetBlock1D(dim, dim_out, time_embed_dim)
+            transformer_blocks = nn.ModuleList(
+                BasicTransformerBlock(dim_out, num_heads, attention_head_dim, dropout)
+                for _ in range(n_blocks)
+            )
+            return Stage([residual_block, transformer_blocks, *change_of_rate])
+
         self.time_embeddings = SinusoidalPosEmb(in_channels)
         self.time_mlp = TimestepEmbedding(in_channels, time_embed_dim)
-
-        def stage(dim: int, dim_out: int, *resample: nn.Module) -> Stage:
-            blocks = [
-                BasicTransformerBlock(dim_out, num_heads, attention_head_dim, dropout) for _ in range(n_blocks)
-            ]
-            return Stage([ResnetBlock1D(dim, dim_out, time_embed_dim), nn.ModuleList(blocks), *resample])
-
-        def same_rate(dim: int) -> nn.Module:
-            return nn.Conv1d(dim, dim, kernel_size=3, padding=1)
-
-        down_dims = list(zip([in_channels, *channels[:-1]], channels, strict=True))
-        up_dims = list(zip(reversed(channels), [*reversed(channels[:-1]), channels[0]], strict=True))
-        down_resample = [Downsample1D] * (len(channels) - 1) + [same_rate]
-        up_resample = [Upsample1D] * (len(channels) - 1) + [same_rate]
+        down_rates = [Downsample1D] * (len(channels) - 1) + [same_rate]
+        down_dims = pairwise([in_channels, *channels])
         self.down_blocks = nn.ModuleList(
-            stage(dim, dim_out, resample(dim_out))
-            for (dim, dim_out), resample in zip(down_dims, down_resample, strict=True)
+            stage(dim, dim_out, rate(dim_out))
+            for (dim, dim_out), rate in zip(down_dims, down_rates, strict=True)
         )
         self.mid_blocks = nn.ModuleList(stage(channels[-1], channels[-1]) for _ in range(num_mid_blocks))
+        up_rates = [Upsample1D] * (len(channels) - 1) + [same_rate]
+        up_dims = pairwise([*reversed(channels), channels[0]])
         self.up_blocks = nn.ModuleList(
-            stage(2 * dim, dim_out, resample(dim_out))  # 2: the skip connection beside what comes from below
-            for (dim, dim_out), resample in zip(up_dims, up_resample, strict=True)
+            stage(2 * dim, dim_out, rate(dim_out))  # twice: what comes from below, and the skip connection
+            for (dim, dim_out), rate in zip(up_dims, up_rates, strict=True)
         )
         self.final_block = Block1D(channels[0], channels[0])
         self.final_proj = nn.Conv1d(channels[0], out_channels, kernel_size=1)
@@ -104,22 +104,23 @@ class ConditionalDecoder(nn.Module):
     ) -> Tensor:
         """Velocity (B, out_channels, T) at x (B, M, T) and time t (B,), zero at padding.
 
-        mask (B, 1, T) is one at frames and zero at padding; mu (B, M, T) is the encoded text; spks (B, S) the speaker;
-        cond (B, M, T) the frames that are known. All but t have the dtype of the weights.
+        mask (B, 1, T) is one at frames and zero at padding; mu (B, M, T) holds the encoded tokens, spks (B, S)
+        the speaker, cond (B, M, T) the known frames. All but mask and t have the dtype of the weights.
         """
         mask = mask.to(x.dtype)
         time_emb = self.time_mlp(self.time_embeddings(t).to(x.dtype))  # (B, E)
         x = self._join(x, mu, spks, cond)
-        masks, skips = [], []
-        for stage in self.down_blocks:
-            masks.append(mask if not masks else masks[-1][:, :, ::2])
-            x = stage(x, masks[-1], time_emb)
+        masks = [mask[:, :, :: 2**level] for level in range(len(self.down_blocks))]
+        skips = []
+        for stage, stage_mask in zip(self.down_blocks, masks, strict=True):
+            x = stage(x, stage_mask, time_emb)
             skips.append(x)
-            x = stage.resample(x * masks[-1])
+            x = stage.resample(x * stage_mask)
         for stage in self.mid_blocks:
             x = stage(x, masks[-1], time_emb)
         for stage, stage_mask, skip in zip(self.up_blocks, reversed(masks), reversed(skips), strict=True):
-            x = torch.cat([x[:, :, : skip.shape[-1]], skip], dim=1)  # doubling an odd length leaves one frame over
+            # trimmed: an odd length, halved and doubled, is one frame longer
+            x = torch.cat([x[:, :, : skip.shape[-1]], skip], dim=1)
             x = stage(x, stage_mask, time_emb)
             x = stage.resample(x * stage_mask)
         return self.final_proj(self.final_block(x, mask)) * mask
@@ -133,3 +134,8 @@ class ConditionalDecoder(nn.Module):
         if cond is not None:
             inputs.append(cond)
         return torch.cat(inputs, dim=1)
+
+
+def same_rate(dim: int) -> nn.Conv1d:
+    """What the last level of each way has in place of a change of rate."""
+    return nn.Conv1d(dim, dim, kernel_size=3, padding=1)

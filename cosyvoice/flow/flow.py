@@ -18,8 +18,10 @@ MAX_PREFIX_SHARE = 0.3  # of the clip's frames
 
 
 class MaskedDiffWithXvec(nn.Module):
-    """CosyVoice (Du et al. 2024), section 2.4: tokens are encoded and stretched to mel frames, and a conditional flow
-    turns noise into the mel, given the speaker vector and a known stretch of mel at the start.
+    """Speech tokens to mel by conditional flow matching: CosyVoice (Du et al. 2024), section 2.3.
+
+    Tokens are encoded and stretched to mel frames; the flow then turns noise into the mel, given these
+    frames, the speaker vector, and the mel at the start where it is known (the prompt).
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class MaskedDiffWithXvec(nn.Module):
         if output_type != "mel":
             raise InputError(f"MaskedDiffWithXvec: output_type {output_type!r} is not implemented; use 'mel'")
         if not only_mask_loss:
-            raise InputError("MaskedDiffWithXvec: only_mask_loss False is not implemented; padding never counts")
+            raise InputError("MaskedDiffWithXvec: only_mask_loss False is not implemented; use True")
         self.input_frame_rate = input_frame_rate  # tokens a second
         self.input_embedding = nn.Embedding(vocab_size, input_size)
         self.spk_embed_affine_layer = nn.Linear(spk_embed_dim, output_size)
@@ -49,7 +51,7 @@ class MaskedDiffWithXvec(nn.Module):
         self.length_regulator = length_regulator
 
     def forward(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """The loss of a padded batch, with a random stretch of known mel at the start of about half the clips.
+        """The loss of a padded batch in which about half the clips start with a random stretch of known mel.
 
         Reads speech_token (B, N), speech_token_len (B,), speech_feat (B, T, 80), speech_feat_len (B,) and
         embedding (B, 192). The stretches are drawn from Python's `random`, the rest from torch.
@@ -68,9 +70,9 @@ class MaskedDiffWithXvec(nn.Module):
         embedding: Tensor,
         prefix_lengths: Sequence[int],
     ) -> Tensor:
-        """Mean squared velocity error over the valid mel cells, with the first prefix_lengths[i] frames of clip i known.
+        """Mean squared velocity error over the valid mel cells; of clip i prefix_lengths[i] frames are known.
 
-        token (B, N) and feat (B, T, 80) are padded, T = max(feat_len); embedding (B, 192) need not be normalised.
+        token (B, N) and feat (B, T, 80) are padded, T = max(feat_len); embedding (B, 192) is of any length.
         """
         mu, _ = self.length_regulator(self._encode(token, token_len), feat_len)  # (B, T, 80)
         frames = feat.shape[1]
@@ -94,13 +96,14 @@ class MaskedDiffWithXvec(nn.Module):
         prompt_feat: Tensor,
         prompt_feat_len: Tensor,
         embedding: Tensor,
-        flow_cache: Tensor,
+        flow_cache: Tensor | None,
         n_timesteps: int = 10,
     ) -> tuple[Tensor, Tensor]:
-        """The mel (1, 80, T) of one utterance in float32, prompt not included, and the cache for the next chunk.
+        """The float32 mel (1, 80, T) of one utterance without its prompt, and the cache for the next chunk.
 
-        token (1, N), prompt_token (1, P), prompt_feat (1, F, 80) with P = F = 0 for no prompt, embedding (1, 192),
-        flow_cache (1, 80, C, 2) with C = 0 for the first chunk. Raises InputError for no tokens or half a prompt.
+        token (1, N); prompt_token (1, P) and prompt_feat (1, F, 80), P = F = 0 for no prompt; embedding
+        (1, 192); flow_cache (1, 80, C, 2), None or C = 0 for the first chunk; n_timesteps Euler steps.
+        Raises InputError for no tokens, half a prompt, or more than one utterance.
         """
         self._check_inference_input(token, prompt_token, prompt_feat)
         prompt_frames = prompt_feat.shape[1]

@@ -27,11 +27,11 @@ class CFMParams:
 
     @classmethod
     def parse(cls, params: Any) -> "CFMParams":
-        """From a mapping (DictConfig, dict) or a namespace; raises InputError for what is missing or unknown."""
+        """From a mapping (DictConfig, dict) or a namespace; InputError for what is missing or unknown."""
         values = dict(params) if isinstance(params, Mapping) else vars(params)
         names = {field.name for field in fields(cls)}
         if set(values) != names:
-            raise InputError(f"ConditionalCFM: cfm_params needs exactly {sorted(names)}, not {sorted(values)}")
+            raise InputError(f"ConditionalCFM: cfm_params must be {sorted(names)}, not {sorted(values)}")
         parsed = cls(**values)
         if parsed.solver != "euler" or parsed.t_scheduler != "cosine":
             raise InputError(
@@ -51,22 +51,22 @@ class TrainingDraw:
 
 
 class ConditionalCFM(nn.Module):
-    """Mel spectrograms from noise along a learned velocity field (Lipman et al. 2023; Matcha-TTS, Mehta et al. 2024).
+    """Mel spectrograms from noise along a learned velocity field (Matcha-TTS, Mehta et al. 2024, section 3).
 
-    Guidance: "Classifier-Free Diffusion Guidance" (Ho and Salimans 2022); an unconditional item is one whose mu, speaker
-    and condition are all zero.
+    Guidance: "Classifier-Free Diffusion Guidance" (Ho and Salimans 2022). An unconditional item is one whose
+    mu, speaker and condition are all zero.
     """
 
     def __init__(
         self, in_channels: int, cfm_params: Any, n_spks: int, spk_emb_dim: int, estimator: nn.Module
     ) -> None:
         super().__init__()
-        if n_spks < 1:
-            raise InputError(f"ConditionalCFM: n_spks {n_spks} is not implemented; a speaker is always given (1)")
+        if n_spks != 1:
+            raise InputError(f"ConditionalCFM: n_spks {n_spks} is not implemented; use 1")
         if in_channels + spk_emb_dim != estimator.in_channels:
             raise InputError(
-                f"ConditionalCFM: in_channels {in_channels} + spk_emb_dim {spk_emb_dim} differ from the estimator's "
-                f"in_channels {estimator.in_channels}"
+                f"ConditionalCFM: in_channels {in_channels} + spk_emb_dim {spk_emb_dim} must be the "
+                f"estimator's in_channels, {estimator.in_channels}"
             )
         self.params = CFMParams.parse(cfm_params)
         self.estimator = estimator
@@ -74,7 +74,7 @@ class ConditionalCFM(nn.Module):
     def compute_loss(
         self, x1: Tensor, mask: Tensor, mu: Tensor, spks: Tensor | None = None, cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mean squared velocity error over the valid mel cells, and the noisy mel y (B, M, T) it was measured at.
+        """Mean squared velocity error over the valid mel cells, and the noisy mel y (B, M, T) it is taken at.
 
         x1 (B, M, T) is the mel, mask (B, 1, T) true at frames, mu (B, M, T), spks (B, S), cond (B, M, T).
         """
@@ -109,10 +109,10 @@ class ConditionalCFM(nn.Module):
         prompt_len: int = 0,
         cache: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Samples a mel (B, M, T) in float32, and returns the cache with which the next chunk of a stream begins.
+        """A mel (B, M, T) in float32, and the cache for the next chunk of a stream.
 
-        A cache (B, M, C, 2) holds noise and mu of the prompt_len prompt frames and of the last frames of the chunk
-        before; it replaces the first C frames of both, so that the frames which two chunks share start out equal.
+        A cache (B, M, C, 2) holds noise and mu of the first prompt_len frames and of the last frames of the
+        chunk before. It replaces the first C frames of both: frames that two chunks share start out equal.
         """
         z = self.draw_noise(mu) * temperature
         if cache is not None:
@@ -135,7 +135,7 @@ class ConditionalCFM(nn.Module):
     ) -> Tensor:
         """Integrates the guided velocity from x (B, M, T) over t_span (N + 1,).
 
-        The state stays in x's dtype, the network computes in mu's: in half precision small steps would get lost.
+        The state keeps x's dtype while the network computes in mu's: half precision would lose small steps.
         """
         w = self.params.inference_cfg_rate
         batch = x.shape[0]

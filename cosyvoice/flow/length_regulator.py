@@ -34,7 +34,7 @@ class InterpolateRegulator(nn.Module):
     def forward(self, x: Tensor, ylens: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, C) and mel lengths ylens (B,) -> (B, max(ylens), C), zero at padding, and ylens.
 
-        The whole padded x is stretched to the longest mel, so tokens and mel must be padded in the same proportion.
+        All of x, padding too, is stretched to the longest mel: tokens and mel must be padded in proportion.
         """
         frames = int(ylens.max())
         out = self.model(stretch(x, frames)).transpose(1, 2)  # (B, C, T) -> (B, T, C)
@@ -43,7 +43,10 @@ class InterpolateRegulator(nn.Module):
     def inference(
         self, x1: Tensor, x2: Tensor, mel_len1: int, mel_len2: int, input_frame_rate: int = TOKEN_RATE_HZ
     ) -> tuple[Tensor, int]:
-        """Prompt x1 (1, T1, C) becomes mel_len1 frames, target x2 (1, T2, C) mel_len2: (1, sum, C) and the sum."""
+        """Prompt x1 (1, T1, C) becomes mel_len1 frames, target x2 (1, T2, C) mel_len2 frames.
+
+        Returns both, one after the other, as (1, mel_len1 + mel_len2, C), and that number of frames.
+        """
         pieces = [stretch(x1, mel_len1)] if x1.shape[1] > 0 else []
         pieces += self._stretch_target(x2, mel_len2, input_frame_rate)
         out = self.model(torch.cat(pieces, dim=2)).transpose(1, 2)  # (1, C, T) -> (1, T, C)
@@ -51,7 +54,7 @@ class InterpolateRegulator(nn.Module):
 
     @staticmethod
     def _stretch_target(x: Tensor, frames: int, input_frame_rate: int) -> list[Tensor]:
-        """A long chunk in three pieces: tokens that chunks of a stream share then give the same frames in both."""
+        """A long chunk in three pieces, so that tokens which two chunks share give both the same frames."""
         if x.shape[1] <= 2 * OVERLAP_TOKENS:
             return [stretch(x, frames)]
         overlap_frames = mel_frames(OVERLAP_TOKENS, input_frame_rate)

@@ -16,8 +16,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from cosyvoice.hifigan.resblock import ResBlock
 from cosyvoice.hifigan.source import SourceModuleHnNSF
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frames import SAMPLE_RATE_HZ
 
-SAMPLING_RATE_HZ = 22050
 MAX_MAGNITUDE = 100.0  # of one spectral bin: exp() of an untrained head must not overflow
 
 
@@ -36,7 +36,7 @@ class HiFTGenerator(nn.Module):
         in_channels: int = 80,
         base_channels: int = 512,
         nb_harmonics: int = 8,
-        sampling_rate: int = SAMPLING_RATE_HZ,
+        sampling_rate: int = SAMPLE_RATE_HZ,
         nsf_alpha: float = 0.1,
         nsf_sigma: float = 0.003,
         nsf_voiced_threshold: float = 10,
@@ -52,9 +52,9 @@ class HiFTGenerator(nn.Module):
         f0_predictor: nn.Module,
     ) -> None:
         super().__init__()
-        if sampling_rate != SAMPLING_RATE_HZ:
+        if sampling_rate != SAMPLE_RATE_HZ:
             raise InputError(
-                f"hift: sampling_rate {sampling_rate} is not supported, only {SAMPLING_RATE_HZ}; "
+                f"hift: sampling_rate {sampling_rate} is not supported, only {SAMPLE_RATE_HZ}; "
                 "use a CosyVoice-300M folder (CosyVoice2 works at 24000 Hz)"
             )
         self.n_fft, self.hop = istft_params["n_fft"], istft_params["hop_len"]

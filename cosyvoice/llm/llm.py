@@ -65,7 +65,7 @@ class TransformerLM(nn.Module):
         """Cross entropy and accuracy of the next speech token, teacher-forced.
 
         batch: `text_token` (B, T) with `text_token_len` (B,), `speech_token` (B, S) with `speech_token_len` (B,) and
-        `embedding` (B, 192). Returns `loss` (nats, mean over all speech and end tokens of the batch) and `acc`, both 0-d.
+        `embedding` (B, 192). Returns `loss` (nats, mean over all speech and end tokens of the batch) and `acc`.
         """
         text, text_lengths = batch["text_token"].to(device), batch["text_token_len"].to(device)
         speech, speech_lengths = batch["speech_token"].to(device), batch["speech_token_len"].to(device)
@@ -121,8 +121,8 @@ class TransformerLM(nn.Module):
     ) -> Iterator[int]:
         """Yield speech tokens one by one until the end token, or until `max_token_text_ratio` per text token.
 
-        text: (1, T). prompt_text: (1, P), prompt_speech_token: (1, Q), both may be empty. embedding: (1, 192), or (0, 192)
-        for no speaker position at all. The end token is forbidden below `min_token_text_ratio` per text token.
+        text: (1, T). prompt_text: (1, P), prompt_speech_token: (1, Q), both may be empty. embedding: (1, 192), or
+        (0, 192) for no speaker position at all. The end token is forbidden below `min_token_text_ratio` per text token.
         Raises InputError for empty text.
         """
         if text.size(1) == 0:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from whisper.tokenizer import Tokenizer
 
 WHISPER_LANGUAGES = (99, 100)  # the second adds Cantonese: large-v3, and CosyVoice-300M
+WHISPER_TASKS = (None, "transcribe", "translate")
 
 
 def get_tokenizer(
@@ -26,10 +27,11 @@ def get_tokenizer(
     Folders of the 25 Hz models name this function for a vocabulary of their own (60510 ids), which is
     not implemented: anything but Whisper's multilingual vocabulary raises InputError.
     """
-    if not multilingual or num_languages not in WHISPER_LANGUAGES or task not in (None, "transcribe", "translate"):
+    known = multilingual and num_languages in WHISPER_LANGUAGES and task in WHISPER_TASKS
+    if not known:
         raise InputError(
-            f"no tokenizer for multilingual={multilingual}, num_languages={num_languages}, task={task!r}: only "
-            "Whisper's multilingual vocabulary is supported, so use a CosyVoice-300M (50 Hz) folder, not a 25 Hz one"
+            f"no tokenizer for {multilingual=}, {num_languages=}, {task=}; only "
+            "Whisper's multilingual one is supported: use a CosyVoice-300M folder, not a 25 Hz one"
         )
     import whisper.tokenizer  # 2.5 seconds: only where text is tokenised
 

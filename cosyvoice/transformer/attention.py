@@ -29,9 +29,9 @@ class AttentionCache:
 def relative_shift(scores: Tensor, num_keys: int) -> Tensor:
     """Turn scores by distance into scores by key, without a copy.
 
-    scores: (B, H, N, W); column c of every row stands for the distance T - 1 - c of the *last* query. Row i, which is
-    N - 1 - i frames earlier, therefore starts N - 1 - i columns later: in the flattened matrix the rows are windows of T
-    entries, W - 1 apart. Where W stops at distance 0, keys after the query read an unrelated entry and must be masked.
+    scores: (B, H, N, W); column c of every row stands for the distance T - 1 - c of the *last* query. Row i, which
+    is N - 1 - i frames earlier, therefore starts N - 1 - i columns later: in the flattened matrix the rows are windows
+    of T entries, W - 1 apart. Where W stops at distance 0, keys after the query read an unrelated entry and must be masked.
     Returns (B, H, N, T).
     """
     num_queries, width = scores.shape[-2:]

@@ -95,8 +95,8 @@ class BaseEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Encode a padded batch.
 
-        xs: (B, T, input_size). xs_lens: (B,). The chunk arguments belong to the public signature; with a static chunk size
-        they change nothing. Returns the output (B, T, output_size) and the mask of valid frames (B, 1, T).
+        xs: (B, T, input_size). xs_lens: (B,). The chunk arguments belong to the public signature; with a static chunk
+        size they change nothing. Returns the output (B, T, output_size) and the mask of valid frames (B, 1, T).
         """
         valid = ~make_pad_mask(xs_lens, xs.size(1)).unsqueeze(1)
         mask = add_optional_chunk_mask(
@@ -121,8 +121,8 @@ class BaseEncoder(nn.Module):
     def forward_chunk(self, xs: Tensor, cache: list[AttentionCache]) -> Tensor:
         """Encode the next N frames of one growing sequence causally, reusing all that `cache` holds.
 
-        xs: (1, N, input_size). The cache is extended. Returns (1, N, output_size), equal to the same frames of `forward`
-        over the whole sequence in a causal stack.
+        xs: (1, N, input_size). The cache is extended. Returns (1, N, output_size), equal to the same frames of
+        `forward` over the whole sequence in a causal stack.
         """
         new, total = xs.size(1), cache[0].length + xs.size(1)
         mask = None if new == 1 else subsequent_mask(total, xs.device)[None, total - new :]  # (1, N, T)

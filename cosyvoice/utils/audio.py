@@ -28,13 +28,14 @@ def read_wav(wav: str | Path | BinaryIO) -> tuple[Tensor, int]:
 
     Channels are averaged. Raises InputError where the file is missing, cannot be decoded or is empty.
     """
+    if isinstance(wav, str | Path) and not Path(wav).is_file():
+        raise InputError(f"{wav} does not exist")
     try:
         samples, rate = soundfile.read(wav, dtype="float32", always_2d=True)  # (samples, channels)
     except (soundfile.SoundFileError, OSError) as error:
-        reason = getattr(error, "error_string", None) or error
-        raise InputError(f"cannot read the audio {_name(wav)}: {reason}") from error
+        raise InputError(f"{_name(wav)} cannot be decoded as audio; convert it to wav") from error
     if not len(samples):
-        raise InputError(f"the audio {_name(wav)} is empty")
+        raise InputError(f"{_name(wav)} holds no samples")
     return torch.from_numpy(samples.mean(axis=1, dtype=np.float32))[None], rate
 
 

@@ -50,7 +50,7 @@ def ras_sampling(
 
 
 def nucleus_candidates(weighted_scores: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """The most probable tokens, until their sum reaches `top_p` (the one that crosses it included) or `top_k` are taken.
+    """The most probable tokens, until their sum reaches `top_p` (the crossing one included) or `top_k` are taken.
 
     Returns their probabilities (not renormalised), in falling order, and their ids, both (N,).
     """

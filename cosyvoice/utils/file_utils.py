@@ -1,5 +1,41 @@
-"""Upstream's import path of load_wav, which servers and notebooks use."""
+"""Files that appear whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from cosyvoice.utils.audio import load_wav
+from cosyvoice.utils.errors import InputError
 
-__all__ = ["load_wav"]
+__all__ = ["atomic_write", "load_wav", "save_tensors"]  # load_wav: the import path that servers and notebooks use
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; it replaces `path` when the block ends well, and is removed otherwise.
+
+    The suffix is kept, since writers choose a format by it. Raises InputError where the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another folder") from None
+
+
+def save_tensors(content: Any, path: Path) -> None:
+    """torch.save, whole or not at all; equal content gives equal bytes, whatever the file's name."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)

@@ -7,6 +7,7 @@ from typing import Any
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
 COMMAS = ",，、"
+DIGIT_MARKS = "⁰¹⁴-⁹₀-₉①-⑨⑴-⑼⒈-⒐⓪⓵-⓽⓿❶-❾➀-➈➊-➒"
 STOPS = {"zh": "。？！；：、.?!;", "en": ".?!;:"}  # where a paragraph may be cut
 FULL_STOP = {"zh": "。", "en": "."}
 CUTS = ("(?<=[,，、])", r"(?<=\s)", "")  # where a sentence that is far too long is cut, best place first
@@ -45,17 +46,15 @@ def spell_out_number(text: str, inflect_parser: Any) -> str:
     """Numbers in English words, by `inflect.engine()`.
 
     Each run of decimal digits is one number; a superscript two or three is a square or a cube, and other
-    characters that stand for a digit (circled ones, subscripts) are spelled one by one.
+    marks that stand for a digit (circled ones, subscripts) are spelled one by one.
     """
+
+    def one_by_one(marks: re.Match) -> str:
+        return " ".join(inflect_parser.number_to_words(unicodedata.digit(mark)) for mark in marks.group())
+
     text = re.sub(r"\d+", lambda digits: inflect_parser.number_to_words(digits.group()), text)
     text = text.replace("²", " squared").replace("³", " cubed")
-    # what is still a digit is no decimal one: the runs above are gone
-    spelled = [f" {_digit_word(mark, inflect_parser)} " if mark.isdigit() else mark for mark in text]
-    return "".join(spelled)
-
-
-def _digit_word(mark: str, inflect_parser: Any) -> str:
-    return inflect_parser.number_to_words(unicodedata.digit(mark))
+    return re.sub(f"[{DIGIT_MARKS}]+", one_by_one, text)
 
 
 def split_paragraph(
@@ -98,7 +97,7 @@ def split_paragraph(
 
 def _sentences(text: str, stops: str) -> list[str]:
     """Each stretch up to its first stop, with a closing quote behind it; repeated stops are dropped."""
-    sentence = re.compile(f"([^{stops}]+[{stops}])(?:[{stops}]*([\"”]))?")
+    sentence = re.compile(f'([^{stops}]+[{stops}])(?:[{stops}]*(["”]))?')
     return ["".join(match.groups(default="")) for match in sentence.finditer(text)]
 
 

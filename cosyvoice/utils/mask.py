@@ -46,13 +46,13 @@ def add_optional_chunk_mask(
     """Combine a padding mask with the chunk mask that the settings ask for.
 
     xs: (B, T, C), read for its length only. masks: (B, 1, T), True at valid frames.
-    Returns (B, 1, T) without chunks, else (B, T, T). A row that would see nothing sees everything, so that an empty item
-    gives finite numbers.
+    Returns (B, 1, T) without chunks, else (B, T, T). A row that would see nothing sees everything, so that an empty
+    item gives finite numbers.
     """
     size = xs.size(1)
     if use_dynamic_chunk:
         if decoding_chunk_size == 0:
-            raise InputError("dynamic chunks of random size are not implemented: set use_dynamic_chunk to False")
+            raise InputError("dynamic chunks of random size are not implemented; set use_dynamic_chunk to False")
         chunk_size = size if decoding_chunk_size < 0 else decoding_chunk_size
     else:
         chunk_size = static_chunk_size
@@ -64,5 +64,5 @@ def add_optional_chunk_mask(
 
 
 def mask_to_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The additive form of a mask: 0 where it is True, -1e10 elsewhere. For float32 and bfloat16 (-1e10 overflows half)."""
+    """The additive form of a mask: 0 where it is True, -1e10 elsewhere (which overflows half precision)."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -1.0e10)

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 
 NORM_GROUPS = 8
-TIME_SCALE = 1000.0  # flow time runs from 0 to 1; the embedding's wavelengths were made for diffusion steps 0..1000
+TIME_SCALE = 1000.0  # flow time runs from 0 to 1, but the wavelengths were made for diffusion steps 0..1000
 LONGEST_WAVELENGTH = 10_000.0
 
 
 class SinusoidalPosEmb(nn.Module):
-    """Sines, then cosines, of a number at geometrically spaced frequencies ("Attention Is All You Need", 3.5)."""
+    """Sines, then cosines, at geometrically spaced frequencies ("Attention Is All You Need", section 3.5)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B,) -> (B, dim) in float32, whatever the model computes in: half precision cannot tell 999 from 1000."""
+        """(B,) -> (B, dim) in float32, because half precision cannot tell step 999 from 1000."""
         half = self.dim // 2
         exponents = torch.arange(half, device=x.device, dtype=torch.float32) / (half - 1)
         angles = TIME_SCALE * x.float()[:, None] * LONGEST_WAVELENGTH**-exponents  # (B, dim / 2)
@@ -50,7 +50,10 @@ class Block1D(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (B, dim, T), mask (B, 1, T) of zeros and ones -> (B, dim_out, T). The norm averages over padding too."""
+        """x (B, dim, T), mask (B, 1, T) of zeros and ones -> (B, dim_out, T).
+
+        The norm averages over padding too.
+        """
         return self.block(x * mask) * mask
 
 

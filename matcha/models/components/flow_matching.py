@@ -1,7 +1,7 @@
-"""The mathematics of flow matching, free of any network: the probability path, the time grid and Euler's method.
+"""The mathematics of flow matching, free of any network: probability path, time grid and Euler's method.
 
-"Flow Matching for Generative Modeling" (Lipman et al. 2023), section 4.1, example II; the cosine grid is that of
-"Improved Denoising Diffusion Probabilistic Models" (Nichol and Dhariwal 2021) carried over to flow time.
+"Flow Matching for Generative Modeling" (Lipman et al. 2023), section 4.1, example II; the cosine grid is from
+CosyVoice (Du et al. 2024), section 2.3.
 """
 
 import math
@@ -23,7 +23,7 @@ def optimal_transport_path(x_1: Tensor, x_0: Tensor, t: Tensor, sigma_min: float
 
 
 def cosine_time_grid(n_timesteps: int, device: torch.device) -> Tensor:
-    """(n_timesteps + 1,) times from 0 to 1 in float32, dense near 0, where the velocity turns most."""
+    """(n_timesteps + 1,) times from 0 to 1 in float32, dense near 0: the start is the hard part."""
     t = torch.linspace(0, 1, n_timesteps + 1, device=device)
     return 1 - torch.cos(t * 0.5 * math.pi)
 

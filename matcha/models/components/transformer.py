@@ -1,7 +1,7 @@
 """The transformer block of the velocity network: self-attention without positions, then a feed-forward layer.
 
-Parameter names and arithmetic are those of diffusers' `Attention` and `FeedForward` (a test compares them). The
-few lines are written here because importing any part of diffusers takes longer than importing torch itself.
+Parameter names and arithmetic are those of diffusers' `Attention` and `FeedForward`; a test holds them to it.
+The few lines stand here because importing any part of diffusers takes as long as importing torch itself.
 """
 
 from einops import rearrange
@@ -55,9 +55,14 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Pre-norm self-attention and feed-forward, each added to its input. (norm2 would belong to cross-attention.)"""
+    """Pre-norm self-attention and feed-forward, each added to its input.
 
-    def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, dropout: float = 0.0) -> None:
+    The names skip norm2, which in diffusers belongs to cross-attention.
+    """
+
+    def __init__(
+        self, dim: int, num_attention_heads: int, attention_head_dim: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn1 = Attention(dim, num_attention_heads, attention_head_dim, dropout)

@@ -1,0 +1,37 @@
+# make test    run the tests
+# make demo    the whole job on examples/raw_audio: prepare, train, merge, speak
+# make bench   measure decoding
+# Each first makes .venv (make venv). PYTHON=python3.12 picks another interpreter for it.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+INSTALLED := .venv/installed
+
+.PHONY: venv test demo bench
+
+venv: $(INSTALLED)
+
+$(INSTALLED): requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements.txt -c constraints.txt
+	touch $@
+
+test: venv
+	$(PY) -m pytest
+
+FOLDERS := --model-dir demo/model --output-dir demo/output
+SENTENCE := This sentence is spoken without any reference audio.
+
+demo: venv
+	$(PY) tools/random_model.py --output demo/model --seed 1986
+	$(PY) prepare_joint_data.py --input-dir examples/raw_audio --model-dir demo/model --data-dir demo/data
+	$(PY) train_joint.py --mode joint --epochs 3 --data-dir demo/data $(FOLDERS)
+	$(PY) merge_joint_weights.py $(FOLDERS)
+	$(PY) inference_joint.py --text "$(SENTENCE)" --output demo/output/demo.wav $(FOLDERS)
+	@echo
+	@echo "The whole job ran, on a base model of random weights: what it speaks is noise."
+	@echo "For a voice, use CosyVoice-300M; README.md says where to get it."
+	@echo "$(CURDIR)/demo/output/demo.wav"
+
+bench: venv
+	$(PY) bench/decode.py

@@ -1,0 +1,219 @@
+"""From a recording and its text to one row of training data, or to the reason why there is none."""
+
+import hashlib
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from clip_files import SCHEMA, with_column
+from cosyvoice.cli.frontend import CosyVoiceFrontEnd
+from cosyvoice.utils.audio import PROMPT_RATE_HZ, read_wav, resample
+from cosyvoice.utils.checkpoint import fingerprint_file
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frames import TOKEN_RATE_HZ
+from cosyvoice.utils.frontend_utils import has_words
+from cosyvoice.utils.model_yaml import load_model_yaml
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # the first of a name counts
+TEXT_SUFFIXES = (".txt", ".normalized.txt")  # where both are there, the second counts
+FRONTEND_PARTS = ("sample_rate", "get_tokenizer", "feat_extractor", "allowed_special")
+MODEL_FILES = ("cosyvoice.yaml", "campplus.onnx", "speech_tokenizer_v1.onnx")
+MIN_SECONDS, MAX_SECONDS = 0.5, 30.0
+SILENCE_DBFS = -60.0  # a clip whose peak stays below is silent
+PAUSE_FRAME_SECONDS = 0.02
+PAUSE_DB = -40.0  # frames at this level below the loudest are pauses
+ROW_VERSION = "1"  # raise it when rows are made differently, so that old ones are made anew
+
+
+@dataclass
+class Recording:
+    """An audio file and its text; one of them may be missing."""
+
+    utt: str
+    audio: Path | None
+    text: Path | None
+
+
+@dataclass
+class Outcome:
+    """What became of a recording; what is not known stays None. It was kept where it has a row."""
+
+    utt: str
+    seconds: float | None = None
+    speech_tokens: int | None = None
+    text_tokens: int | None = None
+    characters_per_second: float | None = None  # of the text as written, without blanks
+    peak_dbfs: float | None = None
+    silence_share: float | None = None
+    reason: str = ""  # why it was left out
+    row: pa.Table | None = None  # one row of SCHEMA
+    reused: bool = False  # the row comes from an earlier run
+
+
+def find_recordings(folder: Path) -> list[Recording]:
+    """Recordings and texts of a folder, paired by name, in the order of the names.
+
+    Raises InputError where there is no recording, or none has a text.
+    """
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    audio: dict[str, Path] = {}
+    for path in (path for suffix in AUDIO_SUFFIXES for path in files if path.suffix.lower() == suffix):
+        audio[path.name if path.stem in audio else path.stem] = path  # the second of a name gets no text
+    texts: dict[str, Path] = {}
+    for suffix in TEXT_SUFFIXES:
+        texts |= {path.name[: -len(suffix)]: path for path in files if path.name.lower().endswith(suffix)}
+    texts = {utt: path for utt, path in texts.items() if not utt.lower().endswith(".normalized")}
+    if not audio:
+        raise InputError(f"{folder} holds no recording ({' '.join(AUDIO_SUFFIXES)}); put 001.wav and 001.txt there")
+    if not audio.keys() & texts.keys():
+        raise InputError(f"no recording in {folder} has a text; put 001.txt beside 001.wav")
+    return [Recording(utt, audio.get(utt), texts.get(utt)) for utt in sorted(audio.keys() | texts.keys())]
+
+
+class ClipMaker:
+    """Makes rows with the front end of a model folder, from several threads at once.
+
+    `known` holds rows of earlier runs by content hash. Raises InputError for a folder that does not serve.
+    """
+
+    def __init__(self, model_dir: Path, device: str, known: dict[str, pa.Table]) -> None:
+        parts = load_model_yaml(model_dir / "cosyvoice.yaml", parts=FRONTEND_PARTS)
+        self.sample_rate = parts["sample_rate"]
+        self.frontend = CosyVoiceFrontEnd(
+            parts["get_tokenizer"],
+            parts["feat_extractor"],
+            model_dir / "campplus.onnx",
+            model_dir / "speech_tokenizer_v1.onnx",
+            allowed_special=parts["allowed_special"],
+            sample_rate=self.sample_rate,
+            device=device,
+        )
+        self.frontend.encode("")  # what is wrong with the folder shows here, not clip by clip
+        self.frontend.speech_tokenizer.open()
+        self.frontend.speaker_encoder.open()
+        self.known = known
+        how = [ROW_VERSION, str(self.frontend.normalizer.wetext)]
+        self._made_with = " ".join(how + [fingerprint_file(model_dir / name) for name in MODEL_FILES]).encode()
+        self._text_lock = threading.Lock()  # nothing promises that the text grammars may be shared
+
+    def make(self, recording: Recording) -> Outcome:
+        """The recording's row, from an earlier run where nothing changed, or the reason why it has none."""
+        outcome = Outcome(recording.utt)
+        try:
+            if recording.audio is None or recording.text is None:
+                raise InputError("it has no recording" if recording.audio is None else "it has no text")
+            audio_data, text_data = recording.audio.read_bytes(), recording.text.read_bytes()
+            content_hash = self._hash(audio_data, text_data)
+            if content_hash in self.known:
+                _recall(outcome, self.known[content_hash], recording)
+            else:
+                origin = {"wav": str(recording.audio), "audio_data": audio_data, "content_hash": content_hash}
+                columns = self._columns(outcome, recording.audio, text_data)
+                outcome.row = pa.Table.from_pylist([origin | columns], SCHEMA)
+        except (InputError, OSError) as error:
+            outcome.reason = str(error)
+        return outcome
+
+    def _hash(self, audio_data: bytes, text_data: bytes) -> str:
+        digests = [hashlib.sha256(part).digest() for part in (self._made_with, audio_data, text_data)]
+        return hashlib.sha256(b"".join(digests)).hexdigest()
+
+    def _columns(self, outcome: Outcome, audio: Path, text_data: bytes) -> dict[str, Any]:
+        """What can be said of a clip; as much of it as is known goes into the outcome, too."""
+        wav, rate = read_wav(audio)
+        _measure(outcome, wav, rate)
+        text = _decode(text_data)
+        outcome.characters_per_second = _characters(text) / outcome.seconds
+        text_token = self._text_tokens(text)
+        outcome.text_tokens = len(text_token)
+        features = self._features(wav, rate)
+        outcome.speech_tokens = len(features["speech_token"])
+        _check_token_rate(outcome)
+        measures = {name: getattr(outcome, name) for name in ("utt", "seconds", "peak_dbfs", "silence_share")}
+        return {"text": text, "text_token": text_token, **features, **measures}
+
+    def _text_tokens(self, text: str) -> list[int]:
+        if not has_words(text):
+            raise InputError("the text holds nothing to speak" if text else "the text is empty")
+        with self._text_lock:
+            return self.frontend.encode(self.frontend.text_normalize(text, split=False))
+
+    def _features(self, wav: Tensor, rate: int) -> dict[str, Any]:
+        """wav: (1, samples)."""
+        wav = wav / wav.abs().max().clamp(min=1)  # decoders of lossy formats overshoot full scale
+        wav_16k = resample(wav, rate, PROMPT_RATE_HZ)
+        tokens = self.frontend.speech_tokenizer(wav_16k)[0]  # (N,)
+        vector = self.frontend.speaker_encoder(wav_16k)[0]  # (192,)
+        if not vector.isfinite().all() or not vector.any():
+            raise InputError("the speaker encoder gave no usable vector")
+        mel = self.frontend.feat_extractor(resample(wav, rate, self.sample_rate))[0].T  # (80, T) -> (T, 80)
+        return {
+            "utt_embedding": torch.nn.functional.normalize(vector, dim=0).numpy(),
+            "speech_token": tokens.numpy(),
+            "speech_feat": mel.flatten().numpy(),
+            "speech_feat_shape": list(mel.shape),
+        }
+
+
+def _recall(outcome: Outcome, row: pa.Table, recording: Recording) -> None:
+    """Take over a row of an earlier run, in which the files may have had other names."""
+    kept = row.drop_columns(["audio_data", "speech_feat"]).to_pylist()[0]
+    for name in ("seconds", "peak_dbfs", "silence_share"):
+        setattr(outcome, name, kept[name])
+    outcome.speech_tokens, outcome.text_tokens = len(kept["speech_token"]), len(kept["text_token"])
+    outcome.characters_per_second = _characters(kept["text"]) / kept["seconds"]
+    row = with_column(row, "utt", [recording.utt])
+    outcome.row, outcome.reused = with_column(row, "wav", [str(recording.audio)]), True
+
+
+def _measure(outcome: Outcome, wav: Tensor, rate: int) -> None:
+    """Duration and levels of a waveform (1, samples). Raises InputError where it is no use for training."""
+    if not wav.isfinite().all():
+        raise InputError("the audio holds samples that are not numbers")
+    outcome.seconds = wav.shape[1] / rate
+    outcome.peak_dbfs = _decibels(wav.abs().max())
+    if outcome.seconds < MIN_SECONDS:
+        raise InputError(f"the audio has {outcome.seconds:.2f} s; at least {MIN_SECONDS} s are needed")
+    if outcome.seconds > MAX_SECONDS:
+        raise InputError(f"the audio has {outcome.seconds:.1f} s; at most {MAX_SECONDS:.0f} s are possible")
+    outcome.silence_share = silence_share(wav, rate)
+    if _decibels((wav - wav.mean()).abs().max()) < SILENCE_DBFS:  # a constant is no sound
+        raise InputError("the audio is silent")
+
+
+def silence_share(wav: Tensor, rate: int) -> float:
+    """Share of the frames of 20 ms of (1, samples) that lie 40 dB or more below the loudest one."""
+    size = round(PAUSE_FRAME_SECONDS * rate)
+    power = wav[0].unfold(0, size, size).square().mean(dim=1)  # (frames,)
+    return (power <= power.max() * 10 ** (PAUSE_DB / 10)).float().mean().item()
+
+
+def _decibels(amplitude: Tensor) -> float:
+    """Relative to full scale; -120 for anything below."""
+    return 20 * amplitude.clamp(min=1e-6).log10().item()
+
+
+def _characters(text: str) -> int:
+    return len("".join(text.split()))
+
+
+def _decode(text_data: bytes) -> str:
+    """UTF-8 with or without a byte-order mark; lines become one."""
+    try:
+        return " ".join(text_data.decode("utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise InputError("the text is not UTF-8; save it in that encoding") from error
+
+
+def _check_token_rate(outcome: Outcome) -> None:
+    expected = outcome.seconds * TOKEN_RATE_HZ
+    if abs(outcome.speech_tokens - expected) > 0.1 * expected + 5:
+        raise InputError(
+            f"the speech tokenizer gave {outcome.speech_tokens} tokens for {outcome.seconds:.1f} s, not "
+            f"{TOKEN_RATE_HZ} a second; use speech_tokenizer_v1.onnx of CosyVoice-300M"
+        )

@@ -1,0 +1,180 @@
+"""The public API: a model folder in, speech out. Names and signatures are upstream's."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from cosyvoice.cli.frontend import CosyVoiceFrontEnd, Prompt
+from cosyvoice.cli.model import CosyVoiceModel
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.file_utils import save_tensors
+from cosyvoice.utils.frames import TOKEN_RATE_HZ
+from cosyvoice.utils.model_yaml import load_model_yaml
+
+FRONTEND_PARTS = ("sample_rate", "get_tokenizer", "feat_extractor", "allowed_special")
+MODEL_PARTS = ("llm", "flow", "hift")
+OTHER_MODELS = {"cosyvoice2.yaml": "CosyVoice2", "cosyvoice3.yaml": "CosyVoice3"}
+
+Speech = Iterator[dict[str, Tensor]]
+
+
+class CosyVoice:
+    """Speaks with a CosyVoice-300M, -SFT or -Instruct folder.
+
+    Every `inference_*` yields `{"tts_speech": (1, samples)}` with float32 samples in [-1, 1] on the CPU, at
+    `sample_rate` Hz: one for each sentence-sized piece of the text, or with `stream` one about every 2 seconds.
+    `speed` is 0.5 to 2 and not for streams. `text_frontend` False takes the text as it is. A prompt recording is
+    at most 30 s long. InputError says what the caller can mend.
+
+    Args:
+        model_dir: folder with cosyvoice.yaml, llm.pt, flow.pt, hift.pt, the two .onnx files, maybe spk2info.pt
+        load_jit, load_trt, trt_concurrent: upstream's accelerators, which are not supported here
+        fp16: keep the language model and the flow in half precision, on a GPU only
+        device: where to compute, e.g. "cpu"; by default a GPU where there is one
+        weights: files to load in place of the folder's own, by part: "llm", "flow", "hift"
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        load_jit: bool = False,
+        load_trt: bool = False,
+        fp16: bool = False,
+        trt_concurrent: int = 1,
+        device: str | None = None,
+        weights: Mapping[str, Path] | None = None,
+    ) -> None:
+        if load_jit or load_trt or trt_concurrent != 1:
+            raise InputError("load_jit, load_trt and trt_concurrent are not supported here; leave them out")
+        self.model_dir = Path(model_dir)
+        _check_folder(self.model_dir)
+        parts = load_model_yaml(self.model_dir / "cosyvoice.yaml", parts=FRONTEND_PARTS + MODEL_PARTS)
+        if parts["flow"].input_frame_rate != TOKEN_RATE_HZ:
+            raise InputError(f"{model_dir} is not a {TOKEN_RATE_HZ} Hz model; use CosyVoice-300M, -SFT or -Instruct")
+        self.sample_rate = parts["sample_rate"]
+        self.frontend = CosyVoiceFrontEnd(
+            parts["get_tokenizer"],
+            parts["feat_extractor"],
+            self.model_dir / "campplus.onnx",
+            self.model_dir / "speech_tokenizer_v1.onnx",
+            self.model_dir / "spk2info.pt",
+            parts["allowed_special"],
+            sample_rate=self.sample_rate,
+        )
+        self.model = CosyVoiceModel(*(parts[name] for name in MODEL_PARTS), fp16=fp16, device=device)
+        files = {name: self.model_dir / f"{name}.pt" for name in MODEL_PARTS} | dict(weights or {})
+        self.model.load(*(files[name] for name in MODEL_PARTS))
+
+    def list_available_spks(self) -> list[str]:
+        """Names of the stored voices."""
+        return list(self.frontend.spk2info)
+
+    def add_zero_shot_spk(self, prompt_text: str, prompt_wav: Prompt, zero_shot_spk_id: str) -> bool:
+        """Keep a prompt under a name, so that later calls need only `zero_shot_spk_id`. Returns True.
+
+        The name also serves `inference_sft`, which uses the speaker vector alone.
+        """
+        if not zero_shot_spk_id:
+            raise InputError("zero_shot_spk_id is empty; give the voice a name")
+        prompt_text = self.frontend.text_normalize(prompt_text, split=False)
+        voice = self.frontend.prompt_inputs(prompt_text, prompt_wav)
+        self.frontend.spk2info[zero_shot_spk_id] = voice | {"embedding": voice["flow_embedding"]}
+        return True
+
+    def save_spkinfo(self) -> None:
+        """Write the stored voices to the model folder's spk2info.pt."""
+        save_tensors(self.frontend.spk2info, self.model_dir / "spk2info.pt")
+
+    def inference_sft(
+        self,
+        tts_text: str,
+        spk_id: str,
+        stream: bool = False,
+        speed: float = 1.0,
+        text_frontend: bool = True,
+    ) -> Speech:
+        """Speak with a stored voice."""
+        inputs = partial(self.frontend.frontend_sft, spk_id=spk_id)
+        return self._speak(inputs, tts_text, text_frontend, stream, speed)
+
+    def inference_zero_shot(
+        self,
+        tts_text: str,
+        prompt_text: str,
+        prompt_wav: Prompt,
+        zero_shot_spk_id: str = "",
+        stream: bool = False,
+        speed: float = 1.0,
+        text_frontend: bool = True,
+    ) -> Speech:
+        """Speak in the voice and manner of a recording whose text is known, or of a stored prompt."""
+        inputs = partial(
+            self.frontend.frontend_zero_shot,
+            prompt_text=self.frontend.text_normalize(prompt_text, split=False, text_frontend=text_frontend),
+            prompt_wav=prompt_wav,
+            zero_shot_spk_id=zero_shot_spk_id,
+        )
+        return self._speak(inputs, tts_text, text_frontend, stream, speed)
+
+    def inference_cross_lingual(
+        self,
+        tts_text: str,
+        prompt_wav: Prompt,
+        zero_shot_spk_id: str = "",
+        stream: bool = False,
+        speed: float = 1.0,
+        text_frontend: bool = True,
+    ) -> Speech:
+        """Speak in the voice of a recording or of a stored prompt, in any language."""
+        inputs = partial(
+            self.frontend.frontend_cross_lingual, prompt_wav=prompt_wav, zero_shot_spk_id=zero_shot_spk_id
+        )
+        return self._speak(inputs, tts_text, text_frontend, stream, speed)
+
+    def inference_instruct(
+        self,
+        tts_text: str,
+        spk_id: str,
+        instruct_text: str,
+        stream: bool = False,
+        speed: float = 1.0,
+        text_frontend: bool = True,
+    ) -> Speech:
+        """Speak with a stored voice in the manner that `instruct_text` describes; for the -Instruct model."""
+        instruct_text = self.frontend.text_normalize(instruct_text, split=False, text_frontend=text_frontend)
+        inputs = partial(self.frontend.frontend_instruct, spk_id=spk_id, instruct_text=instruct_text)
+        return self._speak(inputs, tts_text, text_frontend, stream, speed)
+
+    def inference_vc(
+        self, source_wav: Prompt, prompt_wav: Prompt, stream: bool = False, speed: float = 1.0
+    ) -> Speech:
+        """Say what one recording says in the voice of another."""
+        inputs = self.frontend.frontend_vc(source_wav, prompt_wav)
+        yield from self.model.tts(**inputs, stream=stream, speed=speed)
+
+    def _speak(
+        self,
+        inputs: Callable[[str], dict[str, Tensor]],
+        tts_text: str,
+        text_frontend: bool,
+        stream: bool,
+        speed: float,
+    ) -> Speech:
+        pieces = self.frontend.text_normalize(tts_text, split=True, text_frontend=text_frontend)
+        if not pieces:
+            raise InputError(f"nothing to speak in the text {tts_text!r}; give it words or numbers")
+        for piece in pieces:
+            yield from self.model.tts(**inputs(piece), stream=stream, speed=speed)
+
+
+def _check_folder(model_dir: Path) -> None:
+    if not model_dir.is_dir():
+        raise InputError(
+            f"there is no model folder {model_dir}; download CosyVoice-300M from "
+            "https://huggingface.co/FunAudioLLM/CosyVoice-300M"
+        )
+    for file_name, model in OTHER_MODELS.items():
+        if (model_dir / file_name).exists():
+            raise InputError(f"{model_dir} is a {model} folder; use CosyVoice-300M, -SFT or -Instruct")

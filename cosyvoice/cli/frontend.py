@@ -1,0 +1,212 @@
+"""From text and prompt recordings to the tensors that the model speaks from."""
+
+import pickle
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from cosyvoice.cli.text_normalizer import TextNormalizer
+from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav, resample
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frames import SAMPLE_RATE_HZ
+from cosyvoice.utils.frontend_utils import has_words
+from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer, check_prompt
+
+Prompt = str | Path | BinaryIO | Tensor  # a recording, or (1, samples) at 16 kHz
+END_OF_INSTRUCTION = "<endofprompt>"  # as CosyVoice-300M-Instruct was trained; plain text to the tokenizer
+
+
+class CosyVoiceFrontEnd:
+    """Text and prompts to model inputs: CPU tensors by name, batch size 1, int32 lengths of shape (1,).
+
+    get_tokenizer and feat_extractor are the YAML's functions; campplus_model and speech_tokenizer_model are
+    ONNX files, opened at first use; spk2info is a file of stored voices that may be absent. normalizer is
+    "wetext" or None, see TextNormalizer. Prompt mels are computed at sample_rate Hz, the model's own. device,
+    "auto", "cpu" or "cuda", is where the ONNX networks run.
+    """
+
+    def __init__(
+        self,
+        get_tokenizer: Callable[[], Any],
+        feat_extractor: Callable[[Tensor], Tensor],
+        campplus_model: Path | str,
+        speech_tokenizer_model: Path | str,
+        spk2info: Path | str = "",
+        allowed_special: str | set[str] = "all",
+        *,
+        sample_rate: int = SAMPLE_RATE_HZ,
+        normalizer: str | None = "wetext",
+        device: str = "auto",
+    ) -> None:
+        self._get_tokenizer = get_tokenizer
+        self.feat_extractor = feat_extractor
+        self.speaker_encoder = SpeakerEncoder(campplus_model, device)
+        self.speech_tokenizer = SpeechTokenizer(speech_tokenizer_model, device)
+        self.spk2info = read_spk2info(Path(spk2info)) if spk2info else {}
+        self.allowed_special = allowed_special
+        self.sample_rate = sample_rate
+        self.normalizer = TextNormalizer(self.encode, normalizer)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self._get_tokenizer()
+
+    def encode(self, text: str) -> list[int]:
+        """Text token ids."""
+        return self.tokenizer.encode(text, allowed_special=self.allowed_special)
+
+    def text_normalize(self, text: str, split: bool = True, text_frontend: bool = True) -> list[str] | str:
+        """The text in words, in pieces of 60 to 80 tokens (split) or whole.
+
+        Text with special tokens (`<|...|>`), or with text_frontend off, stays as it is, in one piece. The
+        list is empty where there is nothing to speak.
+        """
+        if not text_frontend or not text or ("<|" in text and "|>" in text):
+            return [text] if split else text
+        text = self.normalizer.normalize(text)
+        return self.normalizer.split(text) if split else text
+
+    def frontend_sft(self, tts_text: str, spk_id: str) -> dict[str, Tensor]:
+        """A stored voice. Raises InputError where it is unknown, or the text empty."""
+        embedding = self._stored_voice(spk_id).get("embedding")
+        if embedding is None:
+            raise InputError(f"the voice {spk_id!r} is stored with its prompt; name it as zero_shot_spk_id")
+        return {**self._text_inputs(tts_text), "llm_embedding": embedding, "flow_embedding": embedding}
+
+    def frontend_zero_shot(
+        self,
+        tts_text: str,
+        prompt_text: str,
+        prompt_wav: Prompt,
+        resample_rate: int | None = None,
+        zero_shot_spk_id: str = "",
+    ) -> dict[str, Tensor]:
+        """A voice and its manner, given by a recording and its text, or stored as zero_shot_spk_id.
+
+        resample_rate overrides the rate of the prompt mel, in Hz.
+        """
+        text = self._text_inputs(tts_text)
+        if zero_shot_spk_id:
+            return {**self._stored_voice(zero_shot_spk_id), **text}
+        return {**self.prompt_inputs(prompt_text, prompt_wav, resample_rate), **text}
+
+    def frontend_cross_lingual(
+        self,
+        tts_text: str,
+        prompt_wav: Prompt,
+        resample_rate: int | None = None,
+        zero_shot_spk_id: str = "",
+    ) -> dict[str, Tensor]:
+        """As zero-shot, but the language model sees no prompt, so that the languages may differ."""
+        inputs = self.frontend_zero_shot(tts_text, "", prompt_wav, resample_rate, zero_shot_spk_id)
+        llm_prompt = ("prompt_text", "llm_prompt_speech_token")
+        return {name: value for name, value in inputs.items() if not name.startswith(llm_prompt)}
+
+    def frontend_instruct(self, tts_text: str, spk_id: str, instruct_text: str) -> dict[str, Tensor]:
+        """A stored voice that follows an instruction; the language model gets no speaker vector."""
+        inputs = self.frontend_sft(tts_text, spk_id)
+        del inputs["llm_embedding"]  # it would outweigh the instruction
+        if "endofprompt" not in instruct_text:
+            instruct_text += END_OF_INSTRUCTION
+        inputs["prompt_text"], inputs["prompt_text_len"] = self._extract_text_token(instruct_text)
+        return inputs
+
+    def frontend_vc(
+        self, source_speech_16k: Prompt, prompt_wav: Prompt, resample_rate: int | None = None
+    ) -> dict[str, Tensor]:
+        """What one recording says in the voice of another."""
+        tokens, token_len = self._extract_speech_token(source_speech_16k)
+        return {"source_speech_token": tokens, "source_speech_token_len": token_len} | self._flow_prompt(
+            prompt_wav, resample_rate
+        )
+
+    def prompt_inputs(
+        self, prompt_text: str, prompt_wav: Prompt, resample_rate: int | None = None
+    ) -> dict[str, Tensor]:
+        """All inputs of zero-shot but the text to speak: what is stored of a voice with its prompt."""
+        inputs = self._flow_prompt(prompt_wav, resample_rate)
+        text, text_len = self._extract_text_token(prompt_text)
+        return inputs | {
+            "prompt_text": text,
+            "prompt_text_len": text_len,
+            "llm_prompt_speech_token": inputs["flow_prompt_speech_token"],
+            "llm_prompt_speech_token_len": inputs["flow_prompt_speech_token_len"],
+            "llm_embedding": inputs["flow_embedding"],
+        }
+
+    def _flow_prompt(self, prompt_wav: Prompt, resample_rate: int | None) -> dict[str, Tensor]:
+        tokens, token_len = self._extract_speech_token(prompt_wav)
+        feat, feat_len = self._extract_speech_feat(prompt_wav, resample_rate)
+        return {
+            "flow_prompt_speech_token": tokens,
+            "flow_prompt_speech_token_len": token_len,
+            "prompt_speech_feat": feat,
+            "prompt_speech_feat_len": feat_len,
+            "flow_embedding": self._extract_spk_embedding(prompt_wav),
+        }
+
+    def _text_inputs(self, tts_text: str) -> dict[str, Tensor]:
+        if not has_words(tts_text):
+            raise InputError(f"nothing to speak in the text {tts_text!r}; give it words or numbers")
+        text, text_len = self._extract_text_token(tts_text)
+        return {"text": text, "text_len": text_len}
+
+    def _extract_text_token(self, text: str) -> tuple[Tensor, Tensor]:
+        """Token ids int32 (1, N) and their number (1,)."""
+        return _with_length(torch.tensor([self.encode(text)], dtype=torch.int32))
+
+    def _extract_speech_token(self, prompt_wav: Prompt) -> tuple[Tensor, Tensor]:
+        """Speech tokens int32 (1, N), 50 a second, and their number (1,)."""
+        return _with_length(self.speech_tokenizer(load_prompt(prompt_wav, PROMPT_RATE_HZ)))
+
+    def _extract_spk_embedding(self, prompt_wav: Prompt) -> Tensor:
+        """Speaker vector float32 (1, 192)."""
+        return self.speaker_encoder(load_prompt(prompt_wav, PROMPT_RATE_HZ))
+
+    def _extract_speech_feat(
+        self, prompt_wav: Prompt, resample_rate: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-mel (1, T, 80) at the model's sample rate, and its number of frames (1,)."""
+        wav = load_prompt(prompt_wav, resample_rate or self.sample_rate)
+        return _with_length(self.feat_extractor(wav).transpose(1, 2))  # (1, 80, T) -> (1, T, 80)
+
+    def _stored_voice(self, spk_id: str) -> dict[str, Tensor]:
+        if spk_id not in self.spk2info:
+            known = ", ".join(self.spk2info) or "none: this model folder has no spk2info.pt"
+            raise InputError(f"no stored voice {spk_id!r}; there are: {known}")
+        return self.spk2info[spk_id]
+
+
+def load_prompt(prompt_wav: Prompt, rate: int) -> Tensor:
+    """A prompt as mono float32 (1, samples) at rate Hz; tensors are taken to be at 16 kHz."""
+    if isinstance(prompt_wav, Tensor):
+        check_prompt(prompt_wav)
+        return resample(prompt_wav.float(), PROMPT_RATE_HZ, rate)
+    if not isinstance(prompt_wav, str | Path):
+        prompt_wav.seek(0)  # a stream is read once for every feature
+    return load_wav(prompt_wav, rate)
+
+
+def read_spk2info(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Stored voices by name, on the CPU; none where the file is absent.
+
+    Raises InputError where it is damaged, holds code, or holds no voices.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        voices = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise InputError(f"{path} is damaged or holds more than tensors; it was not loaded") from error
+    if not isinstance(voices, dict) or not all(isinstance(voice, dict) for voice in voices.values()):
+        raise InputError(f"{path} holds no voices by name; give the spk2info.pt of a model or of a merge")
+    return voices
+
+
+def _with_length(sequence: Tensor) -> tuple[Tensor, Tensor]:
+    """(1, N, ...) and N as int32 (1,)."""
+    return sequence, torch.tensor([sequence.shape[1]], dtype=torch.int32)

@@ -1,0 +1,244 @@
+"""The steps from parquet rows to padded batches, as the `data_pipeline` of cosyvoice.yaml chains them.
+
+Each step is a generator over what the step before yields: sample dicts up to `batch`, then lists of
+samples, then the padded dict. `mode` (train or dev) belongs to the common signature of the steps; none of
+these depends on it.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from cosyvoice.utils import audio
+from cosyvoice.utils.errors import InputError
+
+Sample = dict[str, Any]
+
+FRAMES_PER_SECOND = 100  # the frames of 10 ms that `filter` counts in
+ROWS_AT_ONCE = 64
+
+logger = logging.getLogger(__name__)
+
+
+def parquet_opener(data: Iterable[Sample], mode: str = "train") -> Iterator[Sample]:
+    """{'src': path of a parquet file} -> one sample a row, with the row's columns added.
+
+    Raises InputError for a file that cannot be read.
+    """
+    for sample in data:
+        try:
+            for rows in pyarrow.parquet.ParquetFile(sample["src"]).iter_batches(ROWS_AT_ONCE):
+                columns = [column.to_numpy(zero_copy_only=False) for column in rows.columns]
+                for values in zip(*columns, strict=True):
+                    yield {**sample, **dict(zip(rows.schema.names, values, strict=True))}
+        except (OSError, pyarrow.ArrowException) as error:
+            raise InputError(f"{sample['src']} is no readable parquet file: {error}; make it anew") from error
+
+
+def tokenize(
+    data: Iterable[Sample],
+    get_tokenizer: Callable[[], Any],
+    allowed_special: str | set[str],
+    mode: str = "train",
+) -> Iterator[Sample]:
+    """Adds `text_token`, the ids of `text`."""
+    tokenizer = get_tokenizer()
+    for sample in data:
+        yield {**sample, "text_token": tokenizer.encode(sample["text"], allowed_special=allowed_special)}
+
+
+def filter(
+    data: Iterable[Sample],
+    max_length: int = 10240,
+    min_length: int = 10,
+    token_max_length: int = 200,
+    token_min_length: int = 1,
+    min_output_input_ratio: float = 0.0005,
+    max_output_input_ratio: float = 1.0,
+    mode: str = "train",
+) -> Iterator[Sample]:
+    """Decodes `audio_data` to `speech` (1, samples) at `sample_rate` Hz, and drops what cannot teach.
+
+    Dropped are clips outside `min_length` to `max_length` (frames of 10 ms), texts outside
+    `token_min_length` to `token_max_length`, clips with fewer or more text tokens a frame than the two
+    ratios, clips without speech tokens, and audio that cannot be decoded (with a warning).
+    """
+    for sample in data:
+        try:
+            speech, sample_rate = audio.read_wav(BytesIO(sample.pop("audio_data")))
+        except InputError as error:
+            logger.warning("utterance %s is left out: %s", sample.get("utt"), error)
+            continue
+        frames = speech.size(1) / sample_rate * FRAMES_PER_SECOND
+        texts = len(sample["text_token"])
+        if (
+            min_length <= frames <= max_length
+            and token_min_length <= texts <= token_max_length
+            and min_output_input_ratio <= texts / frames <= max_output_input_ratio
+            and len(sample["speech_token"]) > 0
+        ):
+            yield {**sample, "speech": speech, "sample_rate": sample_rate}
+
+
+def resample(
+    data: Iterable[Sample], resample_rate: int = 22050, min_sample_rate: int = 16000, mode: str = "train"
+) -> Iterator[Sample]:
+    """`speech` at `resample_rate` Hz, its peak at most 1; drops clips of less than `min_sample_rate` Hz."""
+    for sample in data:
+        if sample["sample_rate"] < min_sample_rate:
+            continue
+        speech = audio.resample(sample["speech"], sample["sample_rate"], resample_rate)
+        speech = speech / speech.abs().max().clamp(min=1)
+        yield {**sample, "speech": speech, "sample_rate": resample_rate}
+
+
+def truncate(data: Iterable[Sample], truncate_length: int = 24576, mode: str = "train") -> Iterator[Sample]:
+    """A random window of `truncate_length` samples of `speech`; shorter clips get zeros at the end."""
+    for sample in data:
+        speech = sample["speech"]  # (1, samples)
+        spare = speech.size(1) - truncate_length
+        if spare > 0:
+            start = random.randint(0, spare)
+            speech = speech[:, start : start + truncate_length]
+        yield {**sample, "speech": F.pad(speech, (0, truncate_length - speech.size(1)))}
+
+
+def compute_fbank(
+    data: Iterable[Sample], feat_extractor: Callable[[Tensor], Tensor], mode: str = "train"
+) -> Iterator[Sample]:
+    """Adds `speech_feat` (T, M), the log-mel of `speech`."""
+    for sample in data:
+        mel = feat_extractor(sample["speech"])  # (1, M, T)
+        yield {**sample, "speech_feat": mel.squeeze(0).transpose(0, 1)}  # (1, M, T) -> (T, M)
+
+
+def parse_embedding(data: Iterable[Sample], normalize: bool, mode: str = "train") -> Iterator[Sample]:
+    """Turns `utt_embedding` and `spk_embedding` into float32 tensors (192,), of length 1 when `normalize`."""
+    for sample in data:
+        vectors = {
+            name: torch.tensor(sample[name], dtype=torch.float32)
+            for name in ("utt_embedding", "spk_embedding")
+        }
+        if normalize:
+            vectors = {name: F.normalize(vector, dim=0) for name, vector in vectors.items()}
+        yield {**sample, **vectors}
+
+
+def shuffle(data: Iterable[Sample], shuffle_size: int = 10000, mode: str = "train") -> Iterator[Sample]:
+    """Shuffles through a buffer of `shuffle_size` samples, with Python's global generator.
+
+    A full buffer gives half of its samples and keeps the rest, so that a sample may travel further than one
+    buffer.
+    """
+    buffer: list[Sample] = []
+    for sample in data:
+        buffer.append(sample)
+        if len(buffer) >= shuffle_size:
+            random.shuffle(buffer)
+            yield from buffer[: shuffle_size // 2]
+            buffer = buffer[shuffle_size // 2 :]
+    random.shuffle(buffer)
+    yield from buffer
+
+
+def sort(data: Iterable[Sample], sort_size: int = 500, mode: str = "train") -> Iterator[Sample]:
+    """Sorts runs of `sort_size` samples by mel length, so that a batch holds similar lengths."""
+    for buffer in _runs(data, sort_size):
+        yield from sorted(buffer, key=_frames)
+
+
+def batch(
+    data: Iterable[Sample],
+    batch_type: str = "static",
+    batch_size: int = 16,
+    max_frames_in_batch: int = 12000,
+    mode: str = "train",
+) -> Iterator[list[Sample]]:
+    """Lists of samples: `batch_size` of them (static), or what `max_frames_in_batch` admits (dynamic)."""
+    if batch_type == "static":
+        return _runs(data, batch_size)
+    if batch_type == "dynamic":
+        return _runs_of_frames(data, max_frames_in_batch)
+    raise InputError(f"batch_type {batch_type!r} is not known; use 'static' or 'dynamic'")
+
+
+def padding(
+    data: Iterable[list[Sample]], use_spk_embedding: bool, mode: str = "train", gan: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Lists of samples -> dicts of zero-padded tensors, the longest waveform first.
+
+    `utts`, `text`: lists (B). `text_token`, `speech_token` (B, L) int64, `speech_feat` (B, T, M), each with
+    its lengths `<name>_len` (B,) int32. `utt_embedding`, `spk_embedding` (B, 192); `embedding` is the
+    speaker's where `use_spk_embedding`, else the utterance's. `gan` adds `speech` (B, samples) and
+    `pitch_feat` (B, T).
+    """
+    for samples in data:
+        samples = sorted(samples, key=lambda sample: -sample["speech"].size(1))
+        padded: dict[str, Any] = {
+            "utts": [sample["utt"] for sample in samples],
+            "text": [sample.get("text") for sample in samples],
+            **_padded("text_token", _token_tensors(samples, "text_token")),
+            **_padded("speech_token", _token_tensors(samples, "speech_token")),
+            **_padded("speech_feat", [sample["speech_feat"] for sample in samples]),
+            "utt_embedding": torch.stack([sample["utt_embedding"] for sample in samples]),
+            "spk_embedding": torch.stack([sample["spk_embedding"] for sample in samples]),
+        }
+        if gan:
+            padded |= _padded("speech", [sample["speech"].squeeze(0) for sample in samples])
+            padded |= _padded("pitch_feat", [sample["pitch_feat"] for sample in samples])
+        padded["embedding"] = padded["spk_embedding" if use_spk_embedding else "utt_embedding"]
+        yield padded
+
+
+def _frames(sample: Sample) -> int:
+    return sample["speech_feat"].size(0)
+
+
+def _runs(data: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+    """Consecutive runs of `size` samples; the last may be shorter."""
+    run: list[Sample] = []
+    for sample in data:
+        run.append(sample)
+        if len(run) == size:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def _runs_of_frames(data: Iterable[Sample], max_frames: int) -> Iterator[list[Sample]]:
+    """Consecutive runs whose padded size, longest length times count, is at most `max_frames`.
+
+    A sample that is too long by itself makes a run of its own.
+    """
+    run: list[Sample] = []
+    longest = 0
+    for sample in data:
+        longest = max(longest, _frames(sample))
+        if run and longest * (len(run) + 1) > max_frames:
+            yield run
+            run, longest = [], _frames(sample)
+        run.append(sample)
+    if run:
+        yield run
+
+
+def _token_tensors(samples: list[Sample], name: str) -> list[Tensor]:
+    """Ids as int64, copied: Arrow's arrays are read-only."""
+    return [torch.from_numpy(np.array(sample[name], dtype=np.int64)) for sample in samples]
+
+
+def _padded(name: str, items: list[Tensor]) -> dict[str, Tensor]:
+    """{name: (B, L, ...), name_len: (B,) int32}"""
+    lengths = torch.tensor([len(item) for item in items], dtype=torch.int32)
+    return {name: pad_sequence(items, batch_first=True), f"{name}_len": lengths}

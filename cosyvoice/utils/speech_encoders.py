@@ -1,0 +1,111 @@
+"""The two ONNX networks of a model folder: speech to tokens, and speech to a speaker vector."""
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, kaldi_fbank, whisper_log_mel
+from cosyvoice.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+ONNX_THREADS = 1  # per call; several recordings are encoded by several Python threads
+MIN_SECONDS = 0.1  # shorter ones give the networks no frame to look at
+
+
+class SpeechEncoder:
+    """An ONNX network on speech of at most 30 seconds. The file is opened at the first call.
+
+    device: "cpu", "cuda", or "auto" for CUDA where onnxruntime has it.
+    """
+
+    def __init__(self, path: Path | str, device: str = "auto") -> None:
+        self.path = Path(path)
+        self.device = device
+        self._session: InferenceSession | None = None
+        self._opening = threading.Lock()
+
+    def open(self) -> "InferenceSession":
+        """The session, made once. Raises InputError where the file is missing or no ONNX model."""
+        with self._opening:
+            if self._session is None:
+                self._session = self._load()
+            return self._session
+
+    def _load(self) -> "InferenceSession":
+        if not self.path.is_file():
+            raise InputError(f"{self.path} does not exist; copy it from the CosyVoice-300M download")
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as failures
+
+        has_cuda = CUDA in onnxruntime.get_available_providers()
+        if self.device == "cuda" and not has_cuda:
+            raise InputError("onnxruntime has no CUDA here; install onnxruntime-gpu, or use the device cpu")
+        providers = [CPU] if self.device == "cpu" or not has_cuda else [CUDA, CPU]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = ONNX_THREADS
+        options.inter_op_num_threads = ONNX_THREADS
+        options.log_severity_level = 3  # errors only
+        try:
+            return onnxruntime.InferenceSession(str(self.path), options, providers=providers)
+        except (failures.InvalidProtobuf, failures.InvalidGraph, failures.Fail, failures.NoModel) as error:
+            raise InputError(f"{self.path} is no ONNX model or damaged; copy it again") from error
+
+    def run(self, *inputs: np.ndarray) -> Tensor:
+        """The first output for these inputs, in the order the file declares them.
+
+        Raises InputError where the file wants other inputs.
+        """
+        session = self.open()
+        from onnxruntime.capi import onnxruntime_pybind11_state as failures
+
+        names = [declared.name for declared in session.get_inputs()]
+        try:
+            output = session.run(None, dict(zip(names, inputs, strict=True)))[0]
+        except (ValueError, failures.InvalidArgument, failures.Fail, failures.RuntimeException) as error:
+            raise InputError(f"{self.path} takes other inputs; copy CosyVoice-300M's file again") from error
+        return torch.from_numpy(output)
+
+
+class SpeechTokenizer(SpeechEncoder):
+    """speech_tokenizer_v1.onnx: 50 tokens a second.
+
+    Inputs `feats` float32 (1, 128, T) Whisper log-mel at 100 frames a second, and `feats_length` int32 (1,);
+    output int32 (1, about T / 2).
+    """
+
+    def __call__(self, wav_16k: Tensor) -> Tensor:
+        """Tokens int32 (1, N) of (1, samples) at 16 kHz. Raises InputError where there are none."""
+        check_prompt(wav_16k)
+        feats = whisper_log_mel(wav_16k)  # (1, 128, T)
+        tokens = self.run(feats.numpy(), np.array([feats.shape[2]], dtype=np.int32))
+        tokens = tokens.reshape(1, -1).to(torch.int32)
+        if not tokens.shape[1]:
+            raise InputError("the speech tokenizer found no token in the audio")
+        return tokens
+
+
+class SpeakerEncoder(SpeechEncoder):
+    """campplus.onnx: input float32 (1, T, 80) Kaldi filterbank less its mean, output float32 (1, 192)."""
+
+    def __call__(self, wav_16k: Tensor) -> Tensor:
+        """The speaker vector float32 (1, 192), of any length, of (1, samples) at 16 kHz."""
+        check_prompt(wav_16k)
+        return self.run(kaldi_fbank(wav_16k)[None].numpy()).reshape(1, -1)
+
+
+def check_prompt(wav_16k: Tensor) -> None:
+    """Raises InputError for audio (1, samples) at 16 kHz that the networks cannot take."""
+    if wav_16k.dim() != 2 or wav_16k.shape[0] != 1:
+        raise InputError(f"prompt audio must have the shape (1, samples), not {tuple(wav_16k.shape)}")
+    seconds = wav_16k.shape[1] / PROMPT_RATE_HZ
+    if not MIN_SECONDS <= seconds <= MAX_PROMPT_SECONDS:
+        raise InputError(
+            f"prompt audio of {seconds:.2f} s; it may have {MIN_SECONDS} to {MAX_PROMPT_SECONDS} seconds"
+        )

@@ -1,0 +1,171 @@
+"""From the parquet files of `prepare_joint_data.py` to training batches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from cosyvoice.utils.common import pad_list
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frames import MEL_HOP_SAMPLES, SAMPLE_RATE_HZ, TOKEN_RATE_HZ, mel_frames
+
+COLUMNS = ["utt", "spk", "utt_embedding", "text_token", "speech_token", "speech_feat", "speech_feat_shape"]
+FEWEST_CLIPS_TO_SPLIT = 8  # below, every clip is trained on
+FEWEST_HELD_OUT = 2
+
+
+@dataclass
+class Clip:
+    """One prepared recording."""
+
+    utt: str
+    speaker: str
+    text_token: Tensor  # (L,) int64
+    speech_token: Tensor  # (N,) int64, 50 a second
+    mel: Tensor  # (T, 80) float32 natural log-mel, T = mel_frames(N) at most
+    embedding: Tensor  # (192,) float32, L2-normalised
+
+
+def load_clips(data_dir: Path) -> list[Clip]:
+    """All clips of a folder, in the order of their names.
+
+    Raises InputError where there is no parquet file, an unreadable one, or one that something else wrote.
+    """
+    files = sorted(data_dir.glob("*.parquet"))
+    if not files:
+        raise InputError(f"{data_dir} holds no parquet file; run prepare_joint_data.py first")
+    clips = [clip for file in files for clip in read_clips(file)]
+    if not clips:
+        raise InputError(f"the parquet files in {data_dir} hold no clip; run prepare_joint_data.py again")
+    return sorted(clips, key=lambda clip: clip.utt)
+
+
+def read_clips(file: Path) -> list[Clip]:
+    try:
+        table = pq.read_table(file, columns=COLUMNS, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{file} cannot be read ({reason}); delete it and run prepare_joint_data.py again") from None
+    missing = [name for name in COLUMNS if name not in table.column_names]
+    if missing:
+        raise InputError(f"{file} has no column {', '.join(missing)}; run prepare_joint_data.py to write it anew")
+    return [to_clip(row) for row in table.to_pylist()]
+
+
+def to_clip(row: dict) -> Clip:
+    """Tokens and mel are cut to their common duration, so that both always end together."""
+    mel = torch.tensor(row["speech_feat"], dtype=torch.float32).view(*row["speech_feat_shape"])
+    tokens = torch.tensor(row["speech_token"])
+    count = min(len(tokens), whole_tokens(len(mel)))
+    return Clip(
+        utt=row["utt"],
+        speaker=row["spk"],
+        text_token=torch.tensor(row["text_token"]),
+        speech_token=tokens[:count],
+        mel=mel[: mel_frames(count)],
+        embedding=torch.tensor(row["utt_embedding"], dtype=torch.float32),
+    )
+
+
+def whole_tokens(frames: int) -> int:
+    """Most speech tokens whose mel frames number at most `frames`: the inverse of `mel_frames`."""
+    return ((frames + 1) * TOKEN_RATE_HZ * MEL_HOP_SAMPLES - 1) // SAMPLE_RATE_HZ
+
+
+def speaker_name(clips: Sequence[Clip]) -> str:
+    """The one speaker of the clips. Raises InputError for several."""
+    names = sorted({clip.speaker for clip in clips})
+    if len(names) > 1:
+        raise InputError(f"the data holds several speakers ({', '.join(names[:5])}): prepare one at a time")
+    return names[0]
+
+
+def speaker_embedding(clips: Sequence[Clip]) -> Tensor:
+    """(192,): the mean of the clips' normalised vectors, normalised again."""
+    mean = torch.stack([clip.embedding for clip in clips]).mean(dim=0)
+    return torch.nn.functional.normalize(mean, dim=0)
+
+
+def split_clips(clips: Sequence[Clip], ratio: float, seed: int) -> tuple[list[Clip], list[Clip]]:
+    """Training and held-out clips, chosen at random. Nothing is held out of fewer than 8 clips, or at ratio 0."""
+    if ratio == 0 or len(clips) < FEWEST_CLIPS_TO_SPLIT:
+        return list(clips), []
+    count = max(FEWEST_HELD_OUT, round(ratio * len(clips)))
+    held_out = set(np.random.default_rng(seed).permutation(len(clips))[:count].tolist())
+    train = [clip for i, clip in enumerate(clips) if i not in held_out]
+    return train, [clips[i] for i in sorted(held_out)]
+
+
+class EpochOrder(Sampler[int]):
+    """A shuffle that depends on seed and epoch alone, so that a resumed run meets the clips in the same order.
+
+    The trainer calls `set_epoch`. `skip` leaves out the first clips of the next pass, which an interrupted run had
+    already seen.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+        self.skip = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size).tolist()
+        skip, self.skip = self.skip, 0
+        yield from order[skip:]
+
+
+def collate(clips: list[Clip]) -> dict[str, Tensor]:
+    """A padded batch, named as the models' `forward` expects. embedding: (B, 192), each clip's own."""
+
+    def padded(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return pad_list(sequences, 0), torch.tensor([len(sequence) for sequence in sequences])
+
+    text, text_lengths = padded([clip.text_token for clip in clips])
+    speech, speech_lengths = padded([clip.speech_token for clip in clips])
+    mel, mel_lengths = padded([clip.mel for clip in clips])
+    return {
+        "text_token": text,  # (B, L)
+        "text_token_len": text_lengths,
+        "speech_token": speech,  # (B, N)
+        "speech_token_len": speech_lengths,
+        "speech_feat": mel,  # (B, T, 80)
+        "speech_feat_len": mel_lengths,
+        "embedding": torch.stack([clip.embedding for clip in clips]),
+    }
+
+
+def crop_windows(batch: dict[str, Tensor], max_frames: int) -> dict[str, Tensor]:
+    """Cut tokens and mel of every clip together, at a random place, to windows of one common length.
+
+    The length is `max_frames` or the shortest clip's: equal windows need no padding, which would change the flow's
+    group norms. Draws from torch's generator.
+    """
+    shortest = int(batch["speech_token_len"].min())
+    count = max(1, min(whole_tokens(max_frames), shortest))
+    frames = mel_frames(count)
+    tokens, mels = [], []
+    for i, length in enumerate(batch["speech_token_len"].tolist()):
+        start = int(torch.randint(0, length - count + 1, ()))
+        first = mel_frames(start)
+        tokens.append(batch["speech_token"][i, start : start + count])
+        mels.append(batch["speech_feat"][i, first : first + frames])
+    device = batch["speech_token"].device
+    return {
+        "speech_token": torch.stack(tokens),
+        "speech_token_len": torch.full((len(tokens),), count, device=device),
+        "speech_feat": torch.stack(mels),
+        "speech_feat_len": torch.full((len(tokens),), frames, device=device),
+    }

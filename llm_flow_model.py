@@ -1,0 +1,254 @@
+"""The joint model: LoRA adapters in LLM and Flow, their losses, and when each of the two has learned enough."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from cosyvoice.flow.flow import MAX_PREFIX_SHARE
+from cosyvoice.utils.errors import InputError
+from dataset import crop_windows
+from lora import adapter_state, adapters, inject, load_adapters
+from utils import seed_all
+from voice import CHECKPOINT_KEY
+
+VALIDATION = 1_000_003  # keeps the draws of validation apart from those of every training epoch
+HALF_TYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
+
+@dataclass
+class PartProgress:
+    """How far the training of one part has come. `best` holds the adapters of the best epoch."""
+
+    best_loss: float = math.inf
+    best_epoch: int = 0
+    epochs_without_gain: int = 0
+    stopped: str = ""  # why, once it has
+    loss_sum: float = 0.0  # over the clips of the epoch so far
+    clips: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)  # one entry an epoch
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+
+def trainable_share(module: nn.Module) -> tuple[int, float]:
+    """Trainable parameters and their share of all."""
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return trainable, trainable / sum(p.numel() for p in module.parameters())
+
+
+class JointModel(pl.LightningModule):
+    """Trains the adapters of `llm`, `flow` or both; every base weight stays frozen and its dropout off.
+
+    All random draws of a batch follow from (seed, epoch, batch), so a resumed run repeats an uninterrupted one.
+    Checkpoints hold adapters only, and what `voice_state` adds.
+    """
+
+    strict_loading = False  # base weights are not in our checkpoints; `on_load_checkpoint` checks the names instead
+
+    def __init__(
+        self, parts: dict[str, nn.Module], config: dict[str, Any], seed: int, embedding: Tensor, origin: dict[str, Any]
+    ) -> None:
+        """parts: `llm` and/or `flow`. embedding: (192,), the speaker vector of training and inference.
+
+        origin: what checkpoints shall tell of where they come from (mode, speaker, base and data fingerprints).
+        """
+        super().__init__()
+        self.config, self.seed, self.origin = config, seed, origin
+        self.parts = nn.ModuleDict(parts)
+        self.batches_done = 0  # of the current epoch, where a checkpoint is written inside one
+        self.register_buffer("speaker_embedding", embedding, persistent=False)
+        self.progress = {name: PartProgress() for name in parts}
+        for name, part in parts.items():
+            lora = config[f"{name}_lora"]
+            inject(part, lora["target_modules"], lora["lora_r"], lora["lora_alpha"], lora["lora_dropout"])
+
+    def train(self, mode: bool = True) -> "JointModel":
+        """Only the adapters' dropout is ever on."""
+        super().train(False)
+        self.training = mode
+        for name in self.active() if mode else ():
+            for layer in adapters(self.parts[name]):
+                layer.dropout.train()
+        return self
+
+    def keep_base_in(self, dtype: torch.dtype) -> None:
+        """Keep the frozen weights of linear, convolution and embedding layers in a smaller type; adapters stay."""
+        for layer in self.parts.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d, nn.Embedding)):
+                for name in ("weight", "bias"):
+                    parameter = getattr(layer, name, None)
+                    if parameter is not None:
+                        parameter.data = parameter.data.to(dtype)
+
+    def active(self) -> list[str]:
+        """The parts that still train."""
+        return [name for name, progress in self.progress.items() if not progress.stopped]
+
+    @property
+    def epoch_number(self) -> int:
+        """The current epoch, counted from 1."""
+        return self.current_epoch + 1
+
+    # Losses
+
+    def losses(self, batch: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        """The unweighted losses of the named parts, and the LLM's accuracy, all 0-d."""
+        embedding = self.training_embeddings(len(batch["text_token"]))
+        result = {}
+        if "llm" in names:
+            output = self.parts["llm"](batch | {"embedding": embedding}, self.device)
+            result |= {"llm_loss": output["loss"], "llm_acc": output["acc"]}
+        if "flow" in names:
+            result["flow_loss"] = self.flow_loss(batch, embedding)
+        return result
+
+    def training_embeddings(self, size: int) -> Tensor:
+        """(B, 192): the speaker's vector, or zeros for a small share of the clips while training."""
+        kept = torch.rand(size, 1) >= (self.config["zero_embedding_ratio"] if self.training else 0.0)
+        return self.speaker_embedding.expand(size, -1) * kept.to(self.device)
+
+    def flow_loss(self, batch: dict[str, Tensor], embedding: Tensor) -> Tensor:
+        window = crop_windows(batch, self.config["max_feat_len"])
+        frames = window["speech_feat"].size(1)
+        prompted = torch.rand(len(embedding)) < self.config["flow_prompt_ratio"]
+        longest = int(MAX_PREFIX_SHARE * frames)
+        prefixes = [int(torch.randint(0, longest + 1, ())) if given else 0 for given in prompted]
+        return self.parts["flow"].loss(
+            window["speech_token"],
+            window["speech_token_len"],
+            window["speech_feat"],
+            window["speech_feat_len"],
+            embedding,
+            prefixes,
+        )
+
+    # Steps
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        seed_all(self.seed, self.current_epoch, batch_idx)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        clips = len(batch["text_token"])
+        losses = self.losses(batch, self.active())
+        total = sum(self.config[f"{name}_loss_weight"] * losses[f"{name}_loss"] for name in self.active())
+        for name in self.active():
+            self.add_to_mean(name, losses[f"{name}_loss"].item(), clips)
+        self.log_dict(losses, on_step=True, on_epoch=True, batch_size=clips)
+        self.log("train_loss", total, on_step=True, on_epoch=True, prog_bar=True, batch_size=clips)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=clips)
+        return total * self.group_correction(batch_idx)
+
+    def add_to_mean(self, name: str, loss: float, clips: int) -> None:
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the {name} loss became {loss} in epoch {self.epoch_number}: training stopped, the last good "
+                "checkpoint is kept; lower --lr, or use --set precision=32-true"
+            )
+        self.progress[name].loss_sum += loss * clips
+        self.progress[name].clips += clips
+
+    def group_correction(self, batch_idx: int) -> float:
+        """The trainer divides by a whole group even where an epoch's last group is smaller; undo that."""
+        size = self.config["accumulate_grad_batches"]
+        batches = self.trainer.num_training_batches
+        return size / min(size, batches - batch_idx // size * size)
+
+    def on_validation_start(self) -> None:
+        self.validation_sums = dict.fromkeys(self.active(), 0.0)
+        self.validation_clips = 0
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """The same draws in every epoch, so that epochs can be compared."""
+        seed_all(self.seed, VALIDATION, batch_idx)
+        clips = len(batch["text_token"])
+        losses = self.losses(batch, self.active())
+        for name in self.active():
+            self.validation_sums[name] += losses[f"{name}_loss"].item() * clips
+        self.validation_clips += clips
+        self.log_dict({f"val_{key}": value for key, value in losses.items()}, batch_size=clips)
+
+    def on_train_epoch_end(self) -> None:
+        """Judge every part by its held-out loss (by its training loss where nothing is held out)."""
+        for name in self.active():
+            progress = self.progress[name]
+            entry = {"epoch": self.epoch_number, "train": progress.loss_sum / progress.clips}
+            if self.trainer.num_val_batches and sum(self.trainer.num_val_batches):
+                entry["val"] = self.validation_sums[name] / self.validation_clips
+            progress.history.append(entry)
+            progress.loss_sum, progress.clips = 0.0, 0
+            self.judge(name, entry)
+        if not self.active():
+            self.trainer.should_stop = True
+
+    def judge(self, name: str, entry: dict[str, float]) -> None:
+        progress = self.progress[name]
+        loss = entry.get("val", entry["train"])
+        if loss < progress.best_loss:
+            progress.best_loss, progress.best_epoch, progress.epochs_without_gain = loss, entry["epoch"], 0
+            progress.best = adapter_state(self.parts[name])
+        else:
+            progress.epochs_without_gain += 1
+        threshold = self.config[f"{name}_loss_threshold"]
+        patience = self.config["early_stopping_patience"]
+        if entry["train"] <= threshold:
+            self.stop(name, f"its training loss {entry['train']:.3f} reached the threshold {threshold:g}")
+        elif progress.epochs_without_gain >= patience:
+            self.stop(name, f"no better loss for {patience} epochs")
+
+    def stop(self, name: str, reason: str) -> None:
+        """Freeze one part where it is; the other goes on."""
+        self.progress[name].stopped = reason
+        self.parts[name].requires_grad_(False)
+
+    def combined_loss(self) -> float:
+        """The weighted sum of every part's last judged loss; it ranks checkpoints."""
+        last = {name: progress.history[-1] for name, progress in self.progress.items()}
+        weights = {name: self.config[f"{name}_loss_weight"] for name in last}
+        return sum(weights[name] * entry.get("val", entry["train"]) for name, entry in last.items())
+
+    # Optimiser
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=self.config["learning_rate"], weight_decay=self.config["weight_decay"]
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = round(self.config["warmup_ratio"] * total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, warmup, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = adapter_state(self)
+        checkpoint[CHECKPOINT_KEY] = self.voice_state()
+
+    def voice_state(self) -> dict[str, Any]:
+        """What a voice needs beside the adapters, in plain types and tensors."""
+        return {
+            **self.origin,
+            "config": self.config,
+            "seed": self.seed,
+            "embedding": self.speaker_embedding.cpu().clone(),
+            "epochs": max(len(progress.history) for progress in self.progress.values()),
+            "batches_done": self.batches_done,
+            "progress": {name: dict(vars(progress)) for name, progress in self.progress.items()},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        load_adapters(self, checkpoint["state_dict"])
+        for name, state in checkpoint[CHECKPOINT_KEY]["progress"].items():
+            self.progress[name] = PartProgress(**state)
+            if self.progress[name].stopped:
+                self.parts[name].requires_grad_(False)
+
+
+def learning_rate_factor(step: int, warmup: int, total: int) -> float:
+    """Linear rise over `warmup` steps, then half a cosine down to zero at `total`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))

@@ -1,0 +1,90 @@
+"""Low-rank adaptation (Hu et al., 2021): small trainable updates beside frozen linear layers."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosyvoice.utils.errors import InputError
+
+ADAPTER_NAMES = ("lora_A", "lora_B")
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer with a trainable low-rank update: y = W x + b + (alpha / rank) B A x.
+
+    `weight` and `bias` keep their names, so base checkpoints still load. B starts at zero: training starts exactly at
+    the base model. A and B stay in float32 whatever the base is kept in.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the weights a second time
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.scale = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear starts
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
+        return F.linear(x, self.weight, self.bias) + self.scale * update
+
+
+def inject(module: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float) -> list[str]:
+    """Freeze `module` and put adapters beside every linear layer whose last name is among `targets`.
+
+    A target may span several names (`to_out.0`). Returns the names of the adapted layers; raises InputError for a
+    target that no layer carries.
+    """
+    module.requires_grad_(False)
+    endings = {target: f".{target}" for target in targets}
+    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    unused = [target for target, ending in endings.items() if not any(f".{name}".endswith(ending) for name in linear)]
+    if unused:
+        raise InputError(f"target_modules: no linear layer is named {', '.join(unused)}; remove them from the settings")
+    adapted = [name for name in linear if f".{name}".endswith(tuple(endings.values()))]
+    for name in adapted:
+        parent, _, last = name.rpartition(".")
+        base = module.get_submodule(name)
+        setattr(module.get_submodule(parent), last, LoRALinear(base, rank, alpha, dropout))
+    return adapted
+
+
+def adapters(module: nn.Module) -> Iterator[LoRALinear]:
+    """The adapted layers inside `module`."""
+    return (layer for layer in module.modules() if isinstance(layer, LoRALinear))
+
+
+def adapter_state(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the trainable tensors by name, on the CPU."""
+    state = module.state_dict()
+    return {name: state[name].detach().cpu().clone() for name in state if name.endswith(ADAPTER_NAMES)}
+
+
+def load_adapters(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put trained tensors into an injected module. Raises InputError unless names and shapes are those expected."""
+    own = {name: tensor.shape for name, tensor in adapter_state(module).items()}
+    if own != {name: tensor.shape for name, tensor in state.items()}:
+        raise InputError("the adapters do not fit: they have other LoRA settings (rank, targets) or another base")
+    module.load_state_dict(state, strict=False)
+
+
+def merged(base: dict[str, Tensor], adapter: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The base weights with the updates added: W + scale B A, computed in float32, kept in the base's type.
+
+    base: a state dict without adapters. adapter: what `adapter_state` gave. scale: alpha / rank.
+    """
+    result = {name: tensor.clone() for name, tensor in base.items()}
+    layers = sorted({name.rpartition(".")[0] for name in adapter})
+    strange = [layer for layer in layers if f"{layer}.weight" not in base]
+    if strange:
+        raise InputError(f"the adapters belong to another model: it has no layer {strange[0]}")
+    for layer in layers:
+        update = adapter[f"{layer}.lora_B"].float() @ adapter[f"{layer}.lora_A"].float()
+        weight = base[f"{layer}.weight"]
+        result[f"{layer}.weight"] = (weight.float() + scale * update).to(weight.dtype)
+    return result

@@ -1,0 +1,47 @@
+"""Merge trained adapters into the base weights: LLM and Flow then speak alone, and in upstream CosyVoice too.
+
+    python merge_joint_weights.py                                       # the best weights of the newest run
+    python merge_joint_weights.py --ckpt output/joint_joint_last.ckpt   # a checkpoint's own weights
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from config import find_model_dir
+from cosyvoice.utils.errors import InputError
+from utils import add_folders, run
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", type=Path, help="checkpoint to merge as it is (default: best of newest run)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--llm-only", action="store_true", help="merge the LLM only")
+    which.add_argument("--flow-only", action="store_true", help="merge the Flow only")
+    parser.add_argument("--llm-output", type=Path, help="merged LLM (default: <output-dir>/llm_merged_<mode>.pt)")
+    parser.add_argument("--flow-output", type=Path, help="merged Flow (default: <output-dir>/flow_merged_<mode>.pt)")
+    add_folders(parser, "model", "output")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    model_dir = find_model_dir(args.model_dir)
+    from voice import merge_run, merged_path, newest_run, read_run
+
+    trained = read_run(args.ckpt or newest_run(args.output_dir))
+    wanted = {"llm": not args.flow_only, "flow": not args.llm_only}
+    given = {"llm": args.llm_output, "flow": args.flow_output}
+    targets = {
+        part: given[part] or merged_path(args.output_dir, part, trained.mode) for part in trained.parts if wanted[part]
+    }
+    if not targets:
+        raise InputError(f"{trained.path} was trained with --mode {trained.mode}: it holds nothing for that part")
+    for path in merge_run(trained, model_dir, args.output_dir, targets, use_best=args.ckpt is None):
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

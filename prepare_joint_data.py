@@ -1,0 +1,135 @@
+"""Turns recordings of one speaker and their texts into training data.
+
+    python prepare_joint_data.py --input-dir raw_audio --speaker anna
+
+Reads wav, mp3, flac and ogg files of 0.5 to 30 s with a text of the same name (001.wav and 001.txt), and
+writes parquet files and report.csv, which says of every clip whether it was kept and why not. A second run
+redoes only what changed.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from config import find_input_dir, find_model_dir
+from cosyvoice.utils.errors import InputError
+from utils import add_device, add_folders, check_writable, run
+
+if TYPE_CHECKING:
+    from clips import ClipMaker, Outcome, Recording
+
+REPORT_COLUMNS = {  # heading: digits after the point, where it is a fraction
+    "utt": None,
+    "seconds": 2,
+    "speech_tokens": None,
+    "text_tokens": None,
+    "characters_per_second": 1,
+    "peak_dbfs": 1,
+    "silence_share": 2,
+}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_folders(parser, "model", "data")
+    data = parser.add_argument_group("recordings")
+    data.add_argument(
+        "--input-dir", type=Path, help="recordings and texts (default: raw_audio/ here or one level up, "
+        "or ../data_preparation/short_raw_data/)"
+    )  # fmt: skip
+    data.add_argument("--speaker", default="speaker", help="name of the speaker (default: %(default)s)")
+    work = parser.add_argument_group("work")
+    work.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="clips at a time (default: one per core, %(default)s)"
+    )
+    add_device(work)
+    options = parser.parse_args(argv)
+    if options.workers < 1:
+        raise InputError(f"--workers {options.workers}: at least 1 is needed")
+    if not options.speaker.strip():
+        raise InputError("--speaker is empty; give the speaker a name")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    model_dir, input_dir = find_model_dir(options.model_dir), find_input_dir(options.input_dir)
+    check_writable(options.data_dir)
+
+    import torch
+
+    from clip_files import known_rows, write_clips
+    from clips import ClipMaker, find_recordings
+
+    torch.set_num_threads(1)  # the workers are the parallelism
+    recordings = find_recordings(input_dir)
+    maker = ClipMaker(model_dir, options.device, known_rows(options.data_dir))
+    outcomes = list(make_clips(maker, recordings, options.workers, options.data_dir))
+    write_report(outcomes, options.data_dir / "report.csv")
+    kept = [outcome for outcome in outcomes if outcome.row is not None]
+    if not kept:
+        example = f"{outcomes[0].utt}: {outcomes[0].reason}"
+        raise InputError(f"none of {len(outcomes)} clips can be used ({example}); see {options.data_dir}/report.csv")
+    write_clips([outcome.row for outcome in kept], options.speaker.strip(), options.data_dir)
+    summarise(outcomes, options.data_dir)
+    return 0
+
+
+def make_clips(
+    maker: "ClipMaker", recordings: Sequence["Recording"], workers: int, data_dir: Path
+) -> Iterator["Outcome"]:
+    """Every recording's outcome, in their order; new rows are kept on disk at once."""
+    from tqdm import tqdm
+
+    from clip_files import save_unfinished
+
+    def work(recording: "Recording") -> "Outcome":
+        outcome = maker.make(recording)
+        if outcome.row is not None and not outcome.reused:
+            save_unfinished(outcome.row, outcome.utt, data_dir)
+        return outcome
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield from tqdm(pool.map(work, recordings), total=len(recordings), desc="clips", unit="clip")
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C only those under way are finished
+
+
+def write_report(outcomes: Sequence["Outcome"], path: Path) -> None:
+    """One line a clip: the measures of Outcome, kept (yes or no), and the reason why not."""
+    import csv
+
+    from cosyvoice.utils.file_utils import atomic_write
+
+    def cell(outcome: "Outcome", name: str) -> object:
+        value, digits = getattr(outcome, name), REPORT_COLUMNS[name]
+        return value if digits is None or value is None else f"{value:.{digits}f}"
+
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow([*REPORT_COLUMNS, "kept", "reason"])
+        for outcome in outcomes:
+            kept = "no" if outcome.row is None else "yes"
+            table.writerow([*(cell(outcome, name) for name in REPORT_COLUMNS), kept, outcome.reason])
+
+
+def summarise(outcomes: Sequence["Outcome"], data_dir: Path) -> None:
+    """Say what was kept, what was not and why, and what to run next."""
+    kept = [outcome for outcome in outcomes if outcome.row is not None]
+    minutes = sum(outcome.seconds for outcome in kept) / 60
+    unchanged = sum(outcome.reused for outcome in kept)
+    print(f"Kept {len(kept)} of {len(outcomes)} clips, {minutes:.1f} minutes of speech ({unchanged} unchanged).")
+    for outcome in outcomes:
+        if outcome.row is None:
+            print(f"  left out {outcome.utt}: {outcome.reason}")
+    print(f"Data and report.csv are in {data_dir}. Next: python train_joint.py")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,134 @@
+"""The layers of DESIGN: who may import whom, and what stays out of which import."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ("prepare_joint_data", "train_joint", "merge_joint_weights", "inference_joint")
+# Each layer imports only from those after it; modules of one layer may use each other, scripts may not.
+FLAT_LAYERS = (
+    SCRIPTS,
+    ("clips", "clip_files", "dataset", "llm_flow_model", "training", "voice"),
+    ("lora", "utils", "config"),
+    ("cosyvoice",),
+    ("matcha",),
+)
+COSYVOICE_LAYERS = (
+    ("cli", "bin"),
+    ("llm", "flow", "hifigan", "dataset"),
+    ("transformer", "tokenizer"),
+    ("utils",),
+)
+LIGHTNING_PLACES = ("llm_flow_model.py", "train_joint.py", "training.py", "cosyvoice/bin")
+PACKAGES = {"yaml": "PyYAML", "whisper": "openai-whisper", "hydra": "hydra-core"}  # import name -> package
+# tensorboard is imported by Lightning's logger, conformer and others by what the configuration names.
+NOT_IMPORTED_HERE = {"tensorboard"}
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+FLAT_FILES = sorted(ROOT.glob("*.py"))
+PACKAGE_FILES = sources("cosyvoice", "matcha")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of all modules that the file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer_of(name: str, layers: tuple[tuple[str, ...], ...]) -> int | None:
+    return next((number for number, layer in enumerate(layers) if name in layer), None)
+
+
+def identifier(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", FLAT_FILES, ids=identifier)
+def test_flat_files_import_downwards(path: Path) -> None:
+    own = layer_of(path.stem, FLAT_LAYERS)
+    assert own is not None, f"{path.name} has no layer"
+    for module in imports(path):
+        other = layer_of(module.partition(".")[0], FLAT_LAYERS)
+        assert other is None or other > own or (other == own and path.stem not in SCRIPTS), module
+
+
+@pytest.mark.parametrize("path", PACKAGE_FILES, ids=identifier)
+def test_packages_import_downwards(path: Path) -> None:
+    flat = {file.stem for file in FLAT_FILES} | {"tools", "tests", "bench"}
+    package, *inner = path.relative_to(ROOT).with_suffix("").parts
+    for module in imports(path):
+        top, *rest = module.split(".")
+        assert top not in flat, module
+        assert not (package == "matcha" and top == "cosyvoice"), module
+        if package == top == "cosyvoice" and len(inner) > 1:
+            own, other = layer_of(inner[0], COSYVOICE_LAYERS), layer_of(rest[0], COSYVOICE_LAYERS)
+            assert own is not None and other is not None, f"{module} has no layer"
+            assert rest[0] == inner[0] or other > own, module
+
+
+@pytest.mark.parametrize("path", [*FLAT_FILES, *PACKAGE_FILES], ids=identifier)
+def test_lightning_stays_in_the_training_modules(path: Path) -> None:
+    if not identifier(path).startswith(LIGHTNING_PLACES):
+        assert not [module for module in imports(path) if module.startswith(("pytorch_lightning", "lightning"))]
+
+
+def test_init_files_are_empty() -> None:
+    for path in PACKAGE_FILES:
+        if path.name == "__init__.py":
+            assert path.read_bytes() == b"", path
+    folders = {path.parent for path in PACKAGE_FILES}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+
+
+def test_requirements_are_what_the_code_imports() -> None:
+    own = {path.stem for path in [*FLAT_FILES, *sources("tests", "bench")]} | {"cosyvoice", "matcha", "tools"}
+    files = [*FLAT_FILES, *PACKAGE_FILES, *sources("tests", "tools", "bench")]
+    modules = {module.partition(".")[0] for path in files for module in imports(path)}
+    outside = modules - own - sys.stdlib_module_names
+    needed = {PACKAGES.get(module, module).replace("_", "-") for module in outside} | NOT_IMPORTED_HERE
+    assert set(pins("requirements.txt")) == needed
+
+
+def test_constraints_pin_the_same_versions() -> None:
+    constraints = pins("constraints.txt")
+    assert pins("requirements.txt").items() <= constraints.items()
+
+
+def pins(name: str) -> dict[str, str]:
+    """{package: version}; every line that is not a comment must pin exactly."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    found = [re.fullmatch(r"([\w.-]+)==([\w.]+)", line) for line in lines if not line.startswith("#")]
+    assert all(found), f"{name} holds a line that pins nothing"
+    return {pin[1]: pin[2] for pin in found}
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "tools/random_model"])
+def test_help_needs_no_heavy_import(script: str) -> None:
+    code = (
+        "import runpy, sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('torch', 'numpy', 'pyarrow', 'onnxruntime', 'pytorch_lightning', 'whisper', 'hydra'):\n"
+        "            raise AssertionError(f'--help imports {name}')\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        f"sys.argv = ['{script}.py', '--help']\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"runpy.run_path({str(ROOT / script)!r} + '.py', run_name='__main__')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout

@@ -1,0 +1,232 @@
+"""The public API on a tiny model folder, with small stand-ins for the two ONNX sessions."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+from models import tiny_model_dir
+from torch import Tensor
+
+from cosyvoice.cli.cosyvoice import CosyVoice
+from cosyvoice.cli.model import CosyVoiceModel
+from cosyvoice.cli.prefetch import prefetch
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frames import MEL_HOP_SAMPLES, SAMPLE_RATE_HZ
+
+TEXT = "Hello there."
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny_model_dir(tmp_path_factory.mktemp("model"))
+    torch.save({"anna": {"embedding": torch.randn(1, 192)}}, folder / "spk2info.pt")
+    return folder
+
+
+@pytest.fixture
+def voice(model_dir: Path) -> CosyVoice:
+    """Its prompts have half a second of speech tokens and one fixed speaker vector."""
+    cosyvoice = CosyVoice(model_dir, device="cpu")
+    cosyvoice.frontend.speech_tokenizer = lambda wav: torch.arange(25, dtype=torch.int32)[None]
+    cosyvoice.frontend.speaker_encoder = lambda wav: torch.ones(1, 192)
+    return cosyvoice
+
+
+@pytest.fixture
+def prompt() -> Tensor:
+    """Half a second of a tone at 16 kHz."""
+    return 0.1 * torch.sin(torch.arange(8000) * 0.1)[None]
+
+
+def speak_tokens(count: int) -> Callable[..., Iterator[int]]:
+    """In place of the language model's `inference`, which may fall silent at once or talk for long."""
+    return lambda *args: iter(range(count))
+
+
+MODES: dict[str, Callable[..., Iterator[dict[str, Tensor]]]] = {
+    "sft": lambda voice, prompt, **options: voice.inference_sft(TEXT, "anna", **options),
+    "zero_shot": lambda voice, prompt, **options: voice.inference_zero_shot(TEXT, "Hi.", prompt, **options),
+    "cross_lingual": lambda voice, prompt, **options: voice.inference_cross_lingual(TEXT, prompt, **options),
+    "instruct": lambda voice, prompt, **options: voice.inference_instruct(TEXT, "anna", "Be calm.", **options),
+    "vc": lambda voice, prompt, **options: voice.inference_vc(prompt, prompt, **options),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_mode_speaks(voice: CosyVoice, prompt: Tensor, mode: str) -> None:
+    before = prompt.clone()
+    pieces = list(MODES[mode](voice, prompt))
+    assert pieces
+    for piece in pieces:
+        speech = piece["tts_speech"]
+        assert speech.dtype == torch.float32 and speech.shape[0] == 1 and speech.shape[1] > 0
+        assert speech.shape[1] % MEL_HOP_SAMPLES == 0
+        assert speech.isfinite().all() and speech.abs().max() <= 1
+        speech *= 0.5  # the caller owns it
+    assert torch.equal(prompt, before)
+    assert voice.sample_rate == SAMPLE_RATE_HZ
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "vc"])
+def test_a_stream_comes_in_chunks(voice: CosyVoice, prompt: Tensor, mode: str) -> None:
+    voice.model.llm.inference = speak_tokens(260)
+    sizes = [piece["tts_speech"].shape[1] for piece in MODES[mode](voice, prompt, stream=True)]
+    assert len(sizes) == 3 and all(size % MEL_HOP_SAMPLES == 0 for size in sizes)
+
+
+def test_speed_changes_the_duration(voice: CosyVoice) -> None:
+    voice.model.llm.inference = speak_tokens(50)
+    frames = {}
+    for speed in (0.5, 1.0, 2.0):
+        [piece] = voice.inference_sft(TEXT, "anna", speed=speed)
+        frames[speed] = piece["tts_speech"].shape[1] // MEL_HOP_SAMPLES
+    assert frames[0.5] == 2 * frames[1.0] and frames[2.0] == frames[1.0] // 2
+
+
+def test_one_seed_one_waveform(voice: CosyVoice) -> None:
+    def speak(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return torch.cat([piece["tts_speech"] for piece in voice.inference_sft(TEXT, "anna")], dim=1)
+
+    assert torch.equal(speak(1), speak(1))
+    assert not torch.equal(speak(1)[:, :256], speak(2)[:, :256])
+
+
+def test_a_stored_prompt_speaks_like_the_prompt(voice: CosyVoice, prompt: Tensor, model_dir: Path) -> None:
+    assert voice.add_zero_shot_spk("Hi.", prompt, "bert") is True
+    voice.save_spkinfo()
+    again = CosyVoice(model_dir, device="cpu")
+    assert again.list_available_spks() == ["anna", "bert"]
+    stored, given = again.frontend.spk2info["bert"], voice.frontend.spk2info["bert"]
+    assert stored.keys() == given.keys()
+    assert all(torch.equal(value, given[key]) for key, value in stored.items())
+
+    torch.manual_seed(3)
+    [from_prompt] = voice.inference_zero_shot(TEXT, "Hi.", prompt)
+    torch.manual_seed(3)
+    [from_store] = again.inference_zero_shot(TEXT, "", "", zero_shot_spk_id="bert")
+    assert torch.equal(from_prompt["tts_speech"], from_store["tts_speech"])
+    assert list(again.inference_sft(TEXT, "bert"))
+
+
+def test_a_failed_save_keeps_the_old_voices(
+    voice: CosyVoice, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (model_dir / "spk2info.pt").read_bytes()
+
+    def half_a_file(content: Any, file: BinaryIO) -> None:
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", half_a_file)
+    with pytest.raises(OSError):
+        voice.save_spkinfo()
+    assert (model_dir / "spk2info.pt").read_bytes() == before
+    assert not list(model_dir.glob(".*"))
+
+
+def failing_tokens(*args: Any) -> Iterator[int]:
+    yield from range(5)
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failed_language_model_raises(voice: CosyVoice, stream: bool) -> None:
+    voice.model.llm.inference = failing_tokens
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(voice.inference_sft(TEXT, "anna", stream=stream))
+
+
+def test_leaving_a_stream_stops_the_language_model(voice: CosyVoice) -> None:
+    stopped = threading.Event()
+
+    def endless_tokens(*args: Any) -> Iterator[int]:
+        try:
+            while True:
+                time.sleep(0.001)
+                yield 7
+        finally:
+            stopped.set()
+
+    voice.model.llm.inference = endless_tokens
+    stream = voice.inference_sft(TEXT, "anna", stream=True)
+    next(stream)
+    stream.close()
+    assert stopped.is_set()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_speech_tokens_is_an_error(voice: CosyVoice, stream: bool) -> None:
+    voice.model.llm.inference = speak_tokens(0)
+    with pytest.raises(InputError, match="no speech tokens"):
+        list(voice.inference_sft(TEXT, "anna", stream=stream))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"speed": 0.4}, "speed 0.4"),
+        ({"speed": 2.5}, "speed 2.5"),
+        ({"speed": 1.5, "stream": True}, "cannot be streamed"),
+        ({"tts_text": ""}, "nothing to speak"),
+        ({"tts_text": "  \n"}, "nothing to speak"),
+        ({"tts_text": "?!..."}, "nothing to speak"),
+        ({"spk_id": "nobody"}, "nobody"),
+    ],
+)
+def test_bad_calls(voice: CosyVoice, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        list(voice.inference_sft(**({"tts_text": TEXT, "spk_id": "anna"} | options)))
+
+
+def test_bad_folders(tmp_path: Path, model_dir: Path) -> None:
+    with pytest.raises(InputError, match="nowhere"):
+        CosyVoice(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="cosyvoice.yaml"):
+        CosyVoice(tmp_path)
+    (tmp_path / "cosyvoice2.yaml").touch()
+    with pytest.raises(InputError, match="CosyVoice2"):
+        CosyVoice(tmp_path)
+    with pytest.raises(InputError, match="load_jit"):
+        CosyVoice(model_dir, load_jit=True)
+
+
+def test_another_token_rate_is_refused(tmp_path: Path, model_dir: Path) -> None:
+    settings = (model_dir / "cosyvoice.yaml").read_text(encoding="utf-8")
+    settings = settings.replace("input_frame_rate: 50", "input_frame_rate: 25")
+    (tmp_path / "cosyvoice.yaml").write_text(settings, encoding="utf-8")
+    with pytest.raises(InputError, match="50 Hz"):
+        CosyVoice(tmp_path)
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path, model_dir: Path) -> None:
+    for path in model_dir.glob("[!.]*"):
+        shutil.copy(path, tmp_path)
+    shutil.copy(model_dir / "flow.pt", tmp_path / "llm.pt")
+    with pytest.raises(InputError, match="llm.pt"):
+        CosyVoice(tmp_path, device="cpu")
+
+
+def test_prefetch_runs_ahead_and_keeps_order() -> None:
+    made_all = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield from range(100)
+        made_all.set()
+
+    ahead = prefetch(items())
+    assert next(ahead) == 0
+    assert made_all.wait(timeout=10)  # with one item consumed
+    assert list(ahead) == list(range(1, 100))
+
+
+def test_the_model_chooses_a_device_that_exists(voice: CosyVoice) -> None:
+    parts = (voice.model.llm, voice.model.flow, voice.model.hift)
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert CosyVoiceModel(*parts).device.type == expected

@@ -1,0 +1,278 @@
+"""What the front end makes of texts, recordings and stored voices."""
+
+import io
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from cosyvoice.cli.frontend import CosyVoiceFrontEnd, read_spk2info
+from cosyvoice.tokenizer.tokenizer import get_tokenizer
+from cosyvoice.utils.audio import kaldi_fbank, load_wav, read_wav, whisper_log_mel
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frontend_utils import break_long
+from matcha.utils.audio import mel_filters, mel_spectrogram
+from tools.random_onnx import write_speaker_encoder, write_speech_tokenizer
+
+RATE_HZ = 22050
+SECONDS = 1.2
+WHISPER = partial(get_tokenizer, multilingual=True, num_languages=100, language="en", task="transcribe")
+MEL = partial(
+    mel_spectrogram,
+    n_fft=1024,
+    num_mels=80,
+    sampling_rate=RATE_HZ,
+    hop_size=256,
+    win_size=1024,
+    fmin=0,
+    fmax=8000,
+)
+
+
+def glide(seconds: float = SECONDS, rate: int = RATE_HZ) -> np.ndarray:
+    time = np.arange(int(seconds * rate)) / rate
+    return (0.5 * np.sin(2 * np.pi * (200 + 300 * time) * time)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def prompt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompt") / "prompt.wav"
+    soundfile.write(path, glide(), RATE_HZ)
+    return path
+
+
+def make_frontend(folder: Path, **options: object) -> CosyVoiceFrontEnd:
+    random = np.random.default_rng(0)
+    write_speaker_encoder(folder / "campplus.onnx", random)
+    write_speech_tokenizer(folder / "speech_tokenizer_v1.onnx", random)
+    paths = (folder / "campplus.onnx", folder / "speech_tokenizer_v1.onnx", folder / "spk2info.pt")
+    return CosyVoiceFrontEnd(WHISPER, MEL, *paths, **options)
+
+
+@pytest.fixture(scope="module")
+def frontend(tmp_path_factory: pytest.TempPathFactory) -> CosyVoiceFrontEnd:
+    folder = tmp_path_factory.mktemp("model")
+    torch.save({"anna": {"embedding": torch.arange(192.0)[None]}}, folder / "spk2info.pt")
+    return make_frontend(folder)
+
+
+def test_zero_shot_inputs(frontend: CosyVoiceFrontEnd, prompt: Path) -> None:
+    inputs = frontend.frontend_zero_shot("Hello world.", "A glide.", prompt, RATE_HZ, "")
+    frames, tokens = int(SECONDS * RATE_HZ) // 256, round(SECONDS * 50)
+    assert inputs["text"].tolist() == [frontend.encode("Hello world.")]
+    assert inputs["prompt_text"].tolist() == [frontend.encode("A glide.")]
+    assert inputs["prompt_speech_feat"].shape == (1, frames, 80)
+    assert inputs["flow_prompt_speech_token"].shape == (1, tokens)
+    assert inputs["llm_embedding"].shape == inputs["flow_embedding"].shape == (1, 192)
+    for name in [name for name in inputs if name.endswith("_len")]:
+        assert inputs[name].dtype == torch.int32
+        assert inputs[name].tolist() == [inputs[name.removesuffix("_len")].shape[1]]
+
+
+def test_prompt_mel_is_computed_at_the_models_own_rate(frontend: CosyVoiceFrontEnd, prompt: Path) -> None:
+    """At 24 kHz, as upstream has it, the mel would be 9 % longer and its spectra shifted."""
+    feat, _ = frontend._extract_speech_feat(prompt)
+    assert torch.equal(feat, MEL(load_wav(prompt, RATE_HZ)).transpose(1, 2))
+
+
+def test_a_prompt_may_be_a_path_a_stream_or_a_tensor(frontend: CosyVoiceFrontEnd, prompt: Path) -> None:
+    expected = frontend.frontend_zero_shot("Hi.", "A glide.", str(prompt))
+    stream = frontend.frontend_zero_shot("Hi.", "A glide.", io.BytesIO(prompt.read_bytes()))
+    tensor = frontend.frontend_zero_shot("Hi.", "A glide.", load_wav(prompt, 16000))
+    assert all(torch.equal(expected[name], stream[name]) for name in expected)
+    tensor_feat = tensor.pop("prompt_speech_feat")
+    assert all(torch.equal(tensor[name], expected[name]) for name in tensor)
+    # 16 kHz hold less treble than the file: the top mel bins differ
+    assert (tensor_feat - expected["prompt_speech_feat"])[..., :70].abs().mean() < 0.1
+
+
+def test_cross_lingual_hides_the_prompt_from_the_language_model(
+    frontend: CosyVoiceFrontEnd, prompt: Path
+) -> None:
+    inputs = frontend.frontend_cross_lingual("Hi.", prompt, RATE_HZ, "")
+    zero_shot = frontend.frontend_zero_shot("Hi.", "", prompt, RATE_HZ, "")
+    hidden = {"prompt_text", "prompt_text_len", "llm_prompt_speech_token", "llm_prompt_speech_token_len"}
+    assert zero_shot.keys() - inputs.keys() == hidden
+    assert "llm_embedding" in inputs
+
+
+def test_instruct_speaks_without_a_speaker_vector_in_the_language_model(frontend: CosyVoiceFrontEnd) -> None:
+    inputs = frontend.frontend_instruct("Hi.", "anna", "Whisper.")
+    assert "llm_embedding" not in inputs
+    assert inputs["prompt_text"].tolist() == [frontend.encode("Whisper.<endofprompt>")]
+    marked = frontend.frontend_instruct("Hi.", "anna", "Whisper.<|endofprompt|>")
+    assert marked["prompt_text"].tolist() == [frontend.encode("Whisper.<|endofprompt|>")]
+
+
+def test_voice_conversion_inputs(frontend: CosyVoiceFrontEnd, prompt: Path) -> None:
+    source = torch.from_numpy(glide(2.0, 16000))[None]
+    inputs = frontend.frontend_vc(source, prompt, RATE_HZ)
+    assert inputs["source_speech_token"].shape == (1, 100)
+    assert "flow_embedding" in inputs and "text" not in inputs and "llm_embedding" not in inputs
+
+
+def test_a_stored_prompt_equals_the_prompt(frontend: CosyVoiceFrontEnd, prompt: Path) -> None:
+    frontend.spk2info["glide"] = frontend.prompt_inputs("A glide.", prompt)
+    stored = frontend.frontend_zero_shot("Hi.", "", "unused.wav", RATE_HZ, "glide")
+    fresh = frontend.frontend_zero_shot("Hi.", "A glide.", prompt)
+    assert stored.keys() == fresh.keys()
+    assert all(torch.equal(stored[name], fresh[name]) for name in fresh)
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda frontend, prompt: frontend.frontend_sft("Hi.", "bob"), "'bob'.*anna"),
+        (lambda frontend, prompt: frontend.frontend_sft("", "anna"), "nothing to speak"),
+        (lambda frontend, prompt: frontend.frontend_sft("?! ...", "anna"), "nothing to speak"),
+        (lambda frontend, prompt: frontend.frontend_vc(torch.zeros(1, 31 * 16000), prompt), "31.00 s"),
+        (lambda frontend, prompt: frontend.frontend_vc(torch.zeros(2, 16000), prompt), r"\(2, 16000\)"),
+        (lambda frontend, prompt: frontend.frontend_vc(torch.zeros(1, 10), prompt), "0.00 s"),
+        (lambda frontend, prompt: frontend.frontend_vc("absent.wav", prompt), "absent.wav"),
+    ],
+)
+def test_mistakes_are_named(frontend: CosyVoiceFrontEnd, prompt: Path, call: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call(frontend, prompt)
+
+
+def test_networks_are_opened_only_when_used(tmp_path: Path, prompt: Path) -> None:
+    frontend = CosyVoiceFrontEnd(WHISPER, MEL, tmp_path / "campplus.onnx", tmp_path / "tokenizer.onnx")
+    frontend.spk2info["anna"] = {"embedding": torch.zeros(1, 192)}
+    frontend.frontend_sft("Hi.", "anna")
+    with pytest.raises(InputError, match="tokenizer.onnx does not exist"):
+        frontend.frontend_vc(prompt, prompt)
+
+
+def test_a_damaged_network_is_named(tmp_path: Path, prompt: Path) -> None:
+    (tmp_path / "tokenizer.onnx").write_bytes(b"not a network")
+    frontend = CosyVoiceFrontEnd(WHISPER, MEL, tmp_path / "campplus.onnx", tmp_path / "tokenizer.onnx")
+    with pytest.raises(InputError, match="tokenizer.onnx is no ONNX model"):
+        frontend.frontend_vc(prompt, prompt)
+
+
+class Attack:
+    def __reduce__(self) -> tuple:
+        return print, ("code was run",)
+
+
+def test_stored_voices_with_code_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save({"anna": {"embedding": Attack()}}, tmp_path / "spk2info.pt")
+    with pytest.raises(InputError, match="spk2info.pt"):
+        read_spk2info(tmp_path / "spk2info.pt")
+    assert "code was run" not in capsys.readouterr().out
+    assert read_spk2info(tmp_path / "absent.pt") == {}
+
+
+@pytest.mark.parametrize(
+    "text,spoken",
+    [
+        ("今天是2024年3月5日。", ["今天是二零二四年三月五日。"]),
+        ("It costs $4.50", ["It costs four point five dollars."]),
+        ("on 3/5/2024", ["on the fifth of march twenty twenty four."]),
+        ('He said "stop." 3 times.', ['He said "stop." three times.']),
+        ("9", ["nine."]),
+        ("x² m", ["x squared m."]),
+        ("   ", []),
+        ("，，，", []),
+    ],
+)
+def test_wetext(frontend: CosyVoiceFrontEnd, text: str, spoken: list[str]) -> None:
+    pytest.importorskip("wetext")
+    assert frontend.text_normalize(text) == spoken
+
+
+def test_where_wetext_fails_the_plain_rules_serve(frontend: CosyVoiceFrontEnd, tmp_path: Path) -> None:
+    plain = make_frontend(tmp_path, normalizer=None)
+    for text in ("!!! ...", "7 !!! ..."):
+        assert frontend.text_normalize(text) == plain.text_normalize(text)
+    with pytest.raises(InputError, match="'ttsfrd'"):
+        make_frontend(tmp_path, normalizer="ttsfrd")
+
+
+def test_a_sentence_without_stops_is_cut(frontend: CosyVoiceFrontEnd) -> None:
+    text = "and so on, with another few words " * 60
+    pieces = frontend.text_normalize(text)
+    assert "".join(pieces).rstrip(".") == text.strip()
+    assert max(len(frontend.encode(piece)) for piece in pieces) <= 80
+    assert all(piece.endswith((",", ".")) for piece in pieces)
+
+
+@pytest.mark.parametrize("text", ["aaaa, bbbb, cccc, dddd", "aaaa bbbb cccc dddd", "aaaabbbbccccdddd"])
+def test_break_long_loses_nothing(text: str) -> None:
+    pieces = break_long(text, len, 12)
+    assert "".join(pieces) == text
+    assert len(pieces) == 2 and max(map(len, pieces)) <= 12
+
+
+def test_tokenizers_that_are_not_here_are_refused() -> None:
+    for options in (
+        {"multilingual": False},
+        {"num_languages": 107},
+        {"task": "tts"},
+        {"language": "klingon"},
+    ):
+        with pytest.raises(InputError):
+            get_tokenizer(**{"multilingual": True, "num_languages": 100, **options})
+
+
+def test_two_mel_settings_with_the_same_fmax_do_not_collide() -> None:
+    """Upstream keys its filters by fmax alone."""
+    noise = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
+    wide, narrow = MEL(noise), MEL(noise, n_fft=512, win_size=512, num_mels=40)
+    assert wide.shape == (1, 80, 31) and narrow.shape == (1, 40, 31)
+    assert torch.equal(MEL(noise), wide)
+
+
+def test_mel_filters_are_triangles_of_equal_area() -> None:
+    filters = mel_filters(16000, 4096, 40)
+    bin_hz = 16000 / 4096
+    torch.testing.assert_close(filters.sum(dim=1) * bin_hz, torch.ones(40), atol=0.02, rtol=0)
+    peaks = filters.argmax(dim=1) * bin_hz
+    assert (peaks.diff() > 0).all()
+    below_1khz = peaks[peaks < 900]
+    assert (below_1khz.diff() - below_1khz.diff().mean()).abs().max() < 2 * bin_hz  # linear there
+
+
+def test_a_tone_lands_in_its_mel_bin() -> None:
+    tone = torch.sin(2 * torch.pi * 1000 * torch.arange(22050) / 22050)[None]
+    loudest = MEL(tone)[0].mean(dim=1).argmax().item()
+    assert loudest == mel_filters(22050, 1024, 80, 0, 8000)[:, round(1000 / 22050 * 1024)].argmax().item()
+
+
+def test_channels_are_averaged_and_any_rate_read(tmp_path: Path) -> None:
+    left, right = glide(rate=8000), 0.25 * glide(rate=8000)
+    soundfile.write(tmp_path / "stereo.wav", np.stack([left, right], axis=1), 8000, subtype="FLOAT")
+    wav, rate = read_wav(tmp_path / "stereo.wav")
+    assert rate == 8000
+    np.testing.assert_allclose(wav[0], (left + right) / 2, atol=1e-7)
+    assert load_wav(tmp_path / "stereo.wav", 16000, min_sr=0).shape == (1, 2 * len(left))
+    with pytest.raises(InputError, match="8000 Hz"):
+        load_wav(tmp_path / "stereo.wav", 16000)
+
+
+@pytest.mark.parametrize("content", [b"", b"no audio at all"])
+def test_undecodable_audio_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "bad.wav").write_bytes(content)
+    with pytest.raises(InputError, match="bad.wav"):
+        read_wav(tmp_path / "bad.wav")
+
+
+def test_whisper_features_span_80_db_and_fbank_has_no_mean() -> None:
+    wav = torch.from_numpy(glide(rate=16000))[None]
+    features = whisper_log_mel(wav)
+    assert features.shape == (1, 128, int(SECONDS * 100))
+    assert (features.max() - features.min()).item() == pytest.approx(2.0)  # 8 decades, divided by 4
+    assert kaldi_fbank(wav).mean(dim=0).abs().max() < 1e-4
+
+
+def test_speaking_with_a_stored_voice_imports_no_prompt_libraries() -> None:
+    code = "import sys, cosyvoice.cli.frontend; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    slow = {"whisper", "torchaudio", "onnxruntime", "inflect", "wetext", "librosa"}
+    assert "cosyvoice.utils.audio" in loaded.split() and not slow & set(loaded.split())

@@ -1,0 +1,219 @@
+"""The command that speaks: which files it takes, what it writes, what it refuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from models import tiny, tiny_model_dir
+
+import inference_joint
+from config import JOINT_TRAINING_CONFIG, PROJECT_DIR
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frames import SAMPLE_RATE_HZ
+from lora import adapter_state, inject
+from voice import CHECKPOINT_KEY, base_fingerprints, last_checkpoint, merge_run, merged_path, read_run
+
+MODE = "joint"
+SPEAKER = "anna"
+TEXT = "Hello there."
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_dir(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def output_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a training run: a checkpoint with random adapters, and what merging made of it."""
+    folder = tmp_path_factory.mktemp("output")
+    torch.manual_seed(0)
+    write_checkpoint(last_checkpoint(folder, MODE), model_dir)
+    run = read_run(last_checkpoint(folder, MODE))
+    targets = {part: merged_path(folder, part, MODE) for part in run.parts}
+    merge_run(run, model_dir, folder, targets, use_best=False)
+    return folder
+
+
+def write_checkpoint(path: Path, model_dir: Path) -> None:
+    state_dict, progress = {}, {}
+    for part in ("llm", "flow"):
+        module, lora = tiny(part), JOINT_TRAINING_CONFIG[f"{part}_lora"]
+        inject(module, lora["target_modules"], lora["lora_r"], lora["lora_alpha"], lora["lora_dropout"])
+        for name, tensor in adapter_state(module).items():
+            state_dict[f"parts.{part}.{name}"] = 0.02 * torch.randn_like(tensor)
+        progress[part] = {"best": {}, "best_epoch": 0, "history": [], "stopped": ""}
+    voice = {
+        "mode": MODE,
+        "config": JOINT_TRAINING_CONFIG,
+        "run": "1",
+        "seed": 0,
+        "speaker": SPEAKER,
+        "embedding": torch.nn.functional.normalize(torch.randn(192), dim=0),
+        "epoch": 0,
+        "base": base_fingerprints(model_dir),
+        "progress": progress,
+    }
+    torch.save({"state_dict": state_dict, CHECKPOINT_KEY: voice}, path)
+
+
+class Speaker:
+    """Runs the command on the folders of this module and reads the wav it wrote."""
+
+    def __init__(self, model_dir: Path, output_dir: Path, wav: Path) -> None:
+        self.folders = ["--model-dir", str(model_dir), "--output-dir", str(output_dir), "--device", "cpu"]
+        self.wav = wav
+
+    def run(self, *options: str | Path) -> None:
+        assert inference_joint.main([*self.folders, "--output", str(self.wav), *map(str, options)]) == 0
+
+    def speak(self, *options: str | Path) -> np.ndarray:
+        self.run("--text", TEXT, *options)
+        return soundfile.read(self.wav)[0]
+
+
+@pytest.fixture
+def speaker(model_dir: Path, output_dir: Path, tmp_path: Path) -> Speaker:
+    return Speaker(model_dir, output_dir, tmp_path / "result.wav")
+
+
+def test_the_newest_voice_speaks(speaker: Speaker, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = speaker.speak("--seed", "7")
+    info = soundfile.info(speaker.wav)
+    assert (info.samplerate, info.channels) == (SAMPLE_RATE_HZ, 1)
+    assert len(samples) > 0 and np.abs(samples).max() > 0.01
+    with soundfile.SoundFile(speaker.wav) as file:
+        assert "seed 7" in file.comment
+    printed = capsys.readouterr().out
+    for expected in (f"llm_merged_{MODE}.pt", f"flow_merged_{MODE}.pt", "hift.pt", SPEAKER, "real-time factor"):
+        assert expected in printed
+    assert np.array_equal(samples, speaker.speak("--seed", "7"))
+
+
+def test_adapters_speak_like_the_merged_voice(speaker: Speaker, output_dir: Path) -> None:
+    merged = speaker.speak()
+    adapted = speaker.speak("--adapter", last_checkpoint(output_dir, MODE))
+    assert merged.shape == adapted.shape
+    assert np.abs(merged - adapted).max() < 5e-3  # the same sum in another order
+
+
+def test_a_part_that_is_not_named_is_the_base(
+    speaker: Speaker, output_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = speaker.speak("--llm", merged_path(output_dir, "llm", MODE), "--flow", merged_path(output_dir, "flow", MODE))
+    assert np.array_equal(both, speaker.speak())
+    capsys.readouterr()
+    llm_alone = speaker.speak("--llm", merged_path(output_dir, "llm", MODE))
+    assert "flow.pt (base)" in capsys.readouterr().out
+    assert llm_alone.shape == both.shape and not np.allclose(llm_alone, both, atol=1e-3)
+
+
+def test_the_speaker_vector_can_be_chosen(speaker: Speaker, output_dir: Path, tmp_path: Path) -> None:
+    vector = torch.load(output_dir / "spk2info.pt", weights_only=True)[SPEAKER]["embedding"]
+    torch.save(vector, tmp_path / "vector.pt")
+    np.save(tmp_path / "vector.npy", vector[0].numpy())
+    mean = speaker.speak()
+    assert np.array_equal(mean, speaker.speak("--embedding", tmp_path / "vector.pt"))
+    assert np.array_equal(mean, speaker.speak("--embedding", tmp_path / "vector.npy"))
+    assert np.array_equal(mean, speaker.speak("--speaker", SPEAKER))
+    zero = speaker.speak("--embedding", "zero")
+    assert zero.shape != mean.shape or not np.allclose(zero, mean, atol=1e-3)
+
+
+def test_each_line_becomes_a_wav(speaker: Speaker, tmp_path: Path) -> None:
+    several, single = tmp_path / "several.txt", tmp_path / "single.txt"
+    several.write_bytes("\ufeffFirst line.\n\nThird line.\n".encode())
+    single.write_text("\n\nThird line.", encoding="utf-8")
+    speaker.run("--text-file", several)
+    assert sorted(path.name for path in tmp_path.glob("*.wav")) == ["result_001.wav", "result_003.wav"]
+    third = (tmp_path / "result_003.wav").read_bytes()
+    speaker.run("--text-file", single)
+    assert (tmp_path / "result_003.wav").read_bytes() == third  # its draws do not depend on other lines
+
+
+def test_long_text_is_split_and_joined(speaker: Speaker) -> None:
+    sentence = "This is a rather long sentence of many words, and it goes on for quite a while. "
+    speaker.run("--text", sentence)
+    once = soundfile.info(speaker.wav).frames
+    speaker.run("--text", sentence * 6)
+    assert soundfile.info(speaker.wav).frames > 3 * once
+
+
+def test_speed_shortens(speaker: Speaker) -> None:
+    assert len(speaker.speak("--speed", "2")) == len(speaker.speak()) // 256 // 2 * 256
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text", ""], "nothing to speak"),
+        (["--text", " \n"], "nothing to speak"),
+        (["--text", "?! ..."], "nothing to speak"),
+        (["--text", TEXT, "--speed", "0.4"], "speed 0.4"),
+        (["--text", TEXT, "--speed", "nan"], "speed nan"),
+        (["--text", TEXT, "--output", "voice.mp3"], "voice.mp3"),
+        (["--text", TEXT, "--speaker", "nobody"], "nobody.*anna"),
+        (["--text", TEXT, "--embedding", "nowhere.pt"], "nowhere.pt"),
+        (["--text", TEXT, "--llm", "nowhere.pt"], "nowhere.pt"),
+        (["--text", TEXT, "--adapter", "nowhere.ckpt"], "nowhere.ckpt"),
+        (["--text", TEXT, "--model-dir", "nowhere"], "nowhere"),
+        (["--text", TEXT, "--output-dir", "nowhere"], "no trained voice"),
+        (["--text-file", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_bad_input(speaker: Speaker, options: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        speaker.run(*options)
+    assert not speaker.wav.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("short.npy", np.zeros(3), "192"),
+        ("nan.npy", np.full(192, np.nan), "192"),
+        ("text.npy", np.full(192, "x"), "damaged"),
+        ("objects.npy", np.full(192, None), "damaged"),
+        ("dict.pt", {"embedding": torch.zeros(192)}, "192"),
+        ("code.pt", Path("x"), "damaged"),
+    ],
+)
+def test_bad_speaker_vectors(speaker: Speaker, tmp_path: Path, name: str, content: object, message: str) -> None:
+    path = tmp_path / name
+    if path.suffix == ".npy":
+        np.save(path, content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=f"{name}.*{message}"):
+        speaker.speak("--embedding", path)
+
+
+def test_a_voice_of_another_base_is_refused(speaker: Speaker, model_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    other = tiny_model_dir(tmp_path)
+    weights = torch.load(other / "flow.pt", weights_only=True)
+    torch.save({name: tensor + 1 for name, tensor in weights.items()}, other / "flow.pt")
+    for options in ([], ["--adapter", last_checkpoint(output_dir, MODE)], ["--llm", merged_path(output_dir, "llm", MODE)]):
+        with pytest.raises(InputError, match="another base"):
+            speaker.speak("--model-dir", other, *options)
+
+
+def test_an_adapter_and_a_merged_file_for_one_part_are_refused(speaker: Speaker, output_dir: Path) -> None:
+    merged, checkpoint = merged_path(output_dir, "llm", MODE), last_checkpoint(output_dir, MODE)
+    with pytest.raises(InputError, match="leave out --llm"):
+        speaker.speak("--adapter", checkpoint, "--llm", merged)
+
+
+def test_a_merged_file_is_no_adapter(speaker: Speaker, output_dir: Path) -> None:
+    with pytest.raises(InputError, match="no checkpoint"):
+        speaker.speak("--adapter", merged_path(output_dir, "llm", MODE))
+
+
+def test_help_answers_without_torch() -> None:
+    code = "import sys, inference_joint\ntry: inference_joint.parse(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--adapter" in done.stdout

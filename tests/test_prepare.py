@@ -1,0 +1,336 @@
+"""prepare_joint_data.py: recordings and texts in, parquet files and a report out."""
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+from parity import PARITY_DIR
+
+import clip_files
+from clips import ClipMaker, find_recordings, silence_share
+from cosyvoice.utils.audio import load_wav
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.speech_encoders import SpeechTokenizer
+from dataset import load_clips
+from prepare_joint_data import main
+from tools.random_onnx import write_speaker_encoder, write_speech_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As much of a model folder as preparing reads."""
+    folder = tmp_path_factory.mktemp("model")
+    shutil.copy(PARITY_DIR / "tiny.yaml", folder / "cosyvoice.yaml")
+    random = np.random.default_rng(0)
+    write_speech_tokenizer(folder / "speech_tokenizer_v1.onnx", random)
+    write_speaker_encoder(folder / "campplus.onnx", random)
+    return folder
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    return folder
+
+
+def tone(seconds: float, rate: int = 16000, hertz: float = 220) -> np.ndarray:
+    """A tone of changing loudness, in the same shape for any rate."""
+    time = np.arange(round(seconds * rate)) / rate
+    return (0.4 * np.sin(2 * np.pi * hertz * time) * (0.55 + 0.45 * np.sin(9 * time))).astype(np.float32)
+
+
+def add(folder: Path, name: str, wav: np.ndarray, rate: int = 16000, text: str | bytes = "A tone.") -> Path:
+    path = folder / name
+    soundfile.write(path, wav, rate, **({"subtype": "FLOAT"} if path.suffix == ".wav" else {}))
+    content = text.encode() if isinstance(text, str) else text
+    path.with_suffix(".txt").write_bytes(content)
+    return path
+
+
+def prepare(model_dir: Path, raw: Path, *options: str) -> Path:
+    """Run the command beside the recordings; the data folder."""
+    data = raw.parent / "data"
+    folders = ["--model-dir", str(model_dir), "--input-dir", str(raw), "--data-dir", str(data)]
+    assert main([*folders, "--workers", "2", "--device", "cpu", *options]) == 0
+    return data
+
+
+def report(data: Path) -> dict[str, dict[str, str]]:
+    with (data / "report.csv").open(encoding="utf-8", newline="") as file:
+        return {line["utt"]: line for line in csv.DictReader(file)}
+
+
+def rows(data: Path) -> list[dict]:
+    return [row for file in sorted(data.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def test_formats_rates_and_channels(model_dir: Path, raw: Path) -> None:
+    add(raw, "1.wav", np.stack([tone(1.5, 44100), tone(1.5, 44100)], axis=1), 44100, b"\xef\xbb\xbfWith a mark.")
+    add(raw, "2.flac", tone(1.0, 8000), 8000, "你好，\n世界。")
+    add(raw, "3.ogg", tone(2.0, 48000), 48000)
+    add(raw, "4.mp3", tone(2.0, 22050), 22050, "Not this one.")
+    (raw / "4.normalized.txt").write_text("But this one.", encoding="utf-8")
+    data = prepare(model_dir, raw, "--speaker", "anna")
+
+    lines = report(data)
+    assert [line["kept"] for line in lines.values()] == ["yes"] * 4
+    assert [row["text"] for row in rows(data)] == ["With a mark.", "你好， 世界。", "A tone.", "But this one."]
+    for row, seconds in zip(rows(data), (1.5, 1.0, 2.0, 2.0), strict=True):
+        assert row["seconds"] == pytest.approx(seconds, abs=0.06)
+        assert len(row["speech_token"]) == pytest.approx(50 * row["seconds"], abs=1)
+        assert row["speech_feat_shape"] == [len(row["speech_feat"]) // 80, 80]
+        assert row["speech_feat_shape"][0] == pytest.approx(row["seconds"] * 22050 / 256, abs=1)
+        assert row["spk"] == "anna"
+        assert row["audio_data"] == Path(row["wav"]).read_bytes()
+        assert len(row["speech_token"]) == int(lines[row["utt"]]["speech_tokens"])
+
+
+def test_features_are_the_models_own(model_dir: Path, raw: Path) -> None:
+    path = add(raw, "1.wav", tone(1.5, 44100), 44100, "It costs 5 dollars.")
+    add(raw, "2.wav", tone(1.0, hertz=3000))
+    data = prepare(model_dir, raw)
+    frontend = ClipMaker(model_dir, "cpu", {}).frontend
+    row = rows(data)[0]
+
+    mel = torch.tensor(row["speech_feat"]).view(*row["speech_feat_shape"])
+    assert torch.equal(mel, frontend.feat_extractor(load_wav(path, 22050))[0].T)
+    assert row["text_token"] == frontend.encode("It costs five dollars.")
+    wav_16k = load_wav(path, 16000)
+    assert row["speech_token"] == frontend.speech_tokenizer(wav_16k)[0].tolist()
+    vectors = np.array([row["utt_embedding"] for row in rows(data)])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    direction = frontend.speaker_encoder(wav_16k)[0].numpy()
+    np.testing.assert_allclose(vectors[0], direction / np.linalg.norm(direction), atol=1e-6)
+    mean = vectors.mean(axis=0)
+    for row in rows(data):
+        np.testing.assert_allclose(row["spk_embedding"], mean / np.linalg.norm(mean), atol=1e-6)
+
+
+def test_training_reads_the_data(model_dir: Path, raw: Path) -> None:
+    add(raw, "1.wav", tone(1.5))
+    clip = load_clips(prepare(model_dir, raw))[0]
+    assert clip.mel.shape[1] == 80 and len(clip.speech_token) == pytest.approx(75, abs=2)
+
+
+def test_a_bad_clip_is_reported_and_the_rest_goes_on(
+    model_dir: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(raw, "good.wav", tone(1.0))
+    add(raw, "good.mp3", tone(1.0))  # of the same name: which of them does the text belong to?
+    add(raw, "empty-text.wav", tone(1.0), text=" \n")
+    add(raw, "punctuation.wav", tone(1.0), text="?!")
+    add(raw, "gbk.wav", tone(1.0), text="你好".encode("gbk"))
+    add(raw, "long.wav", tone(30.5))
+    add(raw, "short.wav", tone(0.4))
+    add(raw, "silent.wav", np.zeros(16000, dtype=np.float32))
+    add(raw, "constant.wav", np.full(16000, 0.5, dtype=np.float32))
+    add(raw, "nan.wav", np.where(np.arange(16000) == 99, np.nan, tone(1.0)))
+    add(raw, "nothing.wav", np.zeros(0, dtype=np.float32))
+    add(raw, "tokenless.wav", tone(1.25))
+    add(raw, "no-bytes.wav", tone(1.0)).write_bytes(b"")
+    add(raw, "no-audio.mp3", tone(1.0)).write_bytes(b"this is no recording" * 100)
+    add(raw, "no-text.wav", tone(1.0)).with_suffix(".txt").unlink()
+    (raw / "no-recording.txt").write_text("Hello.")
+
+    encode = SpeechTokenizer.run
+
+    def none_for_tokenless(self: SpeechTokenizer, *inputs: np.ndarray) -> torch.Tensor:
+        frames = inputs[0].shape[-1]
+        return torch.zeros(1, 0, dtype=torch.int32) if frames == 125 else encode(self, *inputs)
+
+    monkeypatch.setattr(SpeechTokenizer, "run", none_for_tokenless)
+    data = prepare(model_dir, raw)
+    reasons = {utt: line["reason"] for utt, line in report(data).items()}
+    expected = {
+        "empty-text": "text is empty",
+        "punctuation": "nothing to speak",
+        "gbk": "not UTF-8",
+        "long": "at most 30 s",
+        "short": "at least 0.5 s",
+        "silent": "silent",
+        "constant": "silent",
+        "nan": "not numbers",
+        "nothing": "no samples",
+        "tokenless": "no token",
+        "no-bytes": "cannot be decoded",
+        "no-audio": "cannot be decoded",
+        "no-text": "no text",
+        "no-recording": "no recording",
+        "good.mp3": "no text",
+        "good": "",
+    }
+    assert reasons.keys() == expected.keys()
+    for utt, words in expected.items():
+        assert words in reasons[utt], utt
+        assert report(data)[utt]["kept"] == ("no" if words else "yes")
+    assert report(data)["gbk"]["seconds"] == "1.00"
+    assert [row["utt"] for row in rows(data)] == ["good"]
+
+
+def test_a_second_run_redoes_only_what_changed(
+    model_dir: Path, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name in "abc":
+        add(raw, f"{name}.wav", tone(1.0, hertz=200 + ord(name)), text=f"Tone {name}.")
+    data = prepare(model_dir, raw)
+    first, lines = rows(data), report(data)
+
+    prepare(model_dir, raw)
+    assert "(3 unchanged)" in capsys.readouterr().out
+    assert rows(data) == first and report(data) == lines
+
+    (raw / "b.txt").write_text("Another tone.")
+    (raw / "c.wav").rename(raw / "d.wav")
+    (raw / "c.txt").rename(raw / "d.txt")
+    prepare(model_dir, raw, "--speaker", "bob")
+    assert "(2 unchanged)" in capsys.readouterr().out
+    assert [(row["utt"], row["text"], row["spk"]) for row in rows(data)] == [
+        ("a", "Tone a.", "bob"),
+        ("b", "Another tone.", "bob"),
+        ("d", "Tone c.", "bob"),
+    ]
+    assert rows(data)[2]["wav"].endswith("d.wav")
+
+    other = shutil.copytree(model_dir, tmp_path / "other")
+    write_speaker_encoder(other / "campplus.onnx", np.random.default_rng(1))
+    prepare(other, raw)
+    assert "(0 unchanged)" in capsys.readouterr().out
+
+
+def test_at_most_so_many_clips_a_file(model_dir: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert clip_files.CLIPS_PER_FILE == 100
+    monkeypatch.setattr(clip_files, "CLIPS_PER_FILE", 2)
+    for number in range(5):
+        add(raw, f"{number}.wav", tone(0.6, hertz=300 + number))
+    data = prepare(model_dir, raw)
+    files = sorted(data.glob("*.parquet"))
+    assert [pq.read_metadata(file).num_rows for file in files] == [2, 2, 1]
+
+    for number in range(1, 5):
+        (raw / f"{number}.wav").unlink()
+    prepare(model_dir, raw)
+    assert [path.name for path in data.glob("*.parquet")] == ["clips-00000.parquet"]
+    assert [row["utt"] for row in rows(data)] == ["0"]
+    assert sorted(path.name for path in data.iterdir()) == ["clips-00000.parquet", "report.csv"]
+
+
+def test_an_interrupted_run_is_taken_up_again(
+    model_dir: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    add(raw, "old.wav", tone(1.0))
+    data = prepare(model_dir, raw)
+    before = rows(data)
+    for number in range(3):
+        add(raw, f"{number}.wav", tone(0.6, hertz=300 + number))
+
+    make = ClipMaker.make
+
+    def interrupted(self: ClipMaker, recording: object) -> object:
+        if recording.utt == "2":
+            raise KeyboardInterrupt
+        return make(self, recording)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ClipMaker, "make", interrupted)
+        prepare(model_dir, raw, "--workers", "1")
+    assert rows(data) == before
+
+    (data / clip_files.UNFINISHED / "0.parquet").write_bytes(b"cut short")
+    (data / ".clips-00000.1.parquet").write_bytes(b"killed while writing")
+    capsys.readouterr()
+    prepare(model_dir, raw)
+    assert "(2 unchanged)" in capsys.readouterr().out
+    assert len(rows(data)) == 4
+    assert sorted(path.name for path in data.iterdir()) == ["clips-00000.parquet", "report.csv"]
+
+
+def test_mistakes_are_named(model_dir: Path, raw: Path) -> None:
+    with pytest.raises(InputError, match="holds no recording"):
+        prepare(model_dir, raw)
+    path = add(raw, "1.wav", tone(1.0))
+    path.with_suffix(".txt").rename(raw / "2.txt")
+    with pytest.raises(InputError, match="001.txt beside 001.wav"):
+        prepare(model_dir, raw)
+    with pytest.raises(InputError, match="--workers 0"):
+        prepare(model_dir, raw, "--workers", "0")
+    with pytest.raises(InputError, match="--speaker"):
+        prepare(model_dir, raw, "--speaker", " ")
+
+
+def test_where_no_clip_can_be_used_the_old_data_stays(model_dir: Path, raw: Path) -> None:
+    path = add(raw, "1.wav", tone(1.0))
+    data = prepare(model_dir, raw)
+    before = rows(data)
+    path.with_suffix(".txt").write_text("")
+    with pytest.raises(InputError, match="none of 1 clips.*text is empty"):
+        prepare(model_dir, raw)
+    assert report(data)["1"]["kept"] == "no"
+    assert rows(data) == before
+
+
+def test_a_folder_that_does_not_serve_is_named_before_any_work(
+    model_dir: Path, raw: Path, tmp_path: Path
+) -> None:
+    add(raw, "1.wav", tone(1.0))
+    folder = shutil.copytree(model_dir, tmp_path / "unfit")
+    (folder / "campplus.onnx").unlink()
+    with pytest.raises(InputError, match="campplus.onnx does not exist"):
+        prepare(folder, raw)
+    config = (folder / "cosyvoice.yaml").read_text(encoding="utf-8")
+    foreign = config.replace("whisper.tokenizer.", "cosyvoice.tokenizer.tokenizer.").replace("s: 100", "s: 107")
+    (folder / "cosyvoice.yaml").write_text(foreign, encoding="utf-8")
+    with pytest.raises(InputError, match="25 Hz"):
+        prepare(folder, raw)
+    assert not (tmp_path / "data" / "report.csv").exists()
+
+
+def test_a_tokenizer_of_another_rate_is_refused(
+    model_dir: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(raw, "1.wav", tone(2.0))
+    run = SpeechTokenizer.run
+    monkeypatch.setattr(SpeechTokenizer, "run", lambda self, *inputs: run(self, *inputs)[:, ::2])
+    with pytest.raises(InputError, match="50 tokens for 2.0 s"):
+        prepare(model_dir, raw)
+
+
+def test_hidden_files_and_folders_are_no_recordings(raw: Path) -> None:
+    add(raw, "1.WAV", tone(1.0))
+    shutil.copy(raw / "1.WAV", raw / "._1.wav")
+    (raw / "folder.wav").mkdir()
+    assert [recording.utt for recording in find_recordings(raw)] == ["1"]
+
+
+def test_silence_share_counts_frames_40_db_below_the_loudest() -> None:
+    loud, quiet = torch.full((1, 3200), 0.5), torch.full((1, 1600), 0.5 * 10 ** (-41 / 20))
+    assert silence_share(torch.cat([loud, quiet, loud], dim=1), 16000) == pytest.approx(1600 / 8000)
+    assert silence_share(torch.cat([loud, quiet * 1.3], dim=1), 16000) == 0  # 38.7 dB below
+
+
+def run_script(*options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "prepare_joint_data.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_help_needs_no_torch() -> None:
+    command = [sys.executable, "-X", "importtime", str(ROOT / "prepare_joint_data.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--speaker" in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "config" in imported and not {"torch", "pyarrow", "numpy", "soundfile"} & imported
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(raw: Path) -> None:
+    done = run_script("--model-dir", str(raw), "--input-dir", str(raw))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "no model folder" in done.stderr

@@ -1,0 +1,230 @@
+"""Training on a handful of made-up clips: what is trained, resuming, stopping, merging."""
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import train_joint
+from config import JOINT_TRAINING_CONFIG, with_changes
+from cosyvoice.utils.checkpoint import read_state_dict
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frames import mel_frames
+from dataset import Clip
+from lora import LoRALinear, adapter_state, inject, merged
+from tools.random_model import make_random_model
+from training import CheckpointKeeper
+from utils import load_part
+from voice import newest_voice, read_run
+
+FAST = ["batch_size=1", "accumulate_grad_batches=4", "max_feat_len=40", "learning_rate=0.01"]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_random_model(folder, seed=3, size="small")
+    return folder
+
+
+def clips(count: int = 10) -> list[Clip]:
+    generator = torch.Generator().manual_seed(5)
+
+    def tokens(size: int, most: int) -> Tensor:
+        return torch.randint(0, most, (size,), generator=generator)
+
+    made = []
+    for i in range(count):
+        length = 20 + 3 * i
+        embedding = nn.functional.normalize(torch.randn(192, generator=generator), dim=0)
+        mel = torch.randn(mel_frames(length), 80, generator=generator)
+        made.append(Clip(f"{i:03d}", "ann", tokens(5 + i, 500), tokens(length, 4096), mel, embedding))
+    return made
+
+
+@pytest.fixture
+def train(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs train_joint.py's main on made-up clips; returns its exit code."""
+
+    def run(*options: str, output: str = "output", count: int = 10, made: list[Clip] | None = None) -> int:
+        monkeypatch.setattr("dataset.load_clips", lambda folder: made or clips(count))
+        folders = ["--model-dir", str(model_dir), "--output-dir", str(tmp_path / output), "--device", "cpu"]
+        return train_joint.main([*folders, *options, "--set", *FAST])
+
+    return run
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    first, second = read_run(one), read_run(other)
+    assert first.adapters.keys() == second.adapters.keys()
+    for part in first.parts:
+        for name, tensor in first.adapters[part].items():
+            assert torch.equal(tensor, second.adapters[part][name]), name
+        assert first.state["progress"][part]["history"] == second.state["progress"][part]["history"]
+
+
+def test_lora_starts_at_the_base_and_merges_exactly() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    x = torch.randn(3, 6)
+    expected = base(x)
+    assert inject(base, ["0", "2"], rank=2, alpha=6, dropout=0.0) == ["0", "2"]
+    assert torch.equal(base(x), expected)
+    for layer in base:
+        if isinstance(layer, LoRALinear):
+            nn.init.normal_(layer.lora_B)
+    plain = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    plain.load_state_dict(merged(before, adapter_state(base), scale=3.0))
+    torch.testing.assert_close(plain(x), base(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("part", "expected"), [("llm", 4 * 6), ("flow", 2 * 6 + 6 * 6)])
+def test_adapters_sit_where_they_should(model_dir: Path, part: str, expected: int) -> None:
+    """Small model: LLM 2 + 2 attention blocks of six layers; Flow 2 blocks and 6 estimator blocks of six layers."""
+    module = load_part(model_dir, part)
+    lora = JOINT_TRAINING_CONFIG[f"{part}_lora"]
+    names = inject(module, lora["target_modules"], 2, 4, 0.0)
+    assert len(names) == expected
+    assert not any("linear_pos" in name for name in names)
+    trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"{name}.{tensor}" for name in names for tensor in ("lora_A", "lora_B")}
+
+
+@pytest.mark.parametrize("mode", ["joint", "llm_only", "flow_only"])
+def test_modes_write_what_they_train(train, tmp_path: Path, model_dir: Path, mode: str) -> None:
+    assert train("--mode", mode, "--epochs", "2") == 0
+    output = tmp_path / "output"
+    voice = newest_voice(output)
+    parts = {"joint": {"llm", "flow"}, "llm_only": {"llm"}, "flow_only": {"flow"}}[mode]
+    assert voice["mode"] == mode and set(voice["files"]) == parts
+    for part, file in voice["files"].items():
+        state, base = read_state_dict(file), read_state_dict(model_dir / f"{part}.pt")
+        assert state.keys() == base.keys()
+        changed = {name for name in base if not torch.equal(state[name], base[name])}
+        assert changed and all(name.endswith(".weight") for name in changed)
+    speakers = torch.load(output / "spk2info.pt", weights_only=True)
+    assert speakers["ann"]["embedding"].shape == (1, 192)
+    assert len(list(output.glob(f"joint_{mode}_epoch*.ckpt"))) == 2
+    assert list((output / "joint_logs" / mode).rglob("events.out.tfevents*"))
+
+
+def test_resuming_after_an_epoch_equals_not_having_stopped(train, tmp_path: Path, monkeypatch) -> None:
+    train("--epochs", "3", output="whole")
+    asked = CheckpointKeeper.on_train_epoch_end
+
+    def stop_after_first(self: CheckpointKeeper, trainer, model) -> None:
+        self.interrupted = model.epoch_number == 1
+        asked(self, trainer, model)
+
+    monkeypatch.setattr(CheckpointKeeper, "on_train_epoch_end", stop_after_first)
+    assert train("--epochs", "3", output="parts") == train_joint.EXIT_INTERRUPTED
+    monkeypatch.setattr(CheckpointKeeper, "on_train_epoch_end", asked)
+    assert train("--resume", "auto", output="parts") == 0
+    assert_same_run(tmp_path / "whole/joint_joint_last.ckpt", tmp_path / "parts/joint_joint_last.ckpt")
+    merged_files = [tmp_path / output / "llm_merged_joint.pt" for output in ("whole", "parts")]
+    assert merged_files[0].read_bytes() == merged_files[1].read_bytes()
+
+
+def test_ctrl_c_in_an_epoch_saves_and_resumes_exactly(train, tmp_path: Path, monkeypatch) -> None:
+    train("--epochs", "2", output="whole")
+    noticed = CheckpointKeeper.on_train_batch_end
+
+    def press_ctrl_c(self: CheckpointKeeper, trainer, model, *step) -> None:
+        if model.epoch_number == 2 and step[-1] == 1:
+            signal.raise_signal(signal.SIGINT)
+        noticed(self, trainer, model, *step)
+
+    monkeypatch.setattr(CheckpointKeeper, "on_train_batch_end", press_ctrl_c)
+    assert train("--epochs", "2", output="parts") == train_joint.EXIT_INTERRUPTED
+    state = read_run(tmp_path / "parts/joint_joint_last.ckpt").state
+    assert (state["epochs"], state["batches_done"]) == (1, 4)
+    monkeypatch.setattr(CheckpointKeeper, "on_train_batch_end", noticed)
+    assert train("--resume", "auto", output="parts") == 0
+    assert_same_run(tmp_path / "whole/joint_joint_last.ckpt", tmp_path / "parts/joint_joint_last.ckpt")
+
+
+def test_a_part_stops_at_its_threshold_and_the_other_goes_on(train, tmp_path: Path) -> None:
+    train("--epochs", "2", "--set", "llm_loss_threshold=100")
+    run = read_run(tmp_path / "output/joint_joint_last.ckpt")
+    llm, flow = run.state["progress"]["llm"], run.state["progress"]["flow"]
+    assert "threshold" in llm["stopped"] and len(llm["history"]) == 1
+    assert not flow["stopped"] and len(flow["history"]) == 2
+    best = llm["best"]
+    assert all(torch.equal(tensor, best[name]) for name, tensor in run.adapters["llm"].items())
+
+
+def test_patience_ends_training(train, tmp_path: Path) -> None:
+    train("--mode", "llm_only", "--epochs", "30", "--set", "early_stopping_patience=1", "--lr", "1.0")
+    progress = read_run(tmp_path / "output/joint_llm_only_last.ckpt").state["progress"]["llm"]
+    assert "no better loss" in progress["stopped"]
+    losses = [entry["val"] for entry in progress["history"]]
+    assert losses[-1] >= progress["best_loss"] == min(losses)
+    assert progress["best_epoch"] == losses.index(min(losses)) + 1
+    kept = sorted(path.name for path in (tmp_path / "output").glob("joint_llm_only_epoch*.ckpt"))
+    assert 1 <= len(kept) <= 3
+
+
+def test_training_lowers_the_loss(train, tmp_path: Path) -> None:
+    train("--mode", "flow_only", "--epochs", "6", "--batch-size", "2")
+    history = read_run(tmp_path / "output/joint_flow_only_last.ckpt").state["progress"]["flow"]["history"]
+    assert history[-1]["train"] < history[0]["train"]
+
+
+def test_init_starts_from_the_shared_part(train, tmp_path: Path) -> None:
+    train("--epochs", "1", output="joint")
+    first = tmp_path / "joint/joint_joint_last.ckpt"
+    train("--mode", "flow_only", "--init", str(first), "--epochs", "1", "--lr", "1e-12", output="staged")
+    staged = read_run(tmp_path / "staged/joint_flow_only_last.ckpt").adapters["flow"]
+    for name, tensor in read_run(first).adapters["flow"].items():
+        torch.testing.assert_close(staged[name], tensor, atol=1e-6, rtol=0)
+    with pytest.raises(InputError, match="shares no part"):
+        train("--mode", "llm_only", "--init", str(tmp_path / "staged/joint_flow_only_last.ckpt"))
+
+
+def test_resume_refuses_another_mode_base_or_data(train, tmp_path: Path) -> None:
+    train("--mode", "llm_only", "--epochs", "1")
+    checkpoint = str(tmp_path / "output/joint_llm_only_last.ckpt")
+    with pytest.raises(InputError, match="llm_only"):
+        train("--mode", "flow_only", "--resume", checkpoint)
+    with pytest.raises(InputError, match="data has changed"):
+        train("--mode", "llm_only", "--resume", checkpoint, count=9)
+    other = tmp_path / "other"
+    make_random_model(other, seed=4, size="small")
+    with pytest.raises(InputError, match="another base"):
+        train("--mode", "llm_only", "--resume", checkpoint, "--model-dir", str(other))
+    with pytest.raises(InputError, match="weights"):
+        train("--resume", str(tmp_path / "output/llm_merged_llm_only.pt"))
+
+
+def test_few_clips_are_all_trained_on(train, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train("--epochs", "1", count=7)
+    assert "7 clips to train on, 0 held out" in capsys.readouterr().out
+    assert "val" not in read_run(tmp_path / "output/joint_joint_last.ckpt").state["progress"]["llm"]["history"][0]
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(train, tmp_path: Path) -> None:
+    train("--epochs", "1")
+    before = (tmp_path / "output/joint_joint_last.ckpt").read_bytes()
+    spoiled = clips(10)
+    for clip in spoiled:
+        clip.mel[:] = np.nan
+    with pytest.raises(InputError, match="flow loss became nan"):
+        train("--epochs", "1", made=spoiled)
+    assert (tmp_path / "output/joint_joint_last.ckpt").read_bytes() == before
+
+
+def test_settings_are_checked_together() -> None:
+    with pytest.raises(InputError) as caught:
+        with_changes(JOINT_TRAINING_CONFIG, ["learning_rat=1", "max_epochs=0", "llm_lora.lora_r=x", "precision=8-bit"])
+    for name in ("learning_rat ", "max_epochs", "llm_lora.lora_r", "precision"):
+        assert name in str(caught.value)
+
+
+def test_half_precision_base_trains_on_any_device(train, tmp_path: Path) -> None:
+    train("--epochs", "1", "--set", "precision=bf16-mixed")
+    run = read_run(tmp_path / "output/joint_joint_last.ckpt")
+    assert all(tensor.dtype == torch.float32 for part in run.adapters.values() for tensor in part.values())

@@ -1,0 +1,210 @@
+"""Train LoRA adapters in CosyVoice's LLM (rhythm, style) and Flow (timbre) on one speaker's prepared clips.
+
+    python train_joint.py --mode joint
+
+Watch it with `tensorboard --logdir output/joint_logs`. At the end the best weights are merged and ready to speak.
+"""
+
+import argparse
+import hashlib
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import JOINT_TRAINING_CONFIG, MODES, find_model_dir, with_changes
+from cosyvoice.utils.errors import InputError
+from utils import EXIT_INTERRUPTED, add_device, add_folders, add_seed, check_writable, pick_device, run
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+    from dataset import Clip
+    from llm_flow_model import JointModel
+    from voice import Run
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what is trained")
+    what.add_argument("--mode", choices=tuple(MODES), help="parts to train (default: config.py, joint)")
+    start = what.add_mutually_exclusive_group()
+    start.add_argument("--resume", metavar="CKPT|auto", help="continue a run exactly; auto: the mode's last checkpoint")
+    start.add_argument("--init", type=Path, metavar="CKPT", help="start the adapters it shares from a run of any mode")
+    how = parser.add_argument_group("settings (default: config.py)")
+    how.add_argument("--epochs", type=int, help="most epochs")
+    how.add_argument("--batch-size", type=int, help="clips a batch")
+    how.add_argument("--lr", type=float, help="highest learning rate")
+    how.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any other setting")
+    add_folders(parser, "model", "data", "output")
+    add_device(parser)
+    add_seed(parser)
+    return parser.parse_args(argv)
+
+
+def changes(args: argparse.Namespace) -> list[str]:
+    """The settings given on the command line, as KEY=VALUE; an option of its own wins over --set."""
+    short = {"training_mode": args.mode, "max_epochs": args.epochs, "batch_size": args.batch_size}
+    short["learning_rate"] = args.lr
+    return args.set + [f"{key}={value}" for key, value in short.items() if value is not None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    config = with_changes(JOINT_TRAINING_CONFIG, changes(args))
+    model_dir = find_model_dir(args.model_dir)
+    check_writable(args.output_dir)
+    device = pick_device(args.device).type
+    from dataset import load_clips
+    from training import Interrupted, fit
+    from voice import base_fingerprints
+
+    clips = load_clips(args.data_dir)
+    origin = {
+        "mode": config["training_mode"],
+        "run": uuid.uuid4().hex,
+        "base": base_fingerprints(model_dir),
+        "data": data_fingerprint(clips),
+    }
+    resumed = find_resumed(args, origin, model_dir)
+    if resumed:
+        config = with_changes(resumed.config, changes(args))
+        origin["run"], args.seed = resumed.state["run"], resumed.state["seed"]
+    if not (resumed and finished(resumed, config)):
+        model, loaders = build(args, config, model_dir, clips, origin)
+        if resumed:
+            loaders[0].sampler.skip = resumed.state["batches_done"] * config["batch_size"]
+        describe(model, loaders, device)
+        try:
+            fit(model, loaders, args.output_dir, device, resumed and resumed.path)
+        except Interrupted as stop:
+            print(f"{stop}; go on with: python train_joint.py --mode {origin['mode']} --resume {stop.checkpoint}")
+            return EXIT_INTERRUPTED
+    conclude(args.output_dir, origin["mode"], model_dir)
+    return 0
+
+
+# Continuing
+
+
+def find_resumed(args: argparse.Namespace, origin: dict[str, Any], model_dir: Path) -> "Run | None":
+    """The run to continue, if one is asked for; `auto` without a checkpoint starts anew.
+
+    Raises InputError unless mode, base model and data are those of that run.
+    """
+    from voice import last_checkpoint, read_run
+
+    last = last_checkpoint(args.output_dir, origin["mode"])
+    if args.resume is None:
+        if last.is_file():
+            print(f"{last} of an earlier run will be replaced after the first epoch (--resume auto continues it)")
+        return None
+    if args.resume == "auto" and not last.is_file():
+        print(f"there is no {last} yet: starting from the beginning")
+        return None
+    run = read_run(last if args.resume == "auto" else Path(args.resume))
+    if run.mode != origin["mode"]:
+        raise InputError(f"{run.path} is a run of --mode {run.mode}, not {origin['mode']}; give that, or use --init")
+    run.check_base(origin["base"], model_dir)
+    if run.state["data"] != origin["data"]:
+        raise InputError(f"the data has changed since {run.path}; use --init {run.path} instead of --resume")
+    print(f"continuing {run.path} ({run.state['epochs']} epochs done)")
+    return run
+
+
+def finished(run: "Run", config: dict[str, Any]) -> bool:
+    """Whether nothing is left to train; says why."""
+    stopped = [part["stopped"] for part in run.state["progress"].values()]
+    if all(stopped):
+        print("training had already ended")
+        return True
+    if run.state["epochs"] >= config["max_epochs"]:
+        print(f"all {run.state['epochs']} epochs are done; --epochs allows more")
+        return True
+    return False
+
+
+def data_fingerprint(clips: "Sequence[Clip]") -> str:
+    """SHA-256 of what training reads, apart from the mel, which follows from the same recordings."""
+    digest = hashlib.sha256()
+    for clip in clips:
+        digest.update(f"{clip.utt}\n{clip.speaker}\n".encode())
+        for tensor in (clip.text_token, clip.speech_token, clip.embedding):
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# Starting
+
+
+def build(
+    args: argparse.Namespace, config: dict[str, Any], model_dir: Path, clips: "list[Clip]", origin: dict[str, Any]
+) -> "tuple[JointModel, tuple[DataLoader, DataLoader | None]]":
+    """The model with new adapters (or those of `--init`), and the loaders of training and held-out clips."""
+    from torch.utils.data import DataLoader
+
+    from dataset import EpochOrder, collate, speaker_embedding, speaker_name, split_clips
+    from llm_flow_model import JointModel
+    from utils import load_part, seed_all
+
+    train, held_out = split_clips(clips, config["validation_ratio"], args.seed)
+    seed_all(args.seed)
+    parts = {part: load_part(model_dir, part) for part in MODES[config["training_mode"]]}
+    origin = origin | {"speaker": speaker_name(clips)}
+    model = JointModel(parts, config, args.seed, speaker_embedding(train), origin)
+    if args.init:
+        start_from(args.init, model, model_dir)
+    size = config["batch_size"]
+    train_loader = DataLoader(train, size, sampler=EpochOrder(len(train), args.seed), collate_fn=collate)
+    return model, (train_loader, DataLoader(held_out, size, collate_fn=collate) if held_out else None)
+
+
+def start_from(checkpoint: Path, model: "JointModel", model_dir: Path) -> None:
+    """Copy the adapters that a checkpoint of any mode shares with the model."""
+    from lora import load_adapters
+    from voice import read_run
+
+    run = read_run(checkpoint)
+    shared = [part for part in run.parts if part in model.parts]
+    if not shared:
+        raise InputError(f"{checkpoint} (--mode {run.mode}) shares no part with this mode; leave --init out")
+    run.check_base(model.origin["base"], model_dir)
+    for part in shared:
+        load_adapters(model.parts[part], run.adapters[part])
+        print(f"{part}: starting from {checkpoint}")
+
+
+def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]", device: str) -> None:
+    """Say what will be trained."""
+    from llm_flow_model import trainable_share
+    from training import compute_precision
+
+    for name, part in model.parts.items():
+        count, share = trainable_share(part)
+        print(f"{name}: training {count:,} adapter parameters, {share:.2%} of all")
+    train, held_out = (len(loader.dataset) if loader else 0 for loader in loaders)
+    print(f"{train} clips to train on, {held_out} held out; {device}, {compute_precision(model.config, device)}")
+    if not held_out:
+        print("no clip is held out (fewer than 8, or validation_ratio 0): training losses choose the best weights")
+
+
+# Ending
+
+
+def conclude(output_dir: Path, mode: str, model_dir: Path) -> None:
+    """Say why training ended, merge the best weights, and say what to run next."""
+    from voice import last_checkpoint, merge_run, merged_path, read_run
+
+    run = read_run(last_checkpoint(output_dir, mode))
+    for part in run.parts:
+        progress = run.state["progress"][part]
+        why = progress["stopped"] or f"all {run.config['max_epochs']} epochs are done"
+        print(f"{part} stopped: {why}; best loss {progress['best_loss']:.3f} in epoch {progress['best_epoch']}")
+    targets = {part: merged_path(output_dir, part, mode) for part in run.parts}
+    for path in merge_run(run, model_dir, output_dir, targets, use_best=True):
+        print(f"wrote {path}")
+    print(f'next: python inference_joint.py --output-dir {output_dir} --text "..."')
+
+
+if __name__ == "__main__":
+    run(main)

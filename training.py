@@ -1,0 +1,149 @@
+"""Running the trainer: checkpoints at epoch ends and on Ctrl-C, logs, devices."""
+
+import logging
+import re
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader
+
+from cosyvoice.utils.file_utils import atomic_write
+from llm_flow_model import HALF_TYPES, JointModel
+from voice import last_checkpoint
+
+KEPT_CHECKPOINTS = 3
+
+
+class Interrupted(Exception):
+    """Training was stopped by Ctrl-C, with everything saved in `checkpoint`."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(f"stopped; {checkpoint} is complete")
+        self.checkpoint = checkpoint
+
+
+class CheckpointKeeper(Checkpoint):
+    """Writes the last checkpoint after every epoch, keeps the best few beside it, and stops cleanly when asked to.
+
+    Checkpoints are written between optimiser steps only, where a resumed run can repeat an uninterrupted one.
+    """
+
+    def __init__(self, output_dir: Path, mode: str, fresh: bool) -> None:
+        """fresh: this is a new run, which replaces the checkpoints of an earlier one with its first."""
+        self.output_dir, self.mode, self.fresh = output_dir, mode, fresh
+        self.last = last_checkpoint(output_dir, mode)
+        self.interrupted = False
+
+    def on_train_batch_end(self, trainer: pl.Trainer, model: JointModel, *step: Any) -> None:
+        done = step[-1] + 1  # batches of this epoch
+        between_steps = done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches
+        if self.interrupted and between_steps:
+            model.batches_done = done
+            self.save(trainer, self.last)
+            raise Interrupted(self.last)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, model: JointModel) -> None:
+        model.batches_done = 0
+        if self.fresh:
+            for path, _ in self.kept():
+                path.unlink()
+            self.fresh = False
+        self.save(trainer, self.last)
+        loss = model.combined_loss()
+        self.save(trainer, self.output_dir / f"joint_{self.mode}_epoch{model.epoch_number:04d}_loss{loss:.4f}.ckpt")
+        for path, _ in sorted(self.kept(), key=lambda kept: kept[1])[KEPT_CHECKPOINTS:]:
+            path.unlink()
+        print(f"\n{epoch_summary(model)}", flush=True)
+        if self.interrupted and not trainer.should_stop:
+            raise Interrupted(self.last)
+
+    def kept(self) -> list[tuple[Path, float]]:
+        """The epoch checkpoints of this mode with their losses."""
+        pattern = re.compile(rf"joint_{self.mode}_epoch\d+_loss([\d.]+)\.ckpt")
+        found = ((path, pattern.fullmatch(path.name)) for path in self.output_dir.glob(f"joint_{self.mode}_epoch*"))
+        return [(path, float(match[1])) for path, match in found if match]
+
+    def save(self, trainer: pl.Trainer, path: Path) -> None:
+        with atomic_write(path) as temporary:
+            trainer.save_checkpoint(temporary)
+
+
+def epoch_summary(model: JointModel) -> str:
+    """`epoch 4: llm 2.310 (held out 2.402), flow 0.512 (held out 0.530)`."""
+    texts = []
+    for name, progress in model.progress.items():
+        entry = progress.history[-1]
+        if entry["epoch"] == model.epoch_number:
+            held_out = f" (held out {entry['val']:.3f})" if "val" in entry else ""
+            texts.append(f"{name} {entry['train']:.3f}{held_out}")
+    return f"epoch {model.epoch_number}: " + ", ".join(texts)
+
+
+def fit(
+    model: JointModel,
+    loaders: tuple[DataLoader, DataLoader | None],
+    output_dir: Path,
+    device: str,
+    resume: Path | None,
+) -> None:
+    """Train until every part has stopped, at most `max_epochs`. Raises Interrupted after Ctrl-C."""
+    config = model.config
+    if device == "cuda" and config["precision"] in HALF_TYPES:
+        model.keep_base_in(HALF_TYPES[config["precision"]])
+    mode = config["training_mode"]
+    keeper = CheckpointKeeper(output_dir, mode, fresh=resume is None)
+    logger = TensorBoardLogger(output_dir / "joint_logs", name=mode)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    trainer = pl.Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        precision=compute_precision(config, device),
+        max_epochs=config["max_epochs"],
+        accumulate_grad_batches=config["accumulate_grad_batches"],
+        gradient_clip_val=config["gradient_clip_val"],
+        callbacks=[keeper, TQDMProgressBar(refresh_rate=int(sys.stderr.isatty()))],
+        logger=logger,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
+    model.train()
+    with stopping_on_interrupt(keeper), warnings.catch_warnings():
+        # a base in eval mode, no worker processes, a sampler that resumes by itself, nothing held out: as intended
+        warnings.filterwarnings("ignore", message=".*(eval mode|many workers|not resumable|litlogger|no `val_dataloader`).*")
+        try:
+            trainer.fit(model, *loaders, ckpt_path=resume, weights_only=True)
+        except SystemExit:  # how the trainer leaves at a second Ctrl-C
+            raise KeyboardInterrupt from None
+
+
+def compute_precision(config: dict[str, Any], device: str) -> str:
+    """The precision to compute in: a CPU gains nothing from float16."""
+    wanted = config["precision"]
+    return "32-true" if device == "cpu" and wanted == "16-mixed" else wanted
+
+
+@contextmanager
+def stopping_on_interrupt(keeper: CheckpointKeeper) -> Iterator[None]:
+    """The first Ctrl-C asks `keeper` to save and stop at the next optimiser step; a second one stops at once."""
+
+    def notice(signum: int, frame: FrameType | None) -> None:
+        if keeper.interrupted:
+            raise KeyboardInterrupt
+        keeper.interrupted = True
+        print("\nstopping after this optimiser step; press Ctrl-C again to stop at once", flush=True)
+
+    previous = signal.signal(signal.SIGINT, notice)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

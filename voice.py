@@ -1,0 +1,176 @@
+"""The files of a finished voice: checkpoints read back, adapters merged, the speaker vector, and the sidecar."""
+
+import json
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import MODES
+from cosyvoice.utils.checkpoint import fingerprint_file, read_state_dict
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.file_utils import atomic_write, save_tensors
+from lora import merged
+
+VERSION = "0.1.0"
+CHECKPOINT_KEY = "voice"  # where the suite's own state lies in a training checkpoint
+
+
+def last_checkpoint(output_dir: Path, mode: str) -> Path:
+    return output_dir / f"joint_{mode}_last.ckpt"
+
+
+def merged_path(output_dir: Path, part: str, mode: str) -> Path:
+    return output_dir / f"{part}_merged_{mode}.pt"
+
+
+def sidecar_path(output_dir: Path, mode: str) -> Path:
+    return output_dir / f"voice_{mode}.json"
+
+
+def base_fingerprints(model_dir: Path) -> dict[str, str]:
+    """SHA-256 of the base weights by part. Raises InputError where one is missing."""
+    files = {part: model_dir / f"{part}.pt" for part in ("llm", "flow")}
+    for file in files.values():
+        if not file.is_file():
+            raise InputError(f"{file} does not exist; check the folder, or download the model again")
+    return {part: fingerprint_file(file) for part, file in files.items()}
+
+
+@dataclass
+class Run:
+    """A training checkpoint as the suite writes it."""
+
+    path: Path
+    mode: str
+    parts: tuple[str, ...]
+    config: dict[str, Any]
+    state: dict[str, Any]  # the suite's own state: seed, speaker, embedding (192,), progress of each part, base
+    adapters: dict[str, dict[str, Tensor]]  # by part, as they were when the checkpoint was written
+
+    def scale(self, part: str) -> float:
+        lora = self.config[f"{part}_lora"]
+        return lora["lora_alpha"] / lora["lora_r"]
+
+    def best(self, part: str) -> dict[str, Tensor]:
+        """The adapters of the part's best epoch; raises InputError before the first epoch has ended."""
+        best = self.state["progress"][part]["best"]
+        if not best:
+            raise InputError(f"{self.path} is older than its first epoch's end: train_joint.py --resume {self.path}")
+        return best
+
+    def check_base(self, fingerprints: dict[str, str], model_dir: Path) -> None:
+        """Raises InputError unless the parts were trained on the base weights of this folder."""
+        for part in self.parts:
+            if self.state["base"][part] != fingerprints[part]:
+                other = f"{self.path} was trained on another base model than {model_dir / part}.pt"
+                raise InputError(f"{other}; give the folder it was trained on with --model-dir")
+
+
+def read_run(path: Path) -> Run:
+    """Raises InputError for a missing or damaged file, and for one that is no training checkpoint of the suite."""
+    if not path.is_file():
+        raise InputError(f"the checkpoint {path} does not exist; train first, or check the path")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} is refused: damaged, or it wants to run code on loading (it was not run)") from None
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__}); it is damaged or no checkpoint") from None
+    if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
+        weights = isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
+        kind = "merged or base weights" if weights else "something else"
+        raise InputError(f"{path} is no checkpoint of train_joint.py but {kind}; give a joint_<mode>_*.ckpt")
+    state = content[CHECKPOINT_KEY]
+    parts = MODES[state["mode"]]
+    adapters: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+    for name, tensor in content["state_dict"].items():
+        _, part, inner = name.split(".", 2)  # "parts.<part>.<layer>"
+        adapters[part][inner] = tensor
+    return Run(path, state["mode"], parts, state["config"], state, adapters)
+
+
+def newest_run(output_dir: Path) -> Path:
+    """The last checkpoint written by any mode. Raises InputError where there is none."""
+    found = sorted(output_dir.glob("joint_*_last.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError(f"{output_dir} holds no joint_<mode>_last.ckpt; run train_joint.py first, or give --ckpt")
+    return found[-1]
+
+
+def newest_voice(output_dir: Path) -> dict[str, Any]:
+    """The newest sidecar's content, its files as paths. Raises InputError where there is none."""
+    found = sorted(output_dir.glob("voice_*.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError(f"{output_dir} holds no trained voice; run train_joint.py first, or give --llm and --flow")
+    content = read_sidecar(found[-1])
+    return content | {"files": {part: output_dir / file for part, file in content["files"].items()}}
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{path} cannot be read; run merge_joint_weights.py to write it anew") from None
+
+
+def write_speaker(run: Run, output_dir: Path, model_dir: Path) -> Path:
+    """Add the voice to `spk2info.pt`, beside the speakers that the file (or else the base model) knows."""
+    target = output_dir / "spk2info.pt"
+    known = next((path for path in (target, model_dir / "spk2info.pt") if path.is_file()), None)
+    speakers = torch.load(known, map_location="cpu", weights_only=True) if known else {}
+    speakers[run.state["speaker"]] = {"embedding": run.state["embedding"].view(1, -1).float()}
+    save_tensors(speakers, target)
+    return target
+
+
+def write_sidecar(run: Run, files: dict[str, Path], epochs: dict[str, int], output_dir: Path) -> Path:
+    """What a file of tensors cannot hold. files: merged file by part. epochs: the epoch each part's weights are from.
+
+    Parts that an earlier merge of the same run wrote stay listed.
+    """
+    path = sidecar_path(output_dir, run.mode)
+    progress = run.state["progress"]
+    content = {
+        "version": VERSION,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "mode": run.mode,
+        "speaker": run.state["speaker"],
+        "run": run.state["run"],
+        "files": {part: os.path.relpath(file, output_dir) for part, file in files.items()},
+        "merged_epoch": epochs,
+        "base": run.state["base"],
+        "seed": run.state["seed"],
+        "epochs_trained": run.state["epochs"],
+        "losses": {part: progress[part]["history"] for part in run.parts},
+        "stopped": {part: progress[part]["stopped"] for part in run.parts},
+        "settings": run.config,
+    }
+    earlier = read_sidecar(path) if path.is_file() else {}
+    if earlier.get("run") == content["run"]:
+        content |= {key: earlier[key] | content[key] for key in ("files", "merged_epoch")}
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def merge_run(run: Run, model_dir: Path, output_dir: Path, targets: dict[str, Path], use_best: bool) -> list[Path]:
+    """Merge the parts named in `targets` into those files, and write speaker vector and sidecar.
+
+    `use_best` takes every part's best epoch, otherwise the weights as the checkpoint holds them. Returns the files.
+    """
+    run.check_base(base_fingerprints(model_dir), model_dir)
+    epochs = {}
+    for part, target in targets.items():
+        base = read_state_dict(model_dir / f"{part}.pt")
+        adapters = run.best(part) if use_best else run.adapters[part]
+        save_tensors(merged(base, adapters, run.scale(part)), target)
+        epochs[part] = run.state["progress"][part]["best_epoch"] if use_best else run.state["epochs"]
+    speaker = write_speaker(run, output_dir, model_dir)
+    return [*targets.values(), speaker, write_sidecar(run, targets, epochs, output_dir)]
