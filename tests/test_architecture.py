@@ -27,8 +27,7 @@ COSYVOICE_LAYERS = (
 )
 LIGHTNING_PLACES = ("llm_flow_model.py", "train_joint.py", "training.py", "cosyvoice/bin")
 PACKAGES = {"yaml": "PyYAML", "whisper": "openai-whisper", "hydra": "hydra-core"}  # import name -> package
-# tensorboard is imported by Lightning's logger, conformer and others by what the configuration names.
-NOT_IMPORTED_HERE = {"tensorboard"}
+NOT_IMPORTED_HERE = {"tensorboard"}  # but by Lightning's logger
 
 
 def sources(*folders: str) -> list[Path]:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ import torch
 from models import tiny, tiny_model_dir
 
 import inference_joint
-from config import JOINT_TRAINING_CONFIG, PROJECT_DIR
+from config import JOINT_TRAINING_CONFIG, MODES, PROJECT_DIR
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import SAMPLE_RATE_HZ
-from lora import adapter_state, inject
-from voice import CHECKPOINT_KEY, base_fingerprints, last_checkpoint, merge_run, merged_path, read_run
+from llm_flow_model import JointModel
+from lora import adapters
+from voice import base_fingerprints, last_checkpoint, merge_run, merged_path, read_run
 
 MODE = "joint"
 SPEAKER = "anna"
@@ -40,25 +42,14 @@ def output_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def write_checkpoint(path: Path, model_dir: Path) -> None:
-    state_dict, progress = {}, {}
-    for part in ("llm", "flow"):
-        module, lora = tiny(part), JOINT_TRAINING_CONFIG[f"{part}_lora"]
-        inject(module, lora["target_modules"], lora["lora_r"], lora["lora_alpha"], lora["lora_dropout"])
-        for name, tensor in adapter_state(module).items():
-            state_dict[f"parts.{part}.{name}"] = 0.02 * torch.randn_like(tensor)
-        progress[part] = {"best": {}, "best_epoch": 0, "history": [], "stopped": ""}
-    voice = {
-        "mode": MODE,
-        "config": JOINT_TRAINING_CONFIG,
-        "run": "1",
-        "seed": 0,
-        "speaker": SPEAKER,
-        "embedding": torch.nn.functional.normalize(torch.randn(192), dim=0),
-        "epoch": 0,
-        "base": base_fingerprints(model_dir),
-        "progress": progress,
-    }
-    torch.save({"state_dict": state_dict, CHECKPOINT_KEY: voice}, path)
+    origin = {"mode": MODE, "run": "1", "speaker": SPEAKER, "base": base_fingerprints(model_dir), "data": ""}
+    embedding = torch.nn.functional.normalize(torch.randn(192), dim=0)
+    model = JointModel({part: tiny(part) for part in MODES[MODE]}, JOINT_TRAINING_CONFIG, 0, embedding, origin)
+    for layer in adapters(model):
+        torch.nn.init.normal_(layer.lora_B, std=0.02)  # it starts at zero, and nothing is trained here
+    checkpoint: dict[str, Any] = {}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, path)
 
 
 class Speaker:
@@ -192,11 +183,12 @@ def test_bad_speaker_vectors(speaker: Speaker, tmp_path: Path, name: str, conten
         speaker.speak("--embedding", path)
 
 
-def test_a_voice_of_another_base_is_refused(speaker: Speaker, model_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+def test_a_voice_of_another_base_is_refused(speaker: Speaker, output_dir: Path, tmp_path: Path) -> None:
     other = tiny_model_dir(tmp_path)
     weights = torch.load(other / "flow.pt", weights_only=True)
     torch.save({name: tensor + 1 for name, tensor in weights.items()}, other / "flow.pt")
-    for options in ([], ["--adapter", last_checkpoint(output_dir, MODE)], ["--llm", merged_path(output_dir, "llm", MODE)]):
+    merged, checkpoint = merged_path(output_dir, "llm", MODE), last_checkpoint(output_dir, MODE)
+    for options in ([], ["--adapter", checkpoint], ["--llm", merged]):
         with pytest.raises(InputError, match="another base"):
             speaker.speak("--model-dir", other, *options)
 
@@ -213,7 +205,7 @@ def test_a_merged_file_is_no_adapter(speaker: Speaker, output_dir: Path) -> None
 
 
 def test_help_answers_without_torch() -> None:
-    code = "import sys, inference_joint\ntry: inference_joint.parse(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    code = "import sys, inference_joint as i\ntry: i.parse(['--help'])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--adapter" in done.stdout
