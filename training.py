@@ -119,7 +119,8 @@ def fit(
     model.train()
     with stopping_on_interrupt(keeper), warnings.catch_warnings():
         # a base in eval mode, no worker processes, a sampler that resumes by itself, nothing held out: as intended
-        warnings.filterwarnings("ignore", message=".*(eval mode|many workers|not resumable|litlogger|no `val_dataloader`).*")
+        intended = "eval mode|many workers|not resumable|litlogger|no `val_dataloader`"
+        warnings.filterwarnings("ignore", message=f".*({intended}).*")
         try:
             trainer.fit(model, *loaders, ckpt_path=resume, weights_only=True)
         except SystemExit:  # how the trainer leaves at a second Ctrl-C

@@ -78,7 +78,8 @@ def test_cut_files_are_damaged(tmp_path: Path, as_zip: bool, share: float) -> No
         (torch.zeros(1), "Tensor"),
         ({}, "empty"),
         ({"epoch": 1}, "empty"),
-        ({"a": torch.zeros(1), "b": "text"}, "b are not tensors"),
+        ({"a": torch.zeros(1), "b": "text"}, "b are not named tensors"),
+        ({3: torch.zeros(1)}, "3 are not named tensors"),
         ({"state_dict": {"a": torch.zeros(1)}, "epoch": 3}, "training checkpoint"),
     ],
 )
@@ -119,9 +120,7 @@ def test_cosyvoice2_is_the_cause() -> None:
     assert "CosyVoice2" in mismatch(llm, {"llm.model.model.norm.weight": torch.zeros(2)})
     ahead = {"encoder.pre_lookahead_layer.conv1.bias": torch.zeros(2)}
     assert "CosyVoice2" in mismatch(flow, flow.state_dict() | ahead)
-    assert "CosyVoice2" in mismatch(
-        flow, flow.state_dict() | {"input_embedding.weight": torch.zeros(6561, 64)}
-    )
+    assert "CosyVoice2" in mismatch(flow, flow.state_dict() | {"input_embedding.weight": torch.zeros(6561, 64)})
 
 
 def test_25hz_is_the_cause() -> None:

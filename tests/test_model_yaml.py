@@ -59,9 +59,7 @@ def test_name_makes_a_partial_function(load: Load) -> None:
 
 
 def test_dictconfig_has_attributes_wherever_it_goes(load: Load) -> None:
-    text = (
-        "params: !new:omegaconf.DictConfig\n    content:\n        sigma_min: 1e-06\nsame: [!ref <params>]\n"
-    )
+    text = "params: !new:omegaconf.DictConfig\n    content:\n        sigma_min: 1e-06\nsame: [!ref <params>]\n"
     parts = load(text)
     assert parts["params"].sigma_min == 1e-06
     assert parts["same"][0] is parts["params"]
@@ -75,9 +73,7 @@ def test_plain_values_arrive_untouched(load: Load) -> None:
 
 
 def test_overrides_replace_entries_before_building() -> None:
-    parts = load_model_yaml(
-        PARITY_DIR / "tiny.yaml", parts=("hifigan", "sample_rate"), overrides={"hifigan": None}
-    )
+    parts = load_model_yaml(PARITY_DIR / "tiny.yaml", parts=("hifigan", "sample_rate"), overrides={"hifigan": None})
     assert parts == {"hifigan": None, "sample_rate": 22050}
 
 
@@ -118,9 +114,7 @@ def test_only_the_named_parts_are_imported() -> None:
         "!copy <a>",
     ],
 )
-def test_other_targets_are_refused(
-    target: str, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_targets_are_refused(target: str, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:  # though nobody asked for that part
         load(f"a: 1\npart: {target}\n", parts=("a",))
@@ -162,6 +156,8 @@ def test_another_model_is_named(load: Load) -> None:
             "too deeply",
         ),
         ("a: \x00\n", "cannot be read"),
+        ("a: !!bool maybe\n", "cannot be read"),
+        ("? [1]\n: 2\na: 1\n", "cannot be read"),
     ],
 )
 def test_mistakes_are_one_line(text: str, message: str, load: Load) -> None:

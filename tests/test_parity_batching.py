@@ -75,9 +75,7 @@ def test_filter(name: str) -> None:
             "text_token": [1] * texts,
             "speech_token": [1] * tokens,
         }
-        for index, (seconds, texts, tokens) in enumerate(
-            meta(name)["filter_inputs(seconds,text_tokens,speech_tokens)"]
-        )
+        for index, (seconds, texts, tokens) in enumerate(meta(name)["filter_inputs(seconds,text_tokens,speech_tokens)"])
     ]
     kept = processor.filter(samples, max_length=40960, min_length=0, token_max_length=200, token_min_length=1)
     assert [sample["utt"] for sample in kept] == meta(name)["filter_kept"]

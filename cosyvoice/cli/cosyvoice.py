@@ -11,6 +11,7 @@ from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 from cosyvoice.utils.frames import TOKEN_RATE_HZ
+from cosyvoice.utils.frontend_utils import has_words
 from cosyvoice.utils.model_yaml import load_model_yaml
 
 FRONTEND_PARTS = ("sample_rate", "get_tokenizer", "feat_extractor", "allowed_special")
@@ -163,6 +164,7 @@ class CosyVoice:
         speed: float,
     ) -> Speech:
         pieces = self.frontend.text_normalize(tts_text, split=True, text_frontend=text_frontend)
+        pieces = [piece for piece in pieces if has_words(piece)]
         if not pieces:
             raise InputError(f"nothing to speak in the text {tts_text!r}; give it words or numbers")
         for piece in pieces:

@@ -125,10 +125,7 @@ def compute_fbank(
 def parse_embedding(data: Iterable[Sample], normalize: bool, mode: str = "train") -> Iterator[Sample]:
     """Turns `utt_embedding` and `spk_embedding` into float32 tensors (192,), of length 1 when `normalize`."""
     for sample in data:
-        vectors = {
-            name: torch.tensor(sample[name], dtype=torch.float32)
-            for name in ("utt_embedding", "spk_embedding")
-        }
+        vectors = {name: torch.tensor(sample[name], dtype=torch.float32) for name in ("utt_embedding", "spk_embedding")}
         if normalize:
             vectors = {name: F.normalize(vector, dim=0) for name, vector in vectors.items()}
         yield {**sample, **vectors}

@@ -31,8 +31,8 @@ def relative_shift(scores: Tensor, num_keys: int) -> Tensor:
 
     scores: (B, H, N, W); column c of every row stands for the distance T - 1 - c of the *last* query. Row i, which
     is N - 1 - i frames earlier, therefore starts N - 1 - i columns later: in the flattened matrix the rows are windows
-    of T entries, W - 1 apart. Where W stops at distance 0, keys after the query read an unrelated entry and must be masked.
-    Returns (B, H, N, T).
+    of T entries, W - 1 apart. Where W stops at distance 0, keys after the query read an unrelated entry and must be
+    masked. Returns (B, H, N, T).
     """
     num_queries, width = scores.shape[-2:]
     if num_queries == 1:

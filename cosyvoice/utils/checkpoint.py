@@ -95,9 +95,11 @@ def _refusal(path: Path, reason: str) -> str:
 def _check_tensors(path: Path, state: dict) -> None:
     if "state_dict" in state:
         raise InputError(f"{path} is a training checkpoint where weights are expected; merge it first")
-    others = sorted(str(name) for name, value in state.items() if not isinstance(value, Tensor))
+    others = sorted(
+        str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))
+    )
     if others or not state:
-        what = f"{', '.join(others[:GROUPS_SHOWN])} are not tensors" if others else "it is empty"
+        what = f"{', '.join(others[:GROUPS_SHOWN])} are not named tensors" if others else "it is empty"
         raise InputError(f"{path} is not a weights file: {what}")
 
 

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from cosyvoice.utils.errors import InputError
 
 __all__ = ["atomic_write", "load_wav", "save_tensors"]  # load_wav: the import path that servers and notebooks use
 
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
@@ -24,15 +27,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        temporary.touch()
+    except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another folder") from None
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in DISK_TROUBLE or error.filename2 is not None:  # a second name: the final rename
+            raise InputError(f"cannot write {path}: {error.strerror}; make room or choose another folder") from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(content: Any, path: Path) -> None:

@@ -43,9 +43,9 @@ TARGETS = frozenset(
 )
 # Anything that these modules define themselves; what they import is not theirs to hand out.
 TARGET_MODULES = frozenset({"cosyvoice.dataset.processor", "cosyvoice.hifigan.discriminator"})
-IGNORED_CALLS = frozenset(
-    {"random.seed", "numpy.random.seed", "torch.manual_seed", "torch.cuda.manual_seed_all"}
-)
+IGNORED_CALLS = frozenset({"random.seed", "numpy.random.seed", "torch.manual_seed", "torch.cuda.manual_seed_all"})
+# What PyYAML ends in where a value contradicts its tag, e.g. `!!bool maybe`.
+CONTRADICTIONS = (ValueError, LookupError, AttributeError, TypeError)
 OTHER_MODEL = re.compile(r"Qwen2|Causal|Upsample|CosyVoice[23]")
 
 _REFERENCE = re.compile(r"<(\w+)>")
@@ -111,7 +111,7 @@ def _parse(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} does not exist; a model folder holds cosyvoice.yaml beside its .pt files")
     try:
         entries = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    except (yaml.YAMLError, OSError, *CONTRADICTIONS) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise InputError(f"{path} is nested too deeply") from None
@@ -129,11 +129,10 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
+        names = [key.value for key, _ in node.value]
+        for position, (key, _) in enumerate(node.value):
+            if key.value in names[:position]:
                 raise _error(f"{key.value!r} is given twice", key)
-            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -154,7 +153,7 @@ def _check_target(path: str, node: yaml.Node) -> None:
     module, _, name = path.rpartition(".")
     if path in TARGETS or (module in TARGET_MODULES and not name.startswith("_")):
         return
-    hint = "; it belongs to CosyVoice2, use a CosyVoice-300M folder" if OTHER_MODEL.search(path) else ""
+    hint = "; it belongs to CosyVoice2 or later, use a CosyVoice-300M folder" if OTHER_MODEL.search(path) else ""
     raise _error(f"the class or function {path!r} is not allowed{hint}", node)
 
 
@@ -231,7 +230,7 @@ class _Builder:
             return self.entry(whole[1])
         try:
             return self.calculate(ast.parse(_REFERENCE.sub(r"\1", text).strip(), mode="eval").body)
-        except (SyntaxError, TypeError, ZeroDivisionError) as error:
+        except (SyntaxError, TypeError, ArithmeticError) as error:
             raise InputError(f"{self.path}: cannot evaluate '!ref {text}': {error}") from None
 
     def calculate(self, node: ast.expr) -> Any:
@@ -253,7 +252,12 @@ class _Builder:
             (signature.bind_partial if node.partial else signature.bind)(*args, **kwargs)
         except TypeError as error:
             raise InputError(f"{self.path}: {node.path}: {error}") from None
-        return functools.partial(function, *args, **kwargs) if node.partial else function(*args, **kwargs)
+        if node.partial:
+            return functools.partial(function, *args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except InputError as error:  # a value that the class does not implement
+            raise InputError(f"{self.path}: {error}") from None
 
     def locate(self, path: str) -> Callable[..., Any]:
         """The class or function of an allowed path.
