@@ -1,13 +1,15 @@
 # make test    run the tests
 # make demo    the whole job on examples/raw_audio: prepare, train, merge, speak
 # make bench   measure decoding
+# make eval    install the judges of tools/evaluate.py, and judge the voice that make demo left
 # Each first makes .venv (make venv). PYTHON=python3.12 picks another interpreter for it.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 INSTALLED := .venv/installed
+JUDGES := .venv/judges
 
-.PHONY: venv test demo bench
+.PHONY: venv test demo bench eval
 
 venv: $(INSTALLED)
 
@@ -35,3 +37,12 @@ demo: venv
 
 bench: venv
 	$(PY) bench/decode.py
+
+$(JUDGES): requirements-eval.txt $(INSTALLED)
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-eval.txt
+	touch $@
+
+EVALUATE_DEMO := --text-file examples/mini/eval_sentences.txt --reference examples/raw_audio $(FOLDERS)
+
+eval: $(JUDGES)
+	$(PY) tools/evaluate.py $(if $(wildcard demo/output/voice_*.json),$(EVALUATE_DEMO),--help)

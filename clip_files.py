@@ -56,9 +56,10 @@ def known_rows(data_dir: Path) -> dict[str, pa.Table]:
     return rows
 
 
-def save_unfinished(row: pa.Table, utt: str, data_dir: Path) -> None:
+def save_unfinished(row: pa.Table, data_dir: Path) -> None:
     """Keep a new row at once, so that a run that is interrupted can be taken up again."""
-    with atomic_write(data_dir / UNFINISHED / f"{utt}.parquet") as path:
+    content_hash = row["content_hash"][0].as_py()  # names of recordings can be too long for one more suffix
+    with atomic_write(data_dir / UNFINISHED / f"{content_hash}.parquet") as path:
         pq.write_table(row, path)
 
 

@@ -1,6 +1,7 @@
 """From a recording and its text to one row of training data, or to the reason why there is none."""
 
 import hashlib
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import TOKEN_RATE_HZ
 from cosyvoice.utils.frontend_utils import has_words
 from cosyvoice.utils.model_yaml import load_model_yaml
+from utils import decode_text
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # the first of a name counts
 TEXT_SUFFIXES = (".txt", ".normalized.txt")  # where both are there, the second counts
 FRONTEND_PARTS = ("sample_rate", "get_tokenizer", "feat_extractor", "allowed_special")
 MODEL_FILES = ("cosyvoice.yaml", "campplus.onnx", "speech_tokenizer_v1.onnx")
 MIN_SECONDS, MAX_SECONDS = 0.5, 30.0
+MIN_RATE_HZ = 4000  # below, nothing of speech is left
 SILENCE_DBFS = -60.0  # a clip whose peak stays below is silent
 PAUSE_FRAME_SECONDS = 0.02
 PAUSE_DB = -40.0  # frames at this level below the loudest are pauses
@@ -58,9 +61,12 @@ class Outcome:
 def find_recordings(folder: Path) -> list[Recording]:
     """Recordings and texts of a folder, paired by name, in the order of the names.
 
-    Raises InputError where there is no recording, or none has a text.
+    Raises InputError where there is no recording, none has a text, or a file's name is in another encoding.
     """
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    for path in files:
+        if os.fsencode(path).decode(errors="replace") != str(path):
+            raise InputError(f"the file name {path.name!r} in {folder} is not UTF-8; rename the file, 001.wav for one")
     audio: dict[str, Path] = {}
     for path in (path for suffix in AUDIO_SUFFIXES for path in files if path.suffix.lower() == suffix):
         audio[path.name if path.stem in audio else path.stem] = path  # the second of a name gets no text
@@ -127,7 +133,7 @@ class ClipMaker:
         """What can be said of a clip; as much of it as is known goes into the outcome, too."""
         wav, rate = read_wav(audio)
         _measure(outcome, wav, rate)
-        text = _decode(text_data)
+        text = decode_text(text_data)
         outcome.characters_per_second = _characters(text) / outcome.seconds
         text_token = self._text_tokens(text)
         outcome.text_tokens = len(text_token)
@@ -149,8 +155,6 @@ class ClipMaker:
         wav_16k = resample(wav, rate, PROMPT_RATE_HZ)
         tokens = self.frontend.speech_tokenizer(wav_16k)[0]  # (N,)
         vector = self.frontend.speaker_encoder(wav_16k)[0]  # (192,)
-        if not vector.isfinite().all() or not vector.any():
-            raise InputError("the speaker encoder gave no usable vector")
         mel = self.frontend.feat_extractor(resample(wav, rate, self.sample_rate))[0].T  # (80, T) -> (T, 80)
         return {
             "utt_embedding": torch.nn.functional.normalize(vector, dim=0).numpy(),
@@ -177,6 +181,8 @@ def _measure(outcome: Outcome, wav: Tensor, rate: int) -> None:
         raise InputError("the audio holds samples that are not numbers")
     outcome.seconds = wav.shape[1] / rate
     outcome.peak_dbfs = _decibels(wav.abs().max())
+    if rate < MIN_RATE_HZ:
+        raise InputError(f"the audio has {rate} samples a second; at least {MIN_RATE_HZ} are needed")
     if outcome.seconds < MIN_SECONDS:
         raise InputError(f"the audio has {outcome.seconds:.2f} s; at least {MIN_SECONDS} s are needed")
     if outcome.seconds > MAX_SECONDS:
@@ -200,14 +206,6 @@ def _decibels(amplitude: Tensor) -> float:
 
 def _characters(text: str) -> int:
     return len("".join(text.split()))
-
-
-def _decode(text_data: bytes) -> str:
-    """UTF-8 with or without a byte-order mark; lines become one."""
-    try:
-        return " ".join(text_data.decode("utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise InputError("the text is not UTF-8; save it in that encoding") from error
 
 
 def _check_token_rate(outcome: Outcome) -> None:

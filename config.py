@@ -125,13 +125,14 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
 def check_config(config: dict[str, Any]) -> None:
     """Raise one InputError that names every unknown, missing or impossible setting and the remedy."""
     flat = flatten(config)
-    problems = [f"{key} is no setting (known: {', '.join(_RULES)})" for key in flat if key not in _RULES][:3]
+    problems = [f"{key} is no setting" for key in flat if key not in _RULES]
+    known = f" (known: {', '.join(_RULES)})" if problems else ""
     problems += [f"{key} is missing" for key in _RULES if key not in flat]
     for key, (wanted, holds) in _RULES.items():
         if key in flat and not holds(flat[key]):
             problems.append(f"{key} must be {wanted}, not {flat[key]!r}")
     if problems:
-        raise InputError("the settings (config.py, --set) need a change: " + "; ".join(problems))
+        raise InputError("the settings (config.py, --set) need a change: " + "; ".join(problems) + known)
 
 
 def with_changes(config: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from clip_files import SCHEMA
 from cosyvoice.utils.common import pad_list
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import MEL_HOP_SAMPLES, SAMPLE_RATE_HZ, TOKEN_RATE_HZ, mel_frames
@@ -37,7 +38,7 @@ def load_clips(data_dir: Path) -> list[Clip]:
 
     Raises InputError where there is no parquet file, an unreadable one, or one that something else wrote.
     """
-    files = sorted(data_dir.glob("*.parquet"))
+    files = sorted(path for path in data_dir.glob("*.parquet") if not path.name.startswith("."))  # a killed run's
     if not files:
         raise InputError(f"{data_dir} holds no parquet file; run prepare_joint_data.py first")
     clips = [clip for file in files for clip in read_clips(file)]
@@ -48,14 +49,16 @@ def load_clips(data_dir: Path) -> list[Clip]:
 
 def read_clips(file: Path) -> list[Clip]:
     try:
-        table = pq.read_table(file, columns=COLUMNS, partitioning=None)
+        with pq.ParquetFile(file) as parquet:
+            strange = [name for name in COLUMNS if SCHEMA.field(name) not in parquet.schema_arrow]
+            rows = [] if strange else parquet.read(COLUMNS).to_pylist()
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{file} cannot be read ({reason}); delete it and run prepare_joint_data.py again") from None
-    missing = [name for name in COLUMNS if name not in table.column_names]
-    if missing:
-        raise InputError(f"{file} has no column {', '.join(missing)}; run prepare_joint_data.py to write it anew")
-    return [to_clip(row) for row in table.to_pylist()]
+    if strange:
+        problem = f"its columns {', '.join(strange)} are missing or of another type"
+        raise InputError(f"{file} is not from prepare_joint_data.py: {problem}; move it away and run that again")
+    return [to_clip(row) for row in rows]
 
 
 def to_clip(row: dict) -> Clip:

@@ -16,6 +16,7 @@ from utils import seed_all
 from voice import CHECKPOINT_KEY
 
 VALIDATION = 1_000_003  # keeps the draws of validation apart from those of every training epoch
+DIVERGED = "training stopped, the last good checkpoint is kept; lower --lr, or use --set precision=32-true"
 HALF_TYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
@@ -127,6 +128,12 @@ class JointModel(pl.LightningModule):
 
     # Steps
 
+    def on_train_start(self) -> None:
+        """A resumed run goes on at its place in the schedule, which may be longer now than when it ended."""
+        schedule = self.lr_schedulers()
+        for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group["lr"] = self.config["learning_rate"] * factor(schedule.last_epoch)
+
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         seed_all(self.seed, self.current_epoch, batch_idx)
 
@@ -135,20 +142,19 @@ class JointModel(pl.LightningModule):
         losses = self.losses(batch, self.active())
         total = sum(self.config[f"{name}_loss_weight"] * losses[f"{name}_loss"] for name in self.active())
         for name in self.active():
-            self.add_to_mean(name, losses[f"{name}_loss"].item(), clips)
+            self.progress[name].loss_sum += self.finite(name, losses[f"{name}_loss"]) * clips
+            self.progress[name].clips += clips
         self.log_dict(losses, on_step=True, on_epoch=True, batch_size=clips)
         self.log("train_loss", total, on_step=True, on_epoch=True, prog_bar=True, batch_size=clips)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=clips)
         return total * self.group_correction(batch_idx)
 
-    def add_to_mean(self, name: str, loss: float, clips: int) -> None:
-        if not math.isfinite(loss):
-            raise InputError(
-                f"the {name} loss became {loss} in epoch {self.epoch_number}: training stopped, the last good "
-                "checkpoint is kept; lower --lr, or use --set precision=32-true"
-            )
-        self.progress[name].loss_sum += loss * clips
-        self.progress[name].clips += clips
+    def finite(self, name: str, loss: Tensor) -> float:
+        """The value of a 0-d loss. Raises InputError, before anything is saved, where it is not finite."""
+        value = loss.item()
+        if not math.isfinite(value):
+            raise InputError(f"the {name} loss became {value} in epoch {self.epoch_number}: {DIVERGED}")
+        return value
 
     def group_correction(self, batch_idx: int) -> float:
         """The trainer divides by a whole group even where an epoch's last group is smaller; undo that."""
@@ -166,7 +172,7 @@ class JointModel(pl.LightningModule):
         clips = len(batch["text_token"])
         losses = self.losses(batch, self.active())
         for name in self.active():
-            self.validation_sums[name] += losses[f"{name}_loss"].item() * clips
+            self.validation_sums[name] += self.finite(name, losses[f"{name}_loss"]) * clips
         self.validation_clips += clips
         self.log_dict({f"val_{key}": value for key, value in losses.items()}, batch_size=clips)
 
@@ -225,6 +231,8 @@ class JointModel(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = adapter_state(self)
+        if not all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values()):
+            raise InputError(f"the adapters are no longer finite in epoch {self.epoch_number}: {DIVERGED}")
         checkpoint[CHECKPOINT_KEY] = self.voice_state()
 
     def voice_state(self) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def load_adapters(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Put trained tensors into an injected module. Raises InputError unless names and shapes are those expected."""
     own = {name: tensor.shape for name, tensor in adapter_state(module).items()}
     if own != {name: tensor.shape for name, tensor in state.items()}:
-        raise InputError("the adapters do not fit: they have other LoRA settings (rank, targets) or another base")
+        raise InputError("the adapters do not fit: give the LoRA settings (rank, targets) and base of their own run")
     module.load_state_dict(state, strict=False)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from config import find_model_dir
 from cosyvoice.utils.errors import InputError
-from utils import add_folders, run
+from utils import add_folders, check_writable, run
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,9 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if not targets:
         raise InputError(f"{trained.path} was trained with --mode {trained.mode}: it holds nothing for that part")
+    check_targets(targets, model_dir)
     for path in merge_run(trained, model_dir, args.output_dir, targets, use_best=args.ckpt is None):
         print(f"wrote {path}")
     return 0
+
+
+def check_targets(targets: dict[str, Path], model_dir: Path) -> None:
+    """Raises InputError, before anything is written, unless every file can be written and replaces no other part."""
+    taken = {model_dir / f"{part}.pt" for part in ("llm", "flow", "hift")}
+    for part, target in targets.items():
+        if target.resolve() in {path.resolve() for path in taken}:
+            raise InputError(f"--{part}-output {target} would replace other weights; give another file name")
+        check_writable(target.parent)
+        taken.add(target)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ redoes only what changed.
 import argparse
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import find_input_dir, find_model_dir
 from cosyvoice.utils.errors import InputError
-from utils import add_device, add_folders, check_writable, run
+from utils import add_device, add_folders, check_positive, check_writable, in_parallel, repeated, run
 
 if TYPE_CHECKING:
     from clips import ClipMaker, Outcome, Recording
@@ -49,8 +48,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_device(work)
     options = parser.parse_args(argv)
-    if options.workers < 1:
-        raise InputError(f"--workers {options.workers}: at least 1 is needed")
+    check_positive("--workers", options.workers)
     if not options.speaker.strip():
         raise InputError("--speaker is empty; give the speaker a name")
     return options
@@ -76,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         example = f"{outcomes[0].utt}: {outcomes[0].reason}"
         raise InputError(f"none of {len(outcomes)} clips can be used ({example}); see {options.data_dir}/report.csv")
     write_clips([outcome.row for outcome in kept], options.speaker.strip(), options.data_dir)
-    summarise(outcomes, options.data_dir)
+    summarise(outcomes)
+    next_command = f"python train_joint.py{repeated(options, 'model', 'data')}"
+    print(f"Data and report.csv are in {options.data_dir}. Next: {next_command}")
     return 0
 
 
@@ -91,14 +91,11 @@ def make_clips(
     def work(recording: "Recording") -> "Outcome":
         outcome = maker.make(recording)
         if outcome.row is not None and not outcome.reused:
-            save_unfinished(outcome.row, outcome.utt, data_dir)
+            save_unfinished(outcome.row, data_dir)
         return outcome
 
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield from tqdm(pool.map(work, recordings), total=len(recordings), desc="clips", unit="clip")
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C only those under way are finished
+    done = in_parallel(work, recordings, workers)
+    yield from tqdm(done, total=len(recordings), desc="clips", unit="clip", disable=None)  # None: where nobody looks
 
 
 def write_report(outcomes: Sequence["Outcome"], path: Path) -> None:
@@ -119,8 +116,8 @@ def write_report(outcomes: Sequence["Outcome"], path: Path) -> None:
             table.writerow([*(cell(outcome, name) for name in REPORT_COLUMNS), kept, outcome.reason])
 
 
-def summarise(outcomes: Sequence["Outcome"], data_dir: Path) -> None:
-    """Say what was kept, what was not and why, and what to run next."""
+def summarise(outcomes: Sequence["Outcome"]) -> None:
+    """Say what was kept, and what was not and why."""
     kept = [outcome for outcome in outcomes if outcome.row is not None]
     minutes = sum(outcome.seconds for outcome in kept) / 60
     unchanged = sum(outcome.reused for outcome in kept)
@@ -128,7 +125,6 @@ def summarise(outcomes: Sequence["Outcome"], data_dir: Path) -> None:
     for outcome in outcomes:
         if outcome.row is None:
             print(f"  left out {outcome.utt}: {outcome.reason}")
-    print(f"Data and report.csv are in {data_dir}. Next: python train_joint.py")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import JOINT_TRAINING_CONFIG, MODES, find_model_dir, with_changes
 from cosyvoice.utils.errors import InputError
-from utils import EXIT_INTERRUPTED, add_device, add_folders, add_seed, check_writable, pick_device, run
+from utils import EXIT_INTERRUPTED, add_device, add_folders, add_seed, check_writable, pick_device, repeated, run
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = pick_device(args.device).type
     from dataset import load_clips
     from training import Interrupted, fit
-    from voice import base_fingerprints
+    from voice import base_fingerprints, last_checkpoint, read_run
 
     clips = load_clips(args.data_dir)
     origin = {
@@ -69,18 +69,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     resumed = find_resumed(args, origin, model_dir)
     if resumed:
         config = with_changes(resumed.config, changes(args))
+        check_kept(resumed, config)
         origin["run"], args.seed = resumed.state["run"], resumed.state["seed"]
-    if not (resumed and finished(resumed, config)):
+    if resumed and finished(resumed, config):
+        trained = resumed
+    else:
         model, loaders = build(args, config, model_dir, clips, origin)
         if resumed:
-            loaders[0].sampler.skip = resumed.state["batches_done"] * config["batch_size"]
+            loaders[0].sampler.skip = resumed.state["batches_done"] * resumed.config["batch_size"]
         describe(model, loaders, device)
         try:
             fit(model, loaders, args.output_dir, device, resumed and resumed.path)
         except Interrupted as stop:
-            print(f"{stop}; go on with: python train_joint.py --mode {origin['mode']} --resume {stop.checkpoint}")
+            options = f"--mode {origin['mode']} --resume auto{repeated(args, 'model', 'data', 'output')}"
+            print(f"{stop}; go on with: python train_joint.py {options}")
             return EXIT_INTERRUPTED
-    conclude(args.output_dir, origin["mode"], model_dir)
+        trained = read_run(last_checkpoint(args.output_dir, origin["mode"]))
+    conclude(trained, args.output_dir, model_dir)
+    options = repeated(args, "model", "output") + both_files(trained, args.output_dir)
+    print(f'next: python inference_joint.py{options} --text "..."')
     return 0
 
 
@@ -112,14 +119,22 @@ def find_resumed(args: argparse.Namespace, origin: dict[str, Any], model_dir: Pa
     return run
 
 
+def check_kept(run: "Run", config: dict[str, Any]) -> None:
+    """Raises InputError for other values of settings that adapters and optimiser were made with."""
+    kept = ("learning_rate", "weight_decay", "llm_lora", "flow_lora")
+    changed = [name for name in kept if config[name] != run.config[name]]
+    if changed:
+        raise InputError(f"--resume keeps the {' and '.join(changed)} of {run.path}; leave that as it was")
+
+
 def finished(run: "Run", config: dict[str, Any]) -> bool:
     """Whether nothing is left to train; says why."""
     stopped = [part["stopped"] for part in run.state["progress"].values()]
     if all(stopped):
-        print("training had already ended")
+        print("every part had already stopped; --init starts a new run from its weights")
         return True
     if run.state["epochs"] >= config["max_epochs"]:
-        print(f"all {run.state['epochs']} epochs are done; --epochs allows more")
+        print(f"{run.state['epochs']} epochs are done already; more --epochs go on")
         return True
     return False
 
@@ -143,9 +158,10 @@ def build(
     """The model with new adapters (or those of `--init`), and the loaders of training and held-out clips."""
     from torch.utils.data import DataLoader
 
+    from cosyvoice.utils.checkpoint import load_part
     from dataset import EpochOrder, collate, speaker_embedding, speaker_name, split_clips
     from llm_flow_model import JointModel
-    from utils import load_part, seed_all
+    from utils import seed_all
 
     train, held_out = split_clips(clips, config["validation_ratio"], args.seed)
     seed_all(args.seed)
@@ -191,19 +207,30 @@ def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]
 # Ending
 
 
-def conclude(output_dir: Path, mode: str, model_dir: Path) -> None:
-    """Say why training ended, merge the best weights, and say what to run next."""
-    from voice import last_checkpoint, merge_run, merged_path, read_run
+def conclude(run: "Run", output_dir: Path, model_dir: Path) -> None:
+    """Say why training ended, and merge the best weights."""
+    from voice import merge_run, merged_path
 
-    run = read_run(last_checkpoint(output_dir, mode))
     for part in run.parts:
         progress = run.state["progress"][part]
-        why = progress["stopped"] or f"all {run.config['max_epochs']} epochs are done"
+        why = progress["stopped"] or f"max_epochs ({run.config['max_epochs']}) reached"
         print(f"{part} stopped: {why}; best loss {progress['best_loss']:.3f} in epoch {progress['best_epoch']}")
-    targets = {part: merged_path(output_dir, part, mode) for part in run.parts}
+    targets = {part: merged_path(output_dir, part, run.mode) for part in run.parts}
     for path in merge_run(run, model_dir, output_dir, targets, use_best=True):
         print(f"wrote {path}")
-    print(f'next: python inference_joint.py --output-dir {output_dir} --text "..."')
+
+
+def both_files(run: "Run", output_dir: Path) -> str:
+    """Options that name a merged file for each part, where an earlier run trained the one that this run left alone."""
+    from voice import merged_path
+
+    own = {part: merged_path(output_dir, part, run.mode) for part in run.parts}
+    earlier = [path for part in MODES["joint"] if part not in own for path in output_dir.glob(f"{part}_merged_*.pt")]
+    if not earlier:
+        return ""
+    newest = max(earlier, key=lambda path: path.stat().st_mtime)
+    files = own | {newest.name.partition("_")[0]: newest}
+    return "".join(f" --{part} {files[part]}" for part in MODES["joint"])
 
 
 if __name__ == "__main__":

@@ -48,16 +48,12 @@ class CheckpointKeeper(Checkpoint):
         between_steps = done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches
         if self.interrupted and between_steps:
             model.batches_done = done
-            self.save(trainer, self.last)
+            self.save_last(trainer)
             raise Interrupted(self.last)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, model: JointModel) -> None:
         model.batches_done = 0
-        if self.fresh:
-            for path, _ in self.kept():
-                path.unlink()
-            self.fresh = False
-        self.save(trainer, self.last)
+        self.save_last(trainer)
         loss = model.combined_loss()
         self.save(trainer, self.output_dir / f"joint_{self.mode}_epoch{model.epoch_number:04d}_loss{loss:.4f}.ckpt")
         for path, _ in sorted(self.kept(), key=lambda kept: kept[1])[KEPT_CHECKPOINTS:]:
@@ -65,6 +61,14 @@ class CheckpointKeeper(Checkpoint):
         print(f"\n{epoch_summary(model)}", flush=True)
         if self.interrupted and not trainer.should_stop:
             raise Interrupted(self.last)
+
+    def save_last(self, trainer: pl.Trainer) -> None:
+        """With the first of a new run the epochs of an earlier one go: they must not count among its best."""
+        self.save(trainer, self.last)
+        if self.fresh:
+            for path, _ in self.kept():
+                path.unlink()
+            self.fresh = False
 
     def kept(self) -> list[tuple[Path, float]]:
         """The epoch checkpoints of this mode with their losses."""
@@ -118,8 +122,9 @@ def fit(
     )
     model.train()
     with stopping_on_interrupt(keeper), warnings.catch_warnings():
-        # a base in eval mode, no worker processes, a sampler that resumes by itself, nothing held out: as intended
-        intended = "eval mode|many workers|not resumable|litlogger|no `val_dataloader`"
+        # a base in eval mode, no worker processes, a sampler that resumes by itself, nothing held out: as intended;
+        # and the trainer's own use of a deprecated class
+        intended = "eval mode|many workers|not resumable|litlogger|no `val_dataloader`|LeafSpec"
         warnings.filterwarnings("ignore", message=f".*({intended}).*")
         try:
             trainer.fit(model, *loaders, ckpt_path=resume, weights_only=True)

@@ -1,33 +1,20 @@
 """What every script shares: options, the one way errors end, seeds, the device, loading parts of the base model."""
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from config import DATA_DIR, OUTPUT_DIR, SEED
+from cosyvoice.utils.command import EXIT_INTERRUPTED as EXIT_INTERRUPTED
+from cosyvoice.utils.command import run as run
+from cosyvoice.utils.command import seed_all as seed_all
 from cosyvoice.utils.errors import InputError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-
-
-def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
-    """Run a script's `main` and leave: a user's mistake is one line on stderr and exit code 2, Ctrl-C is 130."""
-    try:
-        code = main(None) or 0
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        code = EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted; what was finished is kept", file=sys.stderr)
-        code = EXIT_INTERRUPTED
-    sys.exit(code)
 
 
 def add_folders(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -41,13 +28,27 @@ def add_folders(parser: argparse.ArgumentParser, *names: str) -> None:
         group.add_argument("--output-dir", type=Path, default=OUTPUT_DIR, help="results (default: %(default)s)")
 
 
+def repeated(args: argparse.Namespace, *names: str) -> str:
+    """The folder options that differ from the defaults, for a command that the user is told to run next."""
+    defaults = {"model": None, "data": DATA_DIR, "output": OUTPUT_DIR}
+    folders = {name: getattr(args, f"{name}_dir") for name in names}
+    given = {name: folder for name, folder in folders.items() if folder != defaults[name]}
+    return "".join(f" --{name}-dir {shlex.quote(str(folder))}" for name, folder in given.items())
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     choices = ("auto", "cpu", "cuda")
     parser.add_argument("--device", choices=choices, default="auto", help="where to compute (default: %(default)s)")
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=SEED, help="seed of all random draws (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=SEED, help="seed of all random draws (default: %(default)s)")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise InputError(f"--seed {text}: a whole number from 0 up is needed")
+    return int(text)
 
 
 def pick_device(name: str) -> "torch.device":
@@ -59,17 +60,9 @@ def pick_device(name: str) -> "torch.device":
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def seed_all(*numbers: int) -> None:
-    """Seed Python's, numpy's and torch's generators from a tuple, so that any step's draws can be made again."""
-    import random
-
-    import numpy as np
-    import torch
-
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def check_positive(option: str, number: int) -> None:
+    if number < 1:
+        raise InputError(f"{option} {number}: at least 1 is needed")
 
 
 def check_writable(folder: Path) -> None:
@@ -81,12 +74,18 @@ def check_writable(folder: Path) -> None:
     (folder / ".writable").unlink()
 
 
-def load_part(model_dir: Path, part: str) -> "nn.Module":
-    """`llm` or `flow` of a model folder, built and strictly loaded, in eval mode on the CPU."""
-    from cosyvoice.utils.checkpoint import load_strict, read_state_dict
-    from cosyvoice.utils.model_yaml import load_model_yaml
+def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
+    """`work(item)` of all items, in their order, from several threads; Ctrl-C waits only for those under way."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    module = load_model_yaml(model_dir / "cosyvoice.yaml", parts=(part,))[part]
-    weights = model_dir / f"{part}.pt"
-    load_strict(module, read_state_dict(weights), str(weights))
-    return module.eval()
+
+def decode_text(data: bytes) -> str:
+    """UTF-8 with or without a byte-order mark; lines become one. Raises InputError for other encodings."""
+    try:
+        return " ".join(data.decode("utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise InputError("the text is not UTF-8; save it in that encoding") from error

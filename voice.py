@@ -3,7 +3,7 @@
 import json
 import os
 import pickle
-import zipfile
+import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from config import MODES
-from cosyvoice.utils.checkpoint import fingerprint_file, read_state_dict
+from cosyvoice.utils.checkpoint import DAMAGE, fingerprint_file, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write, save_tensors
 from lora import merged
 
 VERSION = "0.1.0"
 CHECKPOINT_KEY = "voice"  # where the suite's own state lies in a training checkpoint
+_OTHER = "give another joint_<mode>_*.ckpt"
 
 
 def last_checkpoint(output_dir: Path, mode: str) -> Path:
@@ -62,7 +63,7 @@ class Run:
         """The adapters of the part's best epoch; raises InputError before the first epoch has ended."""
         best = self.state["progress"][part]["best"]
         if not best:
-            raise InputError(f"{self.path} is older than its first epoch's end: train_joint.py --resume {self.path}")
+            raise InputError(f"no epoch of {self.path} is finished; go on with train_joint.py --resume {self.path}")
         return best
 
     def check_base(self, fingerprints: dict[str, str], model_dir: Path) -> None:
@@ -78,16 +79,17 @@ def read_run(path: Path) -> Run:
     if not path.is_file():
         raise InputError(f"the checkpoint {path} does not exist; train first, or check the path")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about pickles of other versions, which are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise InputError(f"{path} is refused: damaged, or it wants to run code on loading (it was not run)") from None
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({type(error).__name__}); it is damaged or no checkpoint") from None
-    if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
+        raise InputError(f"{path} is refused: damaged, or it wants to run code (it was not run); {_OTHER}") from None
+    except DAMAGE:
+        raise InputError(f"{path} is damaged or no checkpoint; {_OTHER}") from None
+    state = content.get(CHECKPOINT_KEY) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or state.get("mode") not in MODES:
         weights = isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
         kind = "merged or base weights" if weights else "something else"
-        raise InputError(f"{path} is no checkpoint of train_joint.py but {kind}; give a joint_<mode>_*.ckpt")
-    state = content[CHECKPOINT_KEY]
+        raise InputError(f"{path} is no checkpoint of train_joint.py but {kind}; {_OTHER}")
     parts = MODES[state["mode"]]
     adapters: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
     for name, tensor in content["state_dict"].items():
@@ -120,13 +122,18 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read; run merge_joint_weights.py to write it anew") from None
 
 
-def write_speaker(run: Run, output_dir: Path, model_dir: Path) -> Path:
-    """Add the voice to `spk2info.pt`, beside the speakers that the file (or else the base model) knows."""
+def stored_speakers(output_dir: Path, model_dir: Path) -> dict[str, Any]:
+    """What `spk2info.pt` of the output folder, or else of the base model, holds."""
+    from cosyvoice.cli.frontend import read_spk2info
+
+    return read_spk2info(output_dir / "spk2info.pt") or read_spk2info(model_dir / "spk2info.pt")
+
+
+def write_speaker(run: Run, known: dict[str, Any], output_dir: Path) -> Path:
+    """Write `spk2info.pt`: the voice, beside the speakers already known."""
     target = output_dir / "spk2info.pt"
-    known = next((path for path in (target, model_dir / "spk2info.pt") if path.is_file()), None)
-    speakers = torch.load(known, map_location="cpu", weights_only=True) if known else {}
-    speakers[run.state["speaker"]] = {"embedding": run.state["embedding"].view(1, -1).float()}
-    save_tensors(speakers, target)
+    voice = {"embedding": run.state["embedding"].view(1, -1).float()}
+    save_tensors(known | {run.state["speaker"]: voice}, target)
     return target
 
 
@@ -152,7 +159,10 @@ def write_sidecar(run: Run, files: dict[str, Path], epochs: dict[str, int], outp
         "stopped": {part: progress[part]["stopped"] for part in run.parts},
         "settings": run.config,
     }
-    earlier = read_sidecar(path) if path.is_file() else {}
+    try:
+        earlier = read_sidecar(path)
+    except InputError:  # there is none, or it is damaged and replaced
+        earlier = {}
     if earlier.get("run") == content["run"]:
         content |= {key: earlier[key] | content[key] for key in ("files", "merged_epoch")}
     with atomic_write(path) as temporary:
@@ -166,11 +176,11 @@ def merge_run(run: Run, model_dir: Path, output_dir: Path, targets: dict[str, Pa
     `use_best` takes every part's best epoch, otherwise the weights as the checkpoint holds them. Returns the files.
     """
     run.check_base(base_fingerprints(model_dir), model_dir)
-    epochs = {}
+    speakers, epochs = stored_speakers(output_dir, model_dir), {}
     for part, target in targets.items():
         base = read_state_dict(model_dir / f"{part}.pt")
         adapters = run.best(part) if use_best else run.adapters[part]
         save_tensors(merged(base, adapters, run.scale(part)), target)
         epochs[part] = run.state["progress"][part]["best_epoch"] if use_best else run.state["epochs"]
-    speaker = write_speaker(run, output_dir, model_dir)
+    speaker = write_speaker(run, speakers, output_dir)
     return [*targets.values(), speaker, write_sidecar(run, targets, epochs, output_dir)]

@@ -11,10 +11,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("prepare_joint_data", "train_joint", "merge_joint_weights", "inference_joint")
+RECIPE_SCRIPTS = (
+    "tools/extract_embedding",
+    "tools/extract_speech_token",
+    "tools/make_parquet_list",
+    "cosyvoice/bin/train",
+    "cosyvoice/bin/average_model",
+    "cosyvoice/bin/export_jit",
+    "cosyvoice/bin/export_onnx",
+    "examples/libritts/cosyvoice/local/prepare_data",
+    "examples/mini/make_corpus",
+)
 # Each layer imports only from those after it; modules of one layer may use each other, scripts may not.
 FLAT_LAYERS = (
     SCRIPTS,
-    ("clips", "clip_files", "dataset", "llm_flow_model", "training", "voice"),
+    ("clips", "clip_files", "dataset", "extraction", "kaldi_folder", "llm_flow_model", "speaking", "training", "voice"),
     ("lora", "utils", "config"),
     ("cosyvoice",),
     ("matcha",),
@@ -26,8 +37,14 @@ COSYVOICE_LAYERS = (
     ("utils",),
 )
 LIGHTNING_PLACES = ("llm_flow_model.py", "train_joint.py", "training.py", "cosyvoice/bin")
-PACKAGES = {"yaml": "PyYAML", "whisper": "openai-whisper", "hydra": "hydra-core"}  # import name -> package
+PACKAGES = {  # import name -> package
+    "yaml": "PyYAML",
+    "whisper": "openai-whisper",
+    "hydra": "hydra-core",
+    "resemblyzer": "Resemblyzer",
+}
 NOT_IMPORTED_HERE = {"tensorboard"}  # but by Lightning's logger
+JUDGES = {"matplotlib", "pocketsphinx", "Resemblyzer"}  # what tools/evaluate.py needs beyond the suite
 
 
 def sources(*folders: str) -> list[Path]:
@@ -93,13 +110,25 @@ def test_init_files_are_empty() -> None:
     assert all((folder / "__init__.py").is_file() for folder in folders)
 
 
-def test_requirements_are_what_the_code_imports() -> None:
-    own = {path.stem for path in [*FLAT_FILES, *sources("tests", "bench")]} | {"cosyvoice", "matcha", "tools"}
-    files = [*FLAT_FILES, *PACKAGE_FILES, *sources("tests", "tools", "bench")]
+def packages(files: list[Path]) -> set[str]:
+    """What the files import that is neither the project's nor Python's."""
+    own = {path.stem for path in [*FLAT_FILES, *sources("tests", "bench")]}
+    own |= {"cosyvoice", "matcha", "tools", "examples"}
     modules = {module.partition(".")[0] for path in files for module in imports(path)}
-    outside = modules - own - sys.stdlib_module_names
-    needed = {PACKAGES.get(module, module).replace("_", "-") for module in outside} | NOT_IMPORTED_HERE
-    assert set(pins("requirements.txt")) == needed
+    return {PACKAGES.get(module, module).replace("_", "-") for module in modules - own - sys.stdlib_module_names}
+
+
+def test_requirements_are_what_the_code_imports() -> None:
+    needed = packages([*FLAT_FILES, *PACKAGE_FILES, *sources("tests", "tools", "bench")])
+    assert set(pins("requirements.txt")) == needed - JUDGES | NOT_IMPORTED_HERE
+
+
+def test_judges_are_needed_by_the_tools_alone() -> None:
+    assert packages(sources("tools")) >= JUDGES
+    assert not packages([*FLAT_FILES, *PACKAGE_FILES, *sources("tests", "bench")]) & JUDGES
+    judges = pins("requirements-eval.txt").keys()
+    assert judges >= JUDGES
+    assert not judges & pins("constraints.txt").keys(), "it is installed anyway"
 
 
 def test_constraints_pin_the_same_versions() -> None:
@@ -115,7 +144,7 @@ def pins(name: str) -> dict[str, str]:
     return {pin[1]: pin[2] for pin in found}
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "tools/random_model"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "tools/random_model", "tools/evaluate", *RECIPE_SCRIPTS])
 def test_help_needs_no_heavy_import(script: str) -> None:
     code = (
         "import runpy, sys\n"

@@ -245,7 +245,8 @@ def test_an_interrupted_run_is_taken_up_again(
         prepare(model_dir, raw, "--workers", "1")
     assert rows(data) == before
 
-    (data / clip_files.UNFINISHED / "0.parquet").write_bytes(b"cut short")
+    unfinished = {pq.read_table(path)["utt"][0].as_py(): path for path in (data / clip_files.UNFINISHED).iterdir()}
+    unfinished["0"].write_bytes(b"cut short")
     (data / ".clips-00000.1.parquet").write_bytes(b"killed while writing")
     capsys.readouterr()
     prepare(model_dir, raw)

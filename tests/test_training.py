@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 import train_joint
 from config import JOINT_TRAINING_CONFIG, with_changes
-from cosyvoice.utils.checkpoint import read_state_dict
+from cosyvoice.utils.checkpoint import load_part, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import mel_frames
 from dataset import Clip
 from lora import LoRALinear, adapter_state, inject, merged
 from tools.random_model import make_random_model
 from training import CheckpointKeeper
-from utils import load_part
 from voice import newest_voice, read_run
 
 FAST = ["batch_size=1", "accumulate_grad_batches=4", "max_feat_len=40", "learning_rate=0.01"]
@@ -52,7 +51,7 @@ def train(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def run(*options: str, output: str = "output", count: int = 10, made: list[Clip] | None = None) -> int:
         monkeypatch.setattr("dataset.load_clips", lambda folder: made or clips(count))
         folders = ["--model-dir", str(model_dir), "--output-dir", str(tmp_path / output), "--device", "cpu"]
-        return train_joint.main([*folders, *options, "--set", *FAST])
+        return train_joint.main([*folders, "--set", *FAST, *options])
 
     return run
 
@@ -198,6 +197,23 @@ def test_resume_refuses_another_mode_base_or_data(train, tmp_path: Path) -> None
         train("--mode", "llm_only", "--resume", checkpoint, "--model-dir", str(other))
     with pytest.raises(InputError, match="weights"):
         train("--resume", str(tmp_path / "output/llm_merged_llm_only.pt"))
+
+
+def test_more_epochs_go_on_at_their_place_in_the_longer_schedule(train, tmp_path: Path) -> None:
+    """The schedule of one step ends at a rate of zero; the second step of a longer one trains."""
+    one_step = ["--set", "accumulate_grad_batches=8"]
+    train("--epochs", "1", *one_step)
+    before = read_run(tmp_path / "output/joint_joint_last.ckpt").adapters
+    assert train("--epochs", "2", "--resume", "auto", *one_step) == 0
+    after = read_run(tmp_path / "output/joint_joint_last.ckpt").adapters
+    assert not torch.equal(next(iter(before["llm"].values())), next(iter(after["llm"].values())))
+
+
+def test_staged_training_names_the_files_of_both_runs(train, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train("--mode", "llm_only", "--epochs", "1")
+    train("--mode", "flow_only", "--epochs", "1")
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert "llm_merged_llm_only.pt" in told and "flow_merged_flow_only.pt" in told
 
 
 def test_few_clips_are_all_trained_on(train, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -12,10 +12,9 @@ import inference_joint
 import merge_joint_weights
 import prepare_joint_data
 import train_joint
-from cosyvoice.utils.checkpoint import read_state_dict
+from cosyvoice.utils.checkpoint import load_part, read_state_dict
 from lora import inject, load_adapters, merged
 from tools.random_model import make_random_model
-from utils import load_part
 from voice import read_run
 
 RECORDINGS = Path(__file__).parents[1] / "examples" / "raw_audio"

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cosyvoice.utils import audio
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.pitch import pitch_track
 
 Sample = dict[str, Any]
 
@@ -120,6 +121,12 @@ def compute_fbank(
     for sample in data:
         mel = feat_extractor(sample["speech"])  # (1, M, T)
         yield {**sample, "speech_feat": mel.squeeze(0).transpose(0, 1)}  # (1, M, T) -> (T, M)
+
+
+def compute_f0(data: Iterable[Sample], sample_rate: int, hop_size: int, mode: str = "train") -> Iterator[Sample]:
+    """Adds `pitch_feat` (T,), the pitch of `speech` in Hz at each mel frame, 0 where there is no voice."""
+    for sample in data:
+        yield {**sample, "pitch_feat": pitch_track(sample["speech"], sample_rate, hop_size)}
 
 
 def parse_embedding(data: Iterable[Sample], normalize: bool, mode: str = "train") -> Iterator[Sample]:

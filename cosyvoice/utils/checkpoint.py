@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.model_yaml import load_model_yaml
 
 # Integers that training checkpoints of this format carry among the weights.
 TRAINING_COUNTERS = ("epoch", "step")
@@ -78,6 +79,14 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
         cause = _likely_cause(state, missing, unexpected)
         raise InputError(f"{name} does not fit this model: {differences}. Likely cause: {cause}")
     module.load_state_dict(state, strict=True)
+
+
+def load_part(model_dir: Path, part: str) -> nn.Module:
+    """`llm`, `flow` or `hift` of a model folder, built and strictly loaded, in eval mode on the CPU."""
+    module = load_model_yaml(model_dir / "cosyvoice.yaml", parts=(part,))[part]
+    weights = model_dir / f"{part}.pt"
+    load_strict(module, read_state_dict(weights), str(weights))
+    return module.eval()
 
 
 def fingerprint_file(path: Path) -> str:

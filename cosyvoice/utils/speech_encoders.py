@@ -95,9 +95,15 @@ class SpeakerEncoder(SpeechEncoder):
     """campplus.onnx: input float32 (1, T, 80) Kaldi filterbank less its mean, output float32 (1, 192)."""
 
     def __call__(self, wav_16k: Tensor) -> Tensor:
-        """The speaker vector float32 (1, 192), of any length, of (1, samples) at 16 kHz."""
+        """The speaker vector float32 (1, 192), of any length, of (1, samples) at 16 kHz.
+
+        Raises InputError where there is none.
+        """
         check_prompt(wav_16k)
-        return self.run(kaldi_fbank(wav_16k)[None].numpy()).reshape(1, -1)
+        vector = self.run(kaldi_fbank(wav_16k)[None].numpy()).reshape(1, -1)
+        if not vector.isfinite().all() or not vector.any():
+            raise InputError("the speaker encoder gave no usable vector")
+        return vector
 
 
 def check_prompt(wav_16k: Tensor) -> None:

@@ -1,0 +1,110 @@
+"""What a training run leaves: exchangeable weights with their losses every epoch, and the state to go on from."""
+
+import os
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from pytorch_lightning.callbacks import Checkpoint
+
+from cosyvoice.bin.recipe_models import RecipeModel
+from cosyvoice.utils.checkpoint import DAMAGE
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.file_utils import atomic_write, save_tensors
+
+STATE_KEY = "recipe"
+LAST = "last.ckpt"
+ANYWHERE = ("model", "seed")  # what must agree even at the end of an epoch, where a share can be dealt anew
+
+
+class RecipeCheckpoints(Checkpoint):
+    """Writes `init.pt`, after every epoch `epoch_{N}_whole.pt` and `.yaml` (N from 0), and `last.ckpt`.
+
+    With save_per_step > 0 also `epoch_{N}_step_{S}.pt` and `last.ckpt` within an epoch, every that many optimiser
+    steps. A `.pt` holds the part's state dict and the integers `epoch` and `step`.
+    """
+
+    def __init__(self, model_dir: Path, save_per_step: int, resumable: bool, state: dict[str, Any]) -> None:
+        """resumable: write `last.ckpt`. state: what a resumed run must agree on, kept in `last.ckpt`."""
+        self.model_dir, self.save_per_step, self.resumable = model_dir, save_per_step, resumable
+        self.state = state
+        self.epochs_done, self.batches_done = 0, 0  # where a resumed run begins
+        self.saved_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, model: RecipeModel) -> None:
+        if trainer.global_step == 0:
+            self.save_weights(trainer, model, "init.pt")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, model: RecipeModel, *step: Any) -> None:
+        """Between optimiser steps only, where a resumed run can repeat an uninterrupted one."""
+        due = self.save_per_step > 0 and model.steps % self.save_per_step == 0 and model.steps > self.saved_step
+        if due and model.batches_in_group == model.accum_grad:
+            self.saved_step = model.steps
+            self.save_weights(trainer, model, f"epoch_{model.current_epoch}_step_{model.steps}.pt")
+            self.save_last(trainer, model.current_epoch, step[-1] + 1)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, model: RecipeModel) -> None:
+        name = f"epoch_{model.current_epoch}_whole"
+        self.save_weights(trainer, model, f"{name}.pt")
+        self.save_losses(trainer, model, self.model_dir / f"{name}.yaml")
+        self.save_last(trainer, model.current_epoch + 1, 0)
+        held_out = ", ".join(f"{key} {value:.4f}" for key, value in model.validation_means.items())
+        if trainer.is_global_zero:
+            train = model.loss_sum / max(1, model.batches)
+            print(f"epoch {model.current_epoch}: loss {train:.4f}; held out: {held_out}", flush=True)
+
+    def save_weights(self, trainer: pl.Trainer, model: RecipeModel, name: str) -> None:
+        if trainer.is_global_zero:
+            counters = {"epoch": model.current_epoch, "step": model.steps}
+            save_tensors({**model.part.state_dict(), **counters}, self.model_dir / name)
+
+    def save_losses(self, trainer: pl.Trainer, model: RecipeModel, path: Path) -> None:
+        """The sidecar that average_model.py reads."""
+        if not trainer.is_global_zero:
+            return
+        info = {
+            "epoch": model.current_epoch,
+            "step": model.steps,
+            "tag": "CV",
+            "loss_dict": model.validation_means,
+            "train_loss": model.loss_sum / max(1, model.batches),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "save_time": time.strftime("%d/%m/%Y %H:%M:%S"),
+            **self.state,
+        }
+        with atomic_write(path) as temporary:
+            temporary.write_text(yaml.safe_dump(info, sort_keys=False), encoding="utf-8")
+
+    def save_last(self, trainer: pl.Trainer, epochs_done: int, batches_done: int) -> None:
+        """All processes call the trainer; the first one writes."""
+        if not self.resumable:
+            return
+        self.epochs_done, self.batches_done = epochs_done, batches_done
+        temporary = self.model_dir / f".{LAST}"
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            os.replace(temporary, self.model_dir / LAST)
+        trainer.strategy.barrier("last.ckpt")
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, model: RecipeModel, checkpoint: dict[str, Any]) -> None:
+        progress = {"epochs_done": self.epochs_done, "batches_done": self.batches_done}
+        checkpoint[STATE_KEY] = {**self.state, **progress}
+
+
+def read_progress(path: Path, state: dict[str, Any]) -> tuple[int, int]:
+    """Epochs done and batches done in the next one, of a `last.ckpt`.
+
+    Raises InputError where the file is damaged, or where the run it belongs to differs in `state`.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)[STATE_KEY]
+    except (pickle.UnpicklingError, *DAMAGE):
+        raise InputError(f"{path} is no state of a training run, or damaged; leave --resume out") from None
+    for key in state if found["batches_done"] else ANYWHERE:
+        if found[key] != state[key]:
+            raise InputError(f"{path} is of a run with {key} {found[key]}, not {state[key]}; give the same to resume")
+    return found["epochs_done"], found["batches_done"]

@@ -1,0 +1,237 @@
+"""Train one part of the model, from scratch or from a checkpoint: stage 5 of the recipe.
+
+    torchrun --nproc_per_node=4 cosyvoice/bin/train.py --config conf/cosyvoice.yaml --model llm \\
+        --train_data data/train.data.list --cv_data data/dev.data.list --model_dir exp/llm --tensorboard_dir tensorboard
+
+Without torchrun it runs as one process. `--resume auto` continues a run that was stopped, with the same numbers.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cosyvoice.utils.command import run
+from cosyvoice.utils.errors import InputError
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from torch import nn
+
+    from cosyvoice.bin.recipe_models import RecipeModel
+    from cosyvoice.dataset.loader import EpochLoader
+
+MODELS = ("llm", "flow", "hifigan")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what is trained")
+    what.add_argument("--model", choices=MODELS, required=True)
+    what.add_argument("--config", type=Path, required=True, help="the recipe's YAML")
+    what.add_argument("--train_data", type=Path, required=True, help="list of parquet files")
+    what.add_argument("--cv_data", type=Path, required=True, help="list of held-out parquet files")
+    what.add_argument("--checkpoint", type=Path, help="weights to start from (default: random ones)")
+    what.add_argument("--resume", choices=("auto",), help="continue from last.ckpt in --model_dir, where there is one")
+    what.add_argument("--max_epoch", type=int, help="epochs in all (default: train_conf)")
+    what.add_argument("--seed", type=int, default=1986, help="seed of all random draws (default: %(default)s)")
+    where = parser.add_argument_group("results")
+    where.add_argument("--model_dir", type=Path, required=True, help="checkpoints")
+    where.add_argument("--tensorboard_dir", type=Path, default=Path("tensorboard"), help="default: %(default)s")
+    how = parser.add_argument_group("how")
+    how.add_argument("--train_engine", choices=("torch_ddp", "deepspeed"), default="torch_ddp")
+    how.add_argument("--ddp.dist_backend", dest="dist_backend", choices=("nccl", "gloo"), default="nccl")
+    how.add_argument("--num_workers", type=int, default=0, help="preparing batches (default: %(default)s)")
+    how.add_argument("--prefetch", type=int, default=100, help="batches a worker is ahead (default: %(default)s)")
+    how.add_argument("--pin_memory", action="store_true", help="faster copies to the GPU")
+    how.add_argument("--use_amp", action="store_true", help="half precision on a GPU; hifigan stays in single")
+    how.add_argument("--deepspeed_config", type=Path, default=Path("conf/ds_stage2.json"))
+    how.add_argument(
+        "--deepspeed.save_states", dest="save_states", choices=("model_only", "model+optimizer"), default="model_only"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    check_engine(args)
+    from cosyvoice.bin.recipe_checkpoints import LAST, RecipeCheckpoints
+    from cosyvoice.utils.model_yaml import load_model_yaml
+
+    gan = "_gan" if args.model == "hifigan" else ""
+    train_conf = load_model_yaml(args.config, parts=(f"train_conf{gan}",))[f"train_conf{gan}"]
+    last = args.model_dir / LAST
+    state = {"model": args.model, "seed": args.seed, "processes": world_size(), "num_workers": args.num_workers}
+    resumed = args.resume is not None and last.exists()
+    if args.resume is None:
+        refuse_used_folder(args.model_dir)
+    model = build_model(args, train_conf)
+    train_loader, cv_loader = build_loaders(args, gan=bool(gan))
+    if resumed:
+        continue_from(last, state, train_loader)
+    resumable = args.train_engine == "torch_ddp" or args.save_states == "model+optimizer"
+    keeper = RecipeCheckpoints(args.model_dir, train_conf.get("save_per_step", -1), resumable, state)
+    trainer = build_trainer(args, train_conf, keeper)
+    fit(trainer, model, train_loader, cv_loader, last if resumed else None)
+    return 0
+
+
+def check_engine(args: argparse.Namespace) -> None:
+    """Raises InputError where the engine cannot work, before anything heavy starts."""
+    if args.train_engine == "torch_ddp":
+        return
+    from importlib.util import find_spec
+
+    if find_spec("deepspeed") is None:
+        raise InputError(
+            "deepspeed is not installed: pip install deepspeed (it needs a CUDA compiler), or --train_engine torch_ddp"
+        )
+    if args.model == "hifigan":
+        raise InputError("deepspeed cannot train two optimisers: use --train_engine torch_ddp for hifigan")
+    if not args.deepspeed_config.is_file():
+        raise InputError(f"{args.deepspeed_config} does not exist; give --deepspeed_config")
+
+
+def world_size() -> int:
+    """Processes in all: torchrun says so."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def refuse_used_folder(model_dir: Path) -> None:
+    """Checkpoints of two runs in one folder would be averaged."""
+    if found := sorted(model_dir.glob("epoch_*")):
+        raise InputError(f"{found[0]} is of an earlier run; --resume auto continues it, or give another --model_dir")
+
+
+# Building
+
+
+def build_model(args: argparse.Namespace, train_conf: dict[str, Any]) -> "RecipeModel":
+    from cosyvoice.bin.recipe_models import SpeechModel, VocoderModel
+    from cosyvoice.utils.command import seed_all
+    from cosyvoice.utils.model_yaml import load_model_yaml
+
+    seed_all(args.seed)
+    part = load_model_yaml(args.config, parts=(args.model,))[args.model]
+    if args.checkpoint is not None:
+        load_weights(part, args.checkpoint)
+    kind = VocoderModel if args.model == "hifigan" else SpeechModel
+    return kind(part, train_conf, args.seed)
+
+
+def load_weights(part: "nn.Module", path: Path) -> None:
+    """A vocoder's generator may come without its discriminators, which then start anew."""
+    from cosyvoice.utils.checkpoint import load_strict, read_state_dict
+
+    state = read_state_dict(path)
+    if hasattr(part, "discriminator"):
+        judges = {name: tensor for name, tensor in state.items() if name.startswith("discriminator.")}
+        if judges:
+            load_strict(part.discriminator, {k.partition(".")[2]: v for k, v in judges.items()}, str(path))
+        else:
+            print(f"{path} holds no discriminator: it starts from random weights", file=sys.stderr)
+        part, state = part.generator, {name: state[name] for name in state.keys() - judges.keys()}
+    load_strict(part, state, str(path))
+
+
+def build_loaders(args: argparse.Namespace, gan: bool) -> "tuple[EpochLoader, EpochLoader]":
+    import torch
+
+    from cosyvoice.dataset.dataset import Dataset
+    from cosyvoice.dataset.loader import EpochLoader
+    from cosyvoice.utils.model_yaml import load_model_yaml
+
+    name = "data_pipeline_gan" if gan else "data_pipeline"
+    steps = load_model_yaml(args.config, parts=(name,))[name]
+    train = Dataset(args.train_data, steps, gan=gan, seed=args.seed)
+    held_out = Dataset(args.cv_data, steps, "dev", gan=gan, shuffle=False, partition=False, seed=args.seed)
+    pinned = args.pin_memory and torch.cuda.is_available()
+    loaders = [EpochLoader(data, args.num_workers, args.prefetch, pinned) for data in (train, held_out)]
+    return loaders[0], loaders[1]
+
+
+def continue_from(last: Path, state: dict[str, Any], loader: "EpochLoader") -> None:
+    from cosyvoice.bin.recipe_checkpoints import read_progress
+
+    loader.epoch, loader.skip = read_progress(last, state)
+    print(f"continuing {last} ({loader.epoch} epochs done)", file=sys.stderr)
+
+
+def build_trainer(args: argparse.Namespace, train_conf: dict[str, Any], keeper: "pl.Callback") -> "pl.Trainer":
+    import logging
+
+    import pytorch_lightning as pl
+    import torch
+    from pytorch_lightning.callbacks import TQDMProgressBar
+    from pytorch_lightning.loggers import TensorBoardLogger
+
+    for package in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
+    gpu = torch.cuda.is_available()
+    if world_size() > 1 and args.dist_backend == "nccl" and not gpu:
+        raise InputError("nccl connects GPUs, and there is none; use --ddp.dist_backend gloo")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    automatic = args.model != "hifigan"
+    return pl.Trainer(
+        accelerator="gpu" if gpu else "cpu",
+        devices=local,
+        num_nodes=world_size() // local,
+        strategy=strategy(args),
+        precision=precision(args, gpu),
+        max_epochs=args.max_epoch or train_conf["max_epoch"],
+        accumulate_grad_batches=train_conf.get("accum_grad", 1) if automatic else 1,
+        log_every_n_steps=train_conf.get("log_interval", 100),
+        callbacks=[keeper, TQDMProgressBar(refresh_rate=int(sys.stderr.isatty()))],
+        logger=TensorBoardLogger(args.tensorboard_dir, name="", version=""),
+        num_sanity_val_steps=0,
+        inference_mode=False,  # mel filters that validation makes are kept, and training differentiates through them
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+    )
+
+
+def strategy(args: argparse.Namespace) -> Any:
+    """One process needs none; the vocoder's two sides leave each other's weights without gradients."""
+    if args.train_engine == "deepspeed":
+        from pytorch_lightning.strategies import DeepSpeedStrategy
+
+        return DeepSpeedStrategy(config=str(args.deepspeed_config))
+    if world_size() == 1:
+        return "auto"
+    from pytorch_lightning.strategies import DDPStrategy
+
+    unused = args.model == "hifigan"
+    return DDPStrategy(process_group_backend=args.dist_backend, find_unused_parameters=unused)
+
+
+def precision(args: argparse.Namespace, gpu: bool) -> str:
+    """Half precision gains nothing on a CPU, and the vocoder's Fourier transforms have none."""
+    import torch
+
+    if not (args.use_amp and gpu) or args.model == "hifigan":
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+
+
+def fit(
+    trainer: "pl.Trainer",
+    model: "RecipeModel",
+    train_loader: "EpochLoader",
+    cv_loader: "EpochLoader",
+    last: Path | None,
+) -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        # no worker processes, a step that was left out, the trainer's own use of torch: as intended
+        warnings.filterwarnings("ignore", message=".*(many workers|lr_scheduler.step|LeafSpec).*")
+        try:
+            trainer.fit(model, train_loader, cv_loader, ckpt_path=last, weights_only=True)
+        except SystemExit:  # how the trainer leaves at Ctrl-C
+            raise KeyboardInterrupt from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,106 @@
+"""A corpus of parquet files as an endless supply of epochs, shared out over processes and workers."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from cosyvoice.utils.errors import InputError
+
+Batch = dict[str, Any]
+Step = Callable[..., Iterable[Any]]
+
+
+class Dataset(IterableDataset):
+    """The files of a list, put through the steps of a recipe's `data_pipeline`.
+
+    The files are dealt to as many streams as there are processes times workers. Order, share and all random
+    draws of the steps follow from seed, epoch and stream alone, so that an epoch can be repeated, and so
+    that two processes of one worker see the batches that one process of two workers sees.
+    """
+
+    def __init__(
+        self,
+        data_list_file: Path,
+        data_pipeline: Sequence[Step],
+        mode: str = "train",
+        gan: bool = False,
+        shuffle: bool = True,
+        partition: bool = True,
+        seed: int = 1986,
+    ) -> None:
+        """data_list_file: one parquet file a line. gan: add waveform and pitch to the batches.
+
+        Without partition every process gets all files. Raises InputError where the list is missing or empty.
+        """
+        self.files = read_list(Path(data_list_file))
+        self.name = str(data_list_file)
+        self.steps = [partial(step, mode=mode) for step in data_pipeline]
+        self.steps[-1] = partial(self.steps[-1], gan=gan)
+        self.shuffle, self.partition, self.seed = shuffle, partition, seed
+        self.rank, self.processes = 0, 1
+        self.shared_epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive read it
+
+    @property
+    def epoch(self) -> int:
+        return int(self.shared_epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Takes effect at the next `iter`, in all workers. Without shuffle every epoch is the same."""
+        self.shared_epoch.fill_(epoch if self.shuffle else 0)
+
+    def set_share(self, rank: int, processes: int) -> None:
+        """This is process `rank` of `processes`. Raises InputError where there are fewer files than processes."""
+        if self.partition and len(self.files) < processes:
+            raise InputError(
+                f"{self.name} lists {len(self.files)} parquet file(s) for {processes} processes; write smaller ones "
+                "(tools/make_parquet_list.py --num_utts_per_parquet), or start fewer processes"
+            )
+        self.rank, self.processes = (rank, processes) if self.partition else (0, 1)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This worker's batches of the current epoch."""
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        stream = number * self.processes + self.rank  # the first streams, which get the most, go to different processes
+        files = list(self.files)
+        if self.shuffle:
+            random.Random(seed_of(self.seed, self.epoch)).shuffle(files)
+        data: Iterable[Any] = ({"src": file} for file in files[stream :: workers * self.processes])
+        for step in self.steps:
+            data = step(data)
+        return with_own_random(iter(data), seed_of(self.seed, self.epoch, stream))
+
+
+def read_list(path: Path) -> list[str]:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; tools/make_parquet_list.py writes data.list")
+    files = path.read_text(encoding="utf-8").split()
+    if not files:
+        raise InputError(f"{path} lists no parquet file; run tools/make_parquet_list.py again")
+    return files
+
+
+def seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def with_own_random(items: Iterator[Any], seed: int) -> Iterator[Any]:
+    """The items, made with a state of Python's global generator that nothing else sees or moves."""
+    own = random.Random(seed).getstate()
+    while True:
+        outside = random.getstate()
+        random.setstate(own)
+        try:
+            item = next(items, None)
+        finally:
+            own = random.getstate()
+            random.setstate(outside)
+        if item is None:
+            return
+        yield item

@@ -1,0 +1,83 @@
+"""Feeds epochs of batches to a trainer, in step with the other processes."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from cosyvoice.dataset.dataset import Batch, Dataset
+from cosyvoice.utils.errors import InputError
+
+
+class EpochLoader:
+    """One pass over it is one epoch of this process's batches.
+
+    All processes end an epoch together, with the first that has no batch left: gradients are averaged over all
+    processes, which would wait for the missing one for ever.
+    """
+
+    def __init__(self, dataset: Dataset, num_workers: int = 0, prefetch: int = 100, pin_memory: bool = False) -> None:
+        """prefetch: batches that each worker prepares in advance."""
+        self.dataset = dataset
+        self.loader = DataLoader(
+            dataset,
+            batch_size=None,  # the pipeline makes the batches
+            num_workers=num_workers,
+            prefetch_factor=prefetch if num_workers else None,
+            persistent_workers=num_workers > 0,  # starting one takes seconds, which short epochs would spend on it
+            pin_memory=pin_memory,
+        )
+        self.epoch = 0
+        self.skip = 0  # batches of the next pass that an interrupted run has already seen
+
+    @property
+    def sampler(self) -> "EpochLoader":
+        """Where the trainer looks for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Raises InputError where no utterance passes the pipeline, or a file cannot be read."""
+        self.dataset.set_share(*rank_and_processes())
+        self.dataset.set_epoch(self.epoch)
+        skip, self.skip = self.skip, 0
+        seen = 0
+        for batch in in_step(self.batches()):
+            seen += 1
+            if seen > skip:
+                yield batch
+        if not seen:
+            raise InputError(f"no utterance of {self.dataset.name} can be trained on; look at filter in the YAML")
+
+    def batches(self) -> Iterator[Batch]:
+        try:
+            yield from self.loader
+        except InputError as error:  # a worker's comes with its traceback, the message at the end
+            message = str(error).strip().splitlines()[-1]
+            raise InputError(message.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from None
+
+
+def rank_and_processes() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def in_step(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches as long as every process has one."""
+    for batch in batches:
+        if not everywhere(True):
+            return
+        yield batch
+    everywhere(False)
+
+
+def everywhere(here: bool) -> bool:
+    """Whether `here` is true in all processes, which must all ask."""
+    if rank_and_processes()[1] == 1:
+        return here
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    answer = torch.tensor(int(here), device=device)
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer)

@@ -1,0 +1,36 @@
+"""What every command needs: the one way errors end, and seeds."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cosyvoice.utils.errors import InputError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
+    """Run a script's `main` and leave: a user's mistake is one line on stderr and exit code 2, Ctrl-C is 130."""
+    try:
+        code = main(None) or 0
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted; what was finished is kept", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    sys.exit(code)
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed Python's, numpy's and torch's generators from a tuple, so that any step's draws can be made again."""
+    import random
+
+    import numpy as np
+    import torch
+
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

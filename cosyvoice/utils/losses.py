@@ -1,0 +1,47 @@
+"""The losses of adversarial vocoder training, over lists with one entry a discriminator."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def discriminator_loss(real: Sequence[Tensor], generated: Sequence[Tensor]) -> Tensor:
+    """Least squares: real scores to 1, generated ones to 0 (HiFi-GAN, Kong et al. 2020, equation 3)."""
+    return sum(((r - 1) ** 2).mean() + (g**2).mean() for r, g in zip(real, generated, strict=True))
+
+
+def generator_loss(generated: Sequence[Tensor]) -> Tensor:
+    """Generated scores to 1 (HiFi-GAN, equation 4)."""
+    return sum(((g - 1) ** 2).mean() for g in generated)
+
+
+def feature_loss(real: Sequence[Sequence[Tensor]], generated: Sequence[Sequence[Tensor]]) -> Tensor:
+    """L1 distance of the discriminators' hidden layers, summed over all layers (HiFi-GAN, equation 6)."""
+    layers = [pair for maps in zip(real, generated, strict=True) for pair in zip(*maps, strict=True)]
+    return sum(F.l1_loss(g, r.detach()) for r, g in layers)
+
+
+def tpr_loss(better: Sequence[Tensor], worse: Sequence[Tensor], tau: float) -> Tensor:
+    """Truncated pointwise relativistic least squares (Li and Wang 2022, "Improve GAN-based Neural Vocoder using
+    Truncated Pointwise Relativistic Least Square GAN").
+
+    Of each discriminator, the scores that should lie above the others by the median difference, and do not, are drawn
+    there; the loss of one discriminator ends at `tau`.
+    """
+
+    def of_one(better: Tensor, worse: Tensor) -> Tensor:
+        gap = better - worse
+        margin = gap.median()
+        short = gap < margin
+        error = ((gap - margin).square() * short).sum() / short.sum().clamp(min=1)
+        return tau - F.relu(tau - error)
+
+    return sum(of_one(b, w) for b, w in zip(better, worse, strict=True))
+
+
+def mel_loss(real: Tensor, generated: Tensor, mel_transforms: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    """L1 distance of log-mels of waveforms (B, samples), summed over the transforms (HiFi-GAN, equation 5)."""
+    distances = [F.l1_loss(transform(generated), transform(real)) for transform in mel_transforms]
+    return torch.stack(distances).sum()

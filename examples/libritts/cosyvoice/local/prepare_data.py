@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Stage 0 of the recipe: Kaldi-style tables of a folder of recordings and their texts.
+
+    python local/prepare_data.py --src_dir corpus/train --des_dir data/train
+
+Takes SPEAKER/CHAPTER/NAME.wav, as in LibriTTS, and NAME.wav, each with NAME.normalized.txt beside it. The speaker
+is what stands before the first underscore of NAME (1_12 belongs to 1), or, where there is none, the folder below
+which everything lies. Writes wav.scp, text, utt2spk, spk2utt, and prepare_data.failed, which tells what was left out.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[4]
+LAYOUTS = ("*/*/*.wav", "*.wav")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--src_dir", type=Path, required=True, help="folder of recordings and texts")
+    parser.add_argument("--des_dir", type=Path, required=True, help="folder to write the tables to")
+    options = parser.parse_args(argv)
+
+    from kaldi_folder import report_failures, write_table
+
+    recordings = find_recordings(options.src_dir.absolute())
+    texts, failures = read_texts(recordings)
+    report_failures(failures, len(recordings), options.des_dir / "prepare_data.failed")
+    utt2spk = {utt: speaker_of(utt, options.src_dir.absolute().name) for utt in texts}
+    spk2utt: dict[str, list[str]] = {}
+    for utt, spk in utt2spk.items():
+        spk2utt.setdefault(spk, []).append(utt)
+    write_table({utt: str(recordings[utt]) for utt in texts}, options.des_dir / "wav.scp")
+    write_table(texts, options.des_dir / "text")
+    write_table(utt2spk, options.des_dir / "utt2spk")
+    write_table({spk: " ".join(utts) for spk, utts in spk2utt.items()}, options.des_dir / "spk2utt")
+    print(f"{options.des_dir}: {len(texts)} utterances of {len(spk2utt)} speakers")
+
+
+def find_recordings(folder: Path) -> dict[str, Path]:
+    """{utterance: wav file}, by name. Raises InputError where there is none, or a name cannot be used."""
+    from cosyvoice.utils.errors import InputError
+
+    recordings: dict[str, Path] = {}
+    for wav in (path for layout in LAYOUTS for path in folder.glob(layout) if not path.name.startswith(".")):
+        if wav.stem in recordings:
+            raise InputError(f"{recordings[wav.stem]} and {wav} have the same name; rename one and its text")
+        if wav.stem.split() != [wav.stem] or not str(wav).isprintable():
+            raise InputError(f"{str(wav)!r} has a blank or an unreadable letter in its name; rename it and its text")
+        recordings[wav.stem] = wav
+    if not recordings:
+        raise InputError(f"{folder} holds no recording ({' or '.join(LAYOUTS)})")
+    return dict(sorted(recordings.items()))
+
+
+def read_texts(recordings: dict[str, Path]) -> tuple[dict[str, str], dict[str, str]]:
+    """{utterance: its text}, and {utterance: why it has none}."""
+    from cosyvoice.utils.errors import InputError
+    from utils import decode_text
+
+    texts, failures = {}, {}
+    for utt, wav in recordings.items():
+        file = wav.with_name(f"{utt}.normalized.txt")
+        try:
+            texts[utt] = decode_text(file.read_bytes())
+        except InputError as error:
+            failures[utt] = str(error)
+        except OSError as error:
+            failures[utt] = f"{file} cannot be read: {error.strerror}"
+        if texts.get(utt) == "":
+            failures[utt] = f"{file} is empty"
+            del texts[utt]
+    return texts, failures
+
+
+def speaker_of(utt: str, folder: str) -> str:
+    speaker, underscore, _ = utt.partition("_")
+    return speaker if underscore and speaker else "_".join(folder.split())
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from utils import run
+
+    run(main)

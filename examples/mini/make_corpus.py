@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+"""The corpus of CosyVoice-mini: synthetic speech in Kaldi-style folders.
+
+    examples/mini/make_corpus.py --des_dir data/mini --utterances 500
+
+Writes wav/UTT.wav, wav/UTT.phones ("end_seconds phone" a line, where the engine tells), and train/ and dev/ with
+wav.scp, text, utt2spk, spk2utt and make_corpus.failed. Every utterance has a sentence of its own, and none that the
+model is judged by. An utterance's name tells what it was made from, so that a second run does only what is missing.
+"""
+
+import argparse
+import hashlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH_UTTERANCES = 25  # a killed run loses at most these, for each process
+MIN_SECONDS = 0.3  # shorter: the engine gave up on the sentence
+WARP_RANGE = (0.88, 1.14)  # on pitch and formants together, as they differ between tall and short speakers
+TEMPO_RANGE = (0.88, 1.15)
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A voice of `voices.VOICES`, or a pseudo-speaker made from one."""
+
+    name: str
+    voice: str
+    warp: float = 1.0  # factor on pitch and formants
+    tempo: float = 1.0  # factor on the speaking rate
+
+    @property
+    def effects(self) -> list[str]:
+        """What sox does to the voice's speech; empty for nothing."""
+        if self.warp == self.tempo == 1:
+            return []
+        return ["speed", f"{self.warp:.3f}", "tempo", "-s", f"{self.tempo / self.warp:.4f}"]  # speed changes both
+
+
+@dataclass(frozen=True)
+class Utterance:
+    speaker: Speaker
+    text: str
+
+    @property
+    def name(self) -> str:
+        content = f"{self.speaker} {self.text}"
+        return f"{self.speaker.name}_{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--des_dir", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--utterances", type=int, default=500, help="to train on, per speaker (default: %(default)s)")
+    parser.add_argument("--dev_utterances", type=int, default=10, help="held out, per speaker (default: %(default)s)")
+    parser.add_argument("--voices", nargs="+", help="names of voices (default: all eight)")
+    parser.add_argument("--variants", type=int, default=0, help="pseudo-speakers per voice (default: %(default)s)")
+    parser.add_argument("--num_processes", type=int, default=2, help="engines at a time (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1986, help="of sentences and variants (default: %(default)s)")
+    options = parser.parse_args(argv)
+
+    from utils import check_positive
+
+    for name in ("utterances", "dev_utterances", "num_processes"):
+        check_positive(f"--{name}", getattr(options, name))
+    folder = options.des_dir.absolute()
+    speakers = make_speakers(options.voices, options.variants, options.seed)
+    total = len(speakers) * (options.dev_utterances + options.utterances)
+    utterances = make_utterances(speakers, total, options.seed)
+    failures = synthesise(utterances, folder / "wav", options.num_processes)
+    held_out = len(speakers) * options.dev_utterances  # first, so that more utterances leave the same ones held out
+    for split, part in {"dev": utterances[:held_out], "train": utterances[held_out:]}.items():
+        write_tables(part, failures, folder, split)
+
+
+def make_speakers(voices: Sequence[str] | None, variants: int, seed: int) -> list[Speaker]:
+    """The voices and `variants` pseudo-speakers of each. Raises InputError for what is unknown or not installed."""
+    import random
+
+    from cosyvoice.utils.errors import InputError
+    from examples.mini.voices import VOICES, check_program
+
+    if variants:
+        check_program("sox")
+    speakers = []
+    for voice in voices or VOICES:
+        if voice not in VOICES:
+            raise InputError(f"--voices {voice}: known are {', '.join(VOICES)}")
+        VOICES[voice].check()
+        draw = random.Random(f"{seed} {voice}")  # its own, so that one voice's variants do not depend on the others
+        speakers.append(Speaker(voice, voice))
+        for number in range(1, variants + 1):
+            warp, tempo = round(draw.uniform(*WARP_RANGE), 3), round(draw.uniform(*TEMPO_RANGE), 3)
+            speakers.append(Speaker(f"{voice}-{number}", voice, warp, tempo))
+    return speakers
+
+
+def make_utterances(speakers: Sequence[Speaker], total: int, seed: int) -> list[Utterance]:
+    """The speakers in turn, each time with the next sentence."""
+    from examples.mini.sentences import JUDGED, Exclusion, draw_sentences, read_sentences
+
+    sentences = islice(draw_sentences(seed, Exclusion(read_sentences(JUDGED))), total)
+    return [Utterance(speakers[number % len(speakers)], text) for number, text in enumerate(sentences)]
+
+
+def synthesise(utterances: Sequence[Utterance], wavs: Path, processes: int) -> dict[str, str]:
+    """Make the recordings that are missing. Returns {utterance: reason} of those that could not be made."""
+    from tqdm import tqdm
+
+    from utils import check_writable, in_parallel
+
+    check_writable(wavs)
+    by_speaker: dict[Speaker, list[Utterance]] = {}
+    for utterance in utterances:
+        if not (wavs / f"{utterance.name}.wav").is_file():
+            by_speaker.setdefault(utterance.speaker, []).append(utterance)
+    batches = [
+        part[start : start + BATCH_UTTERANCES]
+        for part in by_speaker.values()
+        for start in range(0, len(part), BATCH_UTTERANCES)
+    ]
+    failures: dict[str, str] = {}
+    missing = sum(map(len, batches))
+    with tqdm(total=len(utterances), initial=len(utterances) - missing, unit="utt") as progress:
+        for batch, failed in zip(batches, in_parallel(lambda b: speak(b, wavs), batches, processes), strict=True):
+            failures |= failed
+            progress.update(len(batch))
+    return failures
+
+
+def speak(batch: Sequence[Utterance], wavs: Path) -> dict[str, str]:
+    """Recordings and phones of one speaker's utterances. Returns {utterance: reason} of those that failed."""
+    import soundfile
+
+    from examples.mini.voices import VOICES, apply_effects
+
+    speaker, failures = batch[0].speaker, {}
+    with tempfile.TemporaryDirectory(dir=wavs, prefix=".speaking-") as temporary:
+        VOICES[speaker.voice].speak({utterance.name: utterance.text for utterance in batch}, Path(temporary))
+        for utterance in batch:
+            wav = Path(temporary) / f"{utterance.name}.wav"
+            if not wav.is_file() or soundfile.info(wav).duration < MIN_SECONDS:
+                failures[utterance.name] = f"{speaker.voice} does not speak: {utterance.text}"
+                continue
+            apply_effects(wav, speaker.effects, speaker.tempo)
+            phones = wav.with_suffix(".phones")
+            if phones.is_file():
+                phones.rename(wavs / phones.name)
+            wav.rename(wavs / wav.name)  # last: a recording that is there is complete
+    return failures
+
+
+def write_tables(utterances: Sequence[Utterance], failures: dict[str, str], folder: Path, split: str) -> None:
+    """The Kaldi-style tables of `folder`/`split`, of all utterances that did not fail."""
+    from kaldi_folder import report_failures, write_table
+
+    of_split = {utterance.name: failures[utterance.name] for utterance in utterances if utterance.name in failures}
+    report_failures(of_split, len(utterances), folder / split / "make_corpus.failed")
+    good = sorted((u for u in utterances if u.name not in failures), key=lambda u: u.name)
+    spk2utt: dict[str, list[str]] = {}
+    for utterance in good:
+        spk2utt.setdefault(utterance.speaker.name, []).append(utterance.name)
+    write_table({u.name: str(folder / "wav" / f"{u.name}.wav") for u in good}, folder / split / "wav.scp")
+    write_table({u.name: u.text for u in good}, folder / split / "text")
+    write_table({u.name: u.speaker.name for u in good}, folder / split / "utt2spk")
+    write_table({speaker: " ".join(names) for speaker, names in spk2utt.items()}, folder / split / "spk2utt")
+    print(f"{folder / split}: {len(good)} utterances of {len(spk2utt)} speakers")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from utils import run
+
+    run(main)

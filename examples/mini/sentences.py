@@ -1,0 +1,102 @@
+"""Distinct English sentences from a grammar of our own, none of which is a judged sentence."""
+
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from cosyvoice.utils.errors import InputError
+
+FOLDER = Path(__file__).parent
+GRAMMAR_FILE = FOLDER / "grammar.txt"
+JUDGED = (FOLDER / "eval_sentences.txt", *sorted((FOLDER.parent / "raw_audio").glob("*.txt")))
+START = "sentence"
+RUN_WORDS = 5  # a sentence that shares so many words in a row with a judged one counts as that one
+MAX_WORDS = 22  # longer ones take the engines' voices out of breath, and memory in training
+MAX_ATTEMPTS = 1000  # sentences drawn for one new; far fewer are needed while the grammar is not exhausted
+
+SYMBOL = re.compile(r"<(\w+)>")
+ARTICLE = re.compile(r"\b([Aa])(?= (?:hour|honest|[aeio]|u(?!ni|se|su)))")  # a uniform, a useful, a usual
+
+
+class Grammar:
+    """A context-free grammar: rules are named, each alternative has a weight, <name> stands for a rule.
+
+    Raises InputError, naming the rule, where an alternative uses a rule that is not there.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.rules: dict[str, tuple[list[str], list[int]]] = {}  # name -> alternatives, weights
+        for line in text.splitlines():
+            if line and not line.startswith("#"):
+                self._read_line(line)
+        for name, (alternatives, _) in self.rules.items():
+            unknown = {symbol for text in alternatives for symbol in SYMBOL.findall(text)} - self.rules.keys()
+            if unknown:
+                raise InputError(f"grammar: rule {name} uses {', '.join(sorted(unknown))}, which are not there")
+
+    def _read_line(self, line: str) -> None:
+        head = re.match(r"(\w+):\s*", line)
+        if head:
+            self.name = head[1]
+            self.rules[self.name] = ([], [])
+            line = line[head.end() :]
+        alternatives, weights = self.rules[self.name]
+        weight = re.match(r"(\d+) ", line)
+        for alternative in filter(None, (part.strip() for part in line[weight.end() if weight else 0 :].split("|"))):
+            alternatives.append(alternative)
+            weights.append(int(weight[1]) if weight else 1)
+
+    def expand(self, name: str, draw: random.Random) -> str:
+        """One expansion of a rule."""
+        alternatives, weights = self.rules[name]
+        [chosen] = draw.choices(alternatives, weights)
+        return SYMBOL.sub(lambda symbol: self.expand(symbol[1], draw), chosen)
+
+
+class Exclusion:
+    """The rule that keeps judged sentences out: no run of RUN_WORDS words in common, nor the whole of a shorter one."""
+
+    def __init__(self, sentences: Iterable[str]) -> None:
+        self.runs = {run for sentence in sentences for run in word_runs(sentence)}
+
+    def __contains__(self, sentence: str) -> bool:
+        return not self.runs.isdisjoint(word_runs(sentence))
+
+
+def word_runs(sentence: str) -> Iterator[tuple[str, ...]]:
+    """All runs of RUN_WORDS words, without case and punctuation; a shorter sentence is one run."""
+    words = re.findall(r"[a-z']+", sentence.lower())
+    for start in range(max(len(words) - RUN_WORDS, 0) + 1):
+        yield tuple(words[start : start + RUN_WORDS])
+
+
+def read_sentences(files: Iterable[Path]) -> list[str]:
+    """The lines of text files. Raises InputError where one is missing: what it excludes would go in unseen."""
+    lines = []
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file} does not exist; it holds sentences that must not be trained on")
+        lines += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return lines
+
+
+def draw_sentences(seed: int, exclusion: Exclusion, grammar: Grammar | None = None) -> Iterator[str]:
+    """Distinct sentences without end, the same for the same seed. Raises InputError when the grammar has no more."""
+    grammar = grammar or Grammar(GRAMMAR_FILE.read_text(encoding="utf-8"))
+    draw, seen = random.Random(seed), set()
+    while True:
+        for _ in range(MAX_ATTEMPTS):
+            sentence = polish(grammar.expand(START, draw))
+            if sentence not in seen and sentence not in exclusion and len(sentence.split()) <= MAX_WORDS:
+                break
+        else:
+            raise InputError(f"the grammar gives no more than {len(seen)} sentences; ask for fewer")
+        seen.add(sentence)
+        yield sentence
+
+
+def polish(sentence: str) -> str:
+    """A capital at the start, also behind a quotation mark, and "an" before a vowel."""
+    sentence = ARTICLE.sub(r"\1n", sentence)
+    return re.sub(r"\w", lambda letter: letter[0].upper(), sentence, count=1)

@@ -1,0 +1,125 @@
+"""Speech engines that speak a batch of sentences each: flite, festival and espeak-ng, with voices of free licences."""
+
+import re
+import shutil
+import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cosyvoice.utils.errors import InputError
+
+PACKAGES = (
+    "sudo apt-get install flite festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts "
+    "festlex-cmu festlex-poslex espeak-ng sox"
+)
+HELD_OUT = "rms"  # the voice that few-shot training is shown on: no model may know it before
+
+
+@dataclass(frozen=True)
+class Voice(ABC):
+    """One voice of an engine, by the engine's own name."""
+
+    voice: str
+
+    def __post_init__(self) -> None:
+        assert HELD_OUT not in self.voice, f"the voice {self.voice} is held out of all training"
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise InputError where the engine or this voice is not installed."""
+
+    @abstractmethod
+    def speak(self, texts: Mapping[str, str], folder: Path) -> None:
+        """Write NAME.wav for each name in `texts` and, where the engine tells, NAME.phones: "end_seconds phone" a line.
+
+        A sentence that the engine cannot speak leaves no wav.
+        """
+
+
+class Flite(Voice):
+    def check(self) -> None:
+        if self.voice not in output_of("flite", "-lv").split():
+            raise InputError(f"flite has no voice {self.voice}; {PACKAGES}")
+
+    def speak(self, texts: Mapping[str, str], folder: Path) -> None:
+        for name, text in texts.items():
+            wav = str(folder / f"{name}.wav")
+            segments = output_of("flite", "-voice", self.voice, "-psdur", "-t", text, "-o", wav)
+            phones = [segment.split(":") for segment in segments.split()]  # pau:0.225 n:0.281 ...
+            write_phones(folder / f"{name}.phones", [(float(end), phone) for phone, end in phones])
+
+
+class Festival(Voice):
+    def check(self) -> None:
+        if self.voice not in re.findall(r"\w+", output_of("festival", "-b", "(print (voice.list))")):
+            raise InputError(f"festival has no voice {self.voice}; {PACKAGES}")
+
+    def speak(self, texts: Mapping[str, str], folder: Path) -> None:
+        script = folder / "speak.scm"  # one for all: festival takes a second to start
+        script.write_text(f"(voice_{self.voice})\n" + "".join(map(self._commands, texts.items())), encoding="utf-8")
+        subprocess.run(["festival", "-b", script.name], cwd=folder, stderr=subprocess.DEVNULL, check=False)
+        for segments in folder.glob("*.segs"):
+            lines = segments.read_text(encoding="utf-8").partition("#\n")[2].splitlines()
+            phones = [(float(end), phone) for end, _, phone in map(str.split, lines)]
+            write_phones(segments.with_suffix(".phones"), phones)
+
+    @staticmethod
+    def _commands(item: tuple[str, str]) -> str:
+        name, text = item
+        quoted = text.replace("\\", " ").replace('"', " ")  # neither is spoken
+        return (
+            f'(set! utt (utt.synth (Utterance Text "{quoted}")))\n'
+            f'(utt.save.wave utt "{name}.wav" \'riff)\n(utt.save.segs utt "{name}.segs")\n'
+        )
+
+
+class Espeak(Voice):
+    def check(self) -> None:
+        output_of("espeak-ng", "--version")
+
+    def speak(self, texts: Mapping[str, str], folder: Path) -> None:
+        for name, text in texts.items():
+            output_of("espeak-ng", "-v", self.voice, "-w", str(folder / f"{name}.wav"), text)
+
+
+def apply_effects(wav: Path, effects: list[str], tempo: float) -> None:
+    """Change a recording by sox's effects, and the times of its phones by the factor `tempo` that they speed it up."""
+    if not effects:
+        return
+    changed = wav.with_name(f"changed-{wav.name}")
+    subprocess.run(["sox", "-D", "-G", str(wav), str(changed), *effects], check=True)  # -D: no random dither
+    changed.rename(wav)
+    phones = wav.with_suffix(".phones")
+    if phones.is_file():
+        lines = phones.read_text(encoding="utf-8").splitlines()
+        write_phones(phones, [(float(end) / tempo, phone) for end, phone in map(str.split, lines)])
+
+
+def check_program(program: str) -> None:
+    """Raise InputError where it is not installed."""
+    if shutil.which(program) is None:
+        raise InputError(f"{program} is not installed; {PACKAGES}")
+
+
+def output_of(program: str, *arguments: str) -> str:
+    """What the program prints. Raises InputError where it is not installed."""
+    check_program(program)
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False).stdout
+
+
+def write_phones(file: Path, phones: list[tuple[float, str]]) -> None:
+    file.write_text("".join(f"{end:.3f} {phone}\n" for end, phone in phones), encoding="utf-8")
+
+
+VOICES: dict[str, Voice] = {
+    "slt": Flite("slt"),
+    "awb": Flite("awb"),
+    "kal16": Flite("kal16"),
+    "kal": Festival("kal_diphone"),
+    "ked": Festival("ked_diphone"),
+    "slthts": Festival("cmu_us_slt_arctic_hts"),
+    "f2": Espeak("en-us+f2"),
+    "klatt4": Espeak("en-us+klatt4"),
+}

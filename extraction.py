@@ -1,0 +1,114 @@
+"""What a network says of every utterance of a corpus: in parallel, and taken up again where a run was killed.
+
+Beside the result, NAME.pt, lie `.NAME.stamps`, which tells what each of its entries was made from, and while
+a run is unfinished `.NAME.parts/`, entries with their stamps.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
+from cosyvoice.utils.checkpoint import fingerprint_file
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.file_utils import save_tensors
+from cosyvoice.utils.speech_encoders import SpeechEncoder
+from kaldi_folder import Numbers, file_stamp, read_numbers, read_table, report_failures, write_table
+from utils import in_parallel
+
+PART_UTTERANCES = 200  # a killed run loses at most the results of these
+
+
+@dataclass
+class Extraction:
+    """The outputs of `encoder` for the utterances of `folder`/wav.scp, kept in `folder`/`name`.pt."""
+
+    folder: Path
+    name: str
+    encoder: SpeechEncoder
+    workers: int  # utterances at a time
+
+    def run(self, failures_name: str) -> dict[str, Numbers]:
+        """{utterance: list of numbers}, computed where no earlier run did, and written.
+
+        Utterances that failed are missing and listed in `folder`/`failures_name`. Raises InputError where
+        the network cannot be opened, or all utterances failed.
+        """
+        torch.set_num_threads(1)  # the workers are the parallelism
+        wavs = read_table(self.folder / "wav.scp")
+        self.encoder.open()
+        network = fingerprint_file(self.encoder.path)
+        stamps = {utt: f"{network} {file_stamp(Path(wav))}" for utt, wav in wavs.items()}
+        results = self._recall(stamps)
+        failures = self._compute(wavs, stamps, results)
+        results = {utt: results[utt] for utt in wavs if utt in results}  # in the order of wav.scp
+        report_failures(failures, len(wavs), self.folder / failures_name)
+        self._finish(results, stamps)
+        return results
+
+    @property
+    def _result_file(self) -> Path:
+        return self.folder / f"{self.name}.pt"
+
+    @property
+    def _stamps_file(self) -> Path:
+        return self.folder / f".{self.name}.stamps"
+
+    @property
+    def _parts_dir(self) -> Path:
+        return self.folder / f".{self.name}.parts"
+
+    def _recall(self, stamps: dict[str, str]) -> dict[str, Numbers]:
+        """Entries of earlier runs, finished or not, that were made from what is there now."""
+        results: dict[str, Numbers] = {}
+        if self._stamps_file.is_file() and self._result_file.is_file():
+            old_stamps = read_table(self._stamps_file)
+            finished = read_numbers(self._result_file)
+            results = {utt: finished[utt] for utt in finished.keys() & stamps if old_stamps.get(utt) == stamps[utt]}
+        for part in sorted(self._parts_dir.glob("part-*.pt")):
+            for utt, (stamp, *numbers) in read_numbers(part).items():
+                if stamp == stamps.get(utt):
+                    results[utt] = numbers
+        return results
+
+    def _compute(self, wavs: dict[str, str], stamps: dict[str, str], results: dict[str, Numbers]) -> dict[str, str]:
+        """Add what is missing to `results`. Returns {utterance: reason} of those that failed."""
+        todo = [utt for utt in wavs if utt not in results]
+        failures: dict[str, str] = {}
+        with tqdm(total=len(wavs), initial=len(results), desc=self.name, unit="utt", disable=None) as progress:
+            for start in range(0, len(todo), PART_UTTERANCES):
+                part: dict[str, Numbers] = {}
+                try:
+                    for utt, outcome in self._attempts(wavs, todo[start : start + PART_UTTERANCES]):
+                        (failures if isinstance(outcome, str) else part)[utt] = outcome
+                        progress.update()
+                finally:  # what was done before Ctrl-C is kept, too
+                    self._save_part({utt: [stamps[utt], *numbers] for utt, numbers in part.items()})
+                results |= part
+        return failures
+
+    def _attempts(self, wavs: dict[str, str], utts: Sequence[str]) -> Iterator[tuple[str, Numbers | str]]:
+        """Each utterance with its numbers, or with the reason why it has none."""
+
+        def attempt(utt: str) -> Numbers | str:
+            try:
+                return self.encoder(load_wav(wavs[utt], PROMPT_RATE_HZ))[0].tolist()
+            except InputError as error:
+                return str(error)
+
+        yield from zip(utts, in_parallel(attempt, utts, self.workers), strict=True)
+
+    def _save_part(self, part: dict[str, list]) -> None:
+        if part:
+            number = len(list(self._parts_dir.glob("*")))
+            save_tensors(part, self._parts_dir / f"part-{number:06d}.pt")
+
+    def _finish(self, results: dict[str, Numbers], stamps: dict[str, str]) -> None:
+        self._stamps_file.unlink(missing_ok=True)  # a run killed here takes the parts alone, which are right
+        save_tensors(results, self._result_file)
+        write_table({utt: stamps[utt] for utt in results}, self._stamps_file)
+        shutil.rmtree(self._parts_dir, ignore_errors=True)

@@ -1,0 +1,241 @@
+"""A voice made ready to speak: the files it consists of, the vector it speaks with, and one text after another.
+
+Nothing here imports torch before it is needed, so that the scripts which use it answer `--help` at once.
+"""
+
+import argparse
+import pickle
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frontend_utils import has_words
+from utils import pick_device, seed_all
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cosyvoice.cli.cosyvoice import CosyVoice
+    from voice import Run
+
+PARTS = ("llm", "flow")
+SPEAKER_DIMENSIONS = 192
+VOICE_NAME = "voice"  # under this name the chosen speaker vector is handed to the front end
+
+
+@dataclass
+class Line:
+    """One text and the file it is spoken into."""
+
+    number: int  # line of the text file, from 1
+    text: str
+    output: Path
+
+
+@dataclass
+class Voice:
+    """What speaks: files in place of base weights, adapters on top of them, and the speaker."""
+
+    weights: dict[str, Path] = field(default_factory=dict)  # merged files by part
+    adapters: "Run | None" = None
+    speaker: str | None = None  # the name of the trained speaker, where it is known
+
+
+@dataclass
+class ReadyVoice:
+    """A loaded voice, and where each thing it speaks with came from."""
+
+    cosyvoice: "CosyVoice"
+    sources: dict[str, str]  # by part (llm, flow, hift) and `speaker`
+
+    def speak(self, line: Line, speed: float, seed: int) -> tuple[float, float]:
+        """Speak one line into its wav. Its draws follow from (seed, line number), whatever was spoken before.
+
+        Returns the seconds of speech and the seconds it took.
+        """
+        import torch
+
+        seed_all(seed, line.number)
+        started = time.perf_counter()
+        pieces = [piece["tts_speech"] for piece in self.cosyvoice.inference_sft(line.text, VOICE_NAME, speed=speed)]
+        speech = torch.cat(pieces, dim=1)  # (1, samples)
+        elapsed = time.perf_counter() - started
+        rate_hz = self.cosyvoice.sample_rate
+        write_wav(line.output, speech, rate_hz, comment=f"seed {seed}, line {line.number}, speed {speed}")
+        return speech.shape[1] / rate_hz, elapsed
+
+
+def open_voice(args: argparse.Namespace, model_dir: Path) -> ReadyVoice:
+    """The voice that the options of `add_voice` name, or the newest of the output folder, loaded."""
+    voice = choose_voice(args, model_dir)
+    speaker, embedding = speaker_vector(args, voice, model_dir)
+    cosyvoice = load_voice(voice, model_dir, args.device)
+    cosyvoice.frontend.spk2info[VOICE_NAME] = {"embedding": embedding}
+    cosyvoice.frontend.text_normalize("Ready.")  # loads tokenizer and grammars, which is not speaking time
+    return ReadyVoice(cosyvoice, {**file_sources(voice, model_dir), "speaker": speaker})
+
+
+def add_voice(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `open_voice` reads."""
+    voice = parser.add_argument_group("voice (default: the newest of the output folder)")
+    voice.add_argument("--llm", type=Path, help="merged LLM weights (default with --flow, --adapter: the base)")
+    voice.add_argument("--flow", type=Path, help="merged Flow weights (default with --llm, --adapter: the base)")
+    voice.add_argument("--adapter", type=Path, metavar="CKPT", help="speak with a checkpoint's adapters, unmerged")
+    voice.add_argument("--speaker", metavar="NAME", help="entry of spk2info.pt (default: the trained speaker)")
+    voice.add_argument(
+        "--embedding",
+        default="mean",
+        metavar="mean|zero|FILE",
+        help="speaker vector: the speaker's mean, zeros, or a .pt or .npy of 192 numbers (default: mean)",
+    )
+
+
+def read_lines(text: str | None, text_file: Path | None, output: Path) -> list[Line]:
+    """What to speak and where to. Raises InputError unless every line that is not blank has something to speak."""
+    if output.suffix != ".wav":
+        raise InputError(f"--output {output} is not a .wav file; only wav is written")
+    if text_file is None:
+        lines = [Line(1, text, output)]
+    else:
+        lines = [
+            Line(number, line, output.with_stem(f"{output.stem}_{number:03d}"))
+            for number, line in enumerate(read_text(text_file).splitlines(), start=1)
+            if line.strip()
+        ]
+    if not lines:
+        raise InputError(f"{text_file} is empty; write one sentence or paragraph a line")
+    for line in lines:
+        if not has_words(line.text):
+            place = f"line {line.number} of {text_file}" if text_file else "--text"
+            raise InputError(f"{place} has nothing to speak: {line.text!r}; give it words or numbers")
+    return lines
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"the text file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+
+
+def choose_voice(args: argparse.Namespace, model_dir: Path) -> Voice:
+    """The voice that the options name, or the newest. Raises InputError where it was made from another base."""
+    from voice import base_fingerprints, newest_voice, read_run
+
+    weights = {part: getattr(args, part) for part in PARTS if getattr(args, part)}
+    if args.adapter:
+        adapters = read_run(args.adapter)
+        if doubled := weights.keys() & set(adapters.parts):
+            raise InputError(f"--adapter already brings a {' and '.join(doubled)}; leave out --{' --'.join(doubled)}")
+        adapters.check_base(base_fingerprints(model_dir), model_dir)
+        return Voice(weights, adapters, adapters.state["speaker"])
+    sidecar = find_sidecar(weights, args.output_dir) if weights else newest_voice(args.output_dir)
+    if sidecar:
+        check_base(sidecar, base_fingerprints(model_dir), model_dir)
+    return Voice(weights or sidecar["files"], speaker=sidecar.get("speaker"))
+
+
+def find_sidecar(weights: dict[str, Path], output_dir: Path) -> dict[str, Any]:
+    """What was written about merged files, beside them or in the output folder; empty for files of other origin."""
+    from voice import read_sidecar
+
+    for part, path in weights.items():
+        for folder in (path.parent, output_dir):
+            for sidecar in sorted(folder.glob("voice_*.json")):
+                content = read_sidecar(sidecar)
+                if part in content["files"] and (folder / content["files"][part]).resolve() == path.resolve():
+                    return content
+    return {}
+
+
+def check_base(sidecar: dict[str, Any], fingerprints: dict[str, str], model_dir: Path) -> None:
+    for part, fingerprint in sidecar["base"].items():
+        if fingerprints[part] != fingerprint:
+            raise InputError(
+                f"the voice {sidecar['speaker']!r} was made from another base than {model_dir}/{part}.pt; "
+                "give that folder with --model-dir"
+            )
+
+
+def speaker_vector(args: argparse.Namespace, voice: Voice, model_dir: Path) -> tuple[str, "Tensor"]:
+    """What it is and (1, 192): zeros, a file's content, or the vector of the named or trained speaker."""
+    import torch
+
+    if args.embedding == "zero":
+        return "zero vector", torch.zeros(1, SPEAKER_DIMENSIONS)
+    if args.embedding != "mean":
+        return args.embedding, read_vector(Path(args.embedding))
+    known = known_speakers(args, voice, model_dir)
+    name = args.speaker or voice.speaker or (next(iter(known)) if len(known) == 1 else None)
+    if name not in known:
+        asked = f"no speaker {name!r}" if name else "the files do not say who speaks"
+        raise InputError(f"{asked}; give --speaker ({', '.join(known) or 'none is stored'}) or --embedding zero")
+    return f"{name} (mean vector)", known[name]
+
+
+def known_speakers(args: argparse.Namespace, voice: Voice, model_dir: Path) -> "dict[str, Tensor]":
+    """Speaker vectors (1, 192) by name: the base model's, the voice's, and the checkpoint's, the last named first."""
+    from cosyvoice.cli.frontend import read_spk2info
+
+    folders = [model_dir, args.output_dir, *(path.parent for path in voice.weights.values())]
+    stored = [read_spk2info(folder / "spk2info.pt") for folder in folders]
+    entries = (entry for speakers in stored for entry in speakers.items())
+    known = {name: entry["embedding"] for name, entry in entries if "embedding" in entry}
+    if voice.adapters:
+        known[voice.speaker] = voice.adapters.state["embedding"].view(1, -1)
+    return known
+
+
+def read_vector(path: Path) -> "Tensor":
+    """A (1, 192) speaker vector from a .pt tensor or a .npy array."""
+    import numpy as np
+    import torch
+
+    readers = {
+        ".pt": lambda: torch.load(path, map_location="cpu", weights_only=True),
+        ".npy": lambda: torch.from_numpy(np.load(path, allow_pickle=False)),
+    }
+    if path.suffix not in readers or not path.is_file():
+        raise InputError(f"--embedding takes mean, zero, or an existing .pt or .npy file, not {path}")
+    try:
+        vector = readers[path.suffix]()
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError):
+        raise InputError(f"{path} is damaged or no array of numbers") from None
+    if not isinstance(vector, torch.Tensor) or vector.numel() != SPEAKER_DIMENSIONS or not vector.isfinite().all():
+        raise InputError(f"{path} does not hold {SPEAKER_DIMENSIONS} finite numbers")
+    return vector.reshape(1, -1).float()
+
+
+def load_voice(voice: Voice, model_dir: Path, device: str) -> "CosyVoice":
+    from cosyvoice.cli.cosyvoice import CosyVoice
+    from lora import inject, load_adapters
+
+    cosyvoice = CosyVoice(model_dir, device=str(pick_device(device)), weights=voice.weights)
+    for part in voice.adapters.parts if voice.adapters else ():
+        module, lora = getattr(cosyvoice.model, part), voice.adapters.config[f"{part}_lora"]
+        inject(module, lora["target_modules"], lora["lora_r"], lora["lora_alpha"], dropout=0.0)
+        load_adapters(module, voice.adapters.adapters[part])
+    return cosyvoice
+
+
+def file_sources(voice: Voice, model_dir: Path) -> dict[str, str]:
+    """What each part was loaded from, in words."""
+    sources = {part: str(voice.weights.get(part, f"{model_dir / part}.pt (base)")) for part in PARTS}
+    for part in voice.adapters.parts if voice.adapters else ():
+        sources[part] += f" + adapters of {voice.adapters.path}"
+    return sources | {"hift": f"{model_dir / 'hift.pt'} (base)"}
+
+
+def write_wav(path: Path, speech: "Tensor", rate_hz: int, comment: str) -> None:
+    """16-bit mono; the comment lies in the file's header. speech: (1, samples)."""
+    import soundfile
+
+    from cosyvoice.utils.file_utils import atomic_write
+
+    with atomic_write(path) as temporary, soundfile.SoundFile(temporary, "w", rate_hz, channels=1) as file:
+        file.comment = comment
+        file.write(speech[0].numpy())

@@ -1,0 +1,93 @@
+"""A corpus of a few seconds and small sizes, for tests of the training recipe."""
+
+import io
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import soundfile
+from parity import PARITY_DIR
+
+RAW_AUDIO = Path(__file__).parents[1] / "examples" / "raw_audio"
+SECONDS = 0.6
+FILES, CLIPS_A_FILE = 4, 2
+
+# What makes tiny.yaml train in seconds: small batches, steps that matter, narrow discriminators.
+SMALLER = {
+    r"max_frames_in_batch: 2000": "max_frames_in_batch: 60",
+    r"truncate_length: 24576": "truncate_length: 3072",
+    r"warmup_steps: 2500": "warmup_steps: 2",
+    r"lr: 0.001": "lr: 0.002",
+    r"log_interval: 100": "log_interval: 1",
+    r"mpd: .*": """\\g<0>
+            periods: [2, 5]
+            channels: [4, 8, 8]""",
+    r"mrd: .*": """\\g<0>
+            fft_sizes: [512]
+            hop_sizes: [50]
+            win_lengths: [240]
+            channels: 4""",
+}
+
+
+def write_config(folder: Path, name: str = "config.yaml", **settings: object) -> Path:
+    """tiny.yaml made smaller; `settings` replaces the values of keys, wherever they stand."""
+    text = (PARITY_DIR / "tiny.yaml").read_text(encoding="utf-8")
+    given = {rf"(?m)^( *{key}): .*$": rf"\g<1>: {value}" for key, value in settings.items()}
+    for old, new in (SMALLER | given).items():
+        text, count = re.subn(old, new, text)
+        assert count, old
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def write_corpus(folder: Path) -> Path:
+    """Parquet files as make_parquet_list.py writes them, with made-up tokens and vectors; returns their list."""
+    random = np.random.default_rng(7)
+    recordings = sorted(RAW_AUDIO.glob("*.wav"))[: FILES * CLIPS_A_FILE]
+    paths = [folder / f"parquet_{number:09d}.tar" for number in range(FILES)]
+    for number, path in enumerate(paths):
+        rows = [row(wav, random) for wav in recordings[number::FILES]]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    listed = folder / "data.list"
+    listed.write_text("".join(f"{path}\n" for path in paths), encoding="utf-8")
+    return listed
+
+
+def row(wav: Path, random: np.random.Generator) -> dict[str, object]:
+    samples, rate = soundfile.read(wav)
+    audio = io.BytesIO()
+    soundfile.write(audio, samples[rate : rate + round(SECONDS * rate)], rate, format="WAV")
+    return {
+        "utt": wav.stem,
+        "spk": "reader",
+        "text": wav.with_suffix(".txt").read_text(encoding="utf-8")[:20],
+        "audio_data": audio.getvalue(),
+        "speech_token": random.integers(0, 8, round(SECONDS * 50)).tolist(),
+        "utt_embedding": random.normal(size=192).tolist(),
+        "spk_embedding": random.normal(size=192).tolist(),
+    }
+
+
+def train_as(rank: int, processes: int, port: int, argv: list[str]) -> None:
+    """Run train.py as process `rank` of several, as torchrun would start it."""
+    import torch
+
+    from cosyvoice.bin import train
+
+    torch.set_num_threads(1)
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    train.main(argv)

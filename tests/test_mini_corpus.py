@@ -1,0 +1,84 @@
+"""The sentences of CosyVoice-mini: distinct, repeatable, none that the model is judged by; no held-out voice."""
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from cosyvoice.utils.errors import InputError
+from examples.mini.make_corpus import Speaker, Utterance, make_utterances
+from examples.mini.sentences import JUDGED, Exclusion, Grammar, draw_sentences, polish, read_sentences
+from examples.mini.voices import HELD_OUT, VOICES, Flite, apply_effects
+
+
+def test_sentences_are_distinct_and_repeatable() -> None:
+    sentences = list(islice(draw_sentences(7, Exclusion([])), 2000))
+    assert len({sentence.lower() for sentence in sentences}) == 2000
+    assert sentences[:50] == list(islice(draw_sentences(7, Exclusion([])), 50))
+    assert sentences[:50] != list(islice(draw_sentences(8, Exclusion([])), 50))
+    assert all(sentence[-1] in ".?" and "<" not in sentence for sentence in sentences)
+
+
+def test_no_judged_sentence_is_drawn() -> None:
+    judged = read_sentences(JUDGED)
+    assert len(judged) >= 64
+    exclusion = Exclusion(judged)
+    assert all(sentence.upper().replace(".", "!") in exclusion for sentence in judged)
+    grammar = Grammar(f"sentence:\n9 {judged[0]} | {judged[1]}\nthe dog barks")
+    assert next(draw_sentences(1, exclusion, grammar)) == "The dog barks"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "excluded"),
+    [("He said: one two three four five!", True), ("One two three, five.", False), ("Go home", True), ("Go", False)],
+)
+def test_five_words_in_a_row_exclude(sentence: str, excluded: bool) -> None:
+    exclusion = Exclusion(["One, two, three, four, five, six.", "Go home!"])
+    assert (sentence in exclusion) == excluded
+
+
+def test_an_exhausted_grammar_is_an_error() -> None:
+    sentences = draw_sentences(1, Exclusion([]), Grammar("sentence: a <x>\nx: cat | owl"))
+    assert {next(sentences), next(sentences)} == {"A cat", "An owl"}
+    with pytest.raises(InputError, match="no more than 2"):
+        next(sentences)
+
+
+def test_an_unknown_rule_is_an_error() -> None:
+    with pytest.raises(InputError, match="sentence uses nowhere"):
+        Grammar("sentence: <nowhere>")
+
+
+@pytest.mark.parametrize(
+    ("drawn", "written"),
+    [("a owl", "An owl"), ("a useful unit", "A useful unit"), ('"a hour," he said', '"An hour," he said')],
+)
+def test_articles_and_capitals(drawn: str, written: str) -> None:
+    assert polish(drawn) == written
+
+
+def test_a_missing_file_of_judged_sentences_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="must not be trained on"):
+        read_sentences([tmp_path / "none.txt"])
+
+
+def test_the_held_out_voice_is_refused() -> None:
+    assert len(VOICES) == 8
+    assert all(HELD_OUT not in voice.voice for voice in VOICES.values())
+    with pytest.raises(AssertionError, match="held out"):
+        Flite(HELD_OUT)
+
+
+def test_speakers_take_turns_and_more_utterances_keep_the_first() -> None:
+    speakers = [Speaker("a", "slt"), Speaker("b", "slt", warp=0.9)]
+    few, more = make_utterances(speakers, 4, seed=3), make_utterances(speakers, 8, seed=3)
+    assert more[:4] == few
+    assert [utterance.speaker.name for utterance in few] == ["a", "b", "a", "b"]
+    assert len({utterance.name for utterance in more}) == 8
+    assert Utterance(speakers[0], "x").name != Utterance(Speaker("a", "slt", tempo=1.1), "x").name
+
+
+def test_effects_are_left_out_where_nothing_changes(tmp_path: Path) -> None:
+    assert Speaker("a", "slt").effects == []
+    assert Speaker("a", "slt", warp=0.8, tempo=1.2).effects == ["speed", "0.800", "tempo", "-s", "1.5000"]
+    apply_effects(tmp_path / "no such file.wav", [], tempo=1.0)

@@ -1,0 +1,229 @@
+"""Stages 5 to 7 of the recipe on a corpus of a few seconds: training, resuming, two processes, averaging, export."""
+
+import multiprocessing
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+import yaml
+from models import tiny, tiny_model_dir
+from recipe import CLIPS_A_FILE, FILES, train_as, write_config, write_corpus
+from torch import Tensor
+
+from cosyvoice.bin import average_model, export_jit, export_onnx, train
+from cosyvoice.bin.recipe_checkpoints import RecipeCheckpoints
+from cosyvoice.utils.checkpoint import load_strict, read_state_dict
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.model_yaml import load_model_yaml
+
+PARTS = ("llm", "flow", "hifigan")
+
+
+class Recipe:
+    """Runs of train.py on one corpus, each in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.data = folder, write_corpus(folder)
+        self.config = write_config(folder)
+
+    def options(self, part: str, run: str, *options: str, config: Path | None = None) -> list[str]:
+        paths = {"config": config or self.config, "train_data": self.data, "cv_data": self.data}
+        paths |= {"model_dir": self.folder / run, "tensorboard_dir": self.folder / "tensorboard" / run}
+        given = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
+        return ["--model", part, *given, "--ddp.dist_backend", "gloo", "--max_epoch", "2", *options]
+
+    def train(self, part: str, run: str, *options: str, config: Path | None = None) -> Path:
+        """Returns the run's folder."""
+        assert train.main(self.options(part, run, *options, config=config)) == 0
+        return self.folder / run
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return Recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture
+def finished(recipe: Recipe) -> Callable[[str], Path]:
+    """The folder of an uninterrupted run of two epochs."""
+
+    def run(part: str) -> Path:
+        folder = recipe.folder / part
+        return folder if folder.exists() else recipe.train(part, part)
+
+    return run
+
+
+def losses(folder: Path, epoch: int) -> dict[str, float]:
+    return yaml.safe_load((folder / f"epoch_{epoch}_whole.yaml").read_text())["loss_dict"]
+
+
+def assert_same_weights(one: Path, other: Path, atol: float = 0.0) -> None:
+    first, second = read_state_dict(one), read_state_dict(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_training_lowers_the_loss_and_leaves_exchangeable_files(
+    part: str, recipe: Recipe, finished: Callable[[str], Path]
+) -> None:
+    folder = finished(part)
+    watched = "loss_mel" if part == "hifigan" else "loss"
+    assert losses(folder, 1)[watched] < losses(folder, 0)[watched]
+    assert ("acc" in losses(folder, 1)) == (part == "llm")
+    module = load_model_yaml(recipe.config, parts=(part,))[part]
+    for name in ("init.pt", "epoch_0_whole.pt", "epoch_1_whole.pt"):
+        module.load_state_dict(read_state_dict(folder / name), strict=True)
+    raw = torch.load(folder / "epoch_1_whole.pt", weights_only=True)
+    clips, accumulated = FILES * CLIPS_A_FILE, 1 if part == "hifigan" else 2
+    batches = 2 if part == "hifigan" else clips  # of five crops of 12 frames, or of one clip
+    assert (raw["epoch"], raw["step"]) == (1, 2 * batches // accumulated)
+    assert list((recipe.folder / "tensorboard" / part).glob("events.*"))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    part: str, recipe: Recipe, finished: Callable[[str], Path]
+) -> None:
+    run = f"{part}_resumed"
+    recipe.train(part, run, "--max_epoch", "1")
+    folder = recipe.train(part, run, "--resume", "auto")
+    assert_same_weights(finished(part) / "epoch_1_whole.pt", folder / "epoch_1_whole.pt")
+    assert losses(folder, 1) == losses(finished(part), 1)
+
+
+def test_a_run_stopped_within_an_epoch_resumes_exactly(
+    recipe: Recipe, finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(recipe.folder, "often.yaml", save_per_step=3)
+    save_last = RecipeCheckpoints.save_last
+
+    def save_and_stop(self: RecipeCheckpoints, trainer: object, epochs: int, batches: int) -> None:
+        save_last(self, trainer, epochs, batches)
+        if batches:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RecipeCheckpoints, "save_last", save_and_stop)
+        recipe.train("llm", "stopped", config=config)
+    assert sorted(path.name for path in (recipe.folder / "stopped").glob("epoch*")) == ["epoch_0_step_3.pt"]
+    with pytest.raises(InputError, match="num_workers 0, not 1"):
+        recipe.train("llm", "stopped", "--resume", "auto", "--num_workers", "1", config=config)
+    folder = recipe.train("llm", "stopped", "--resume", "auto", config=config)
+    assert_same_weights(finished("llm") / "epoch_1_whole.pt", folder / "epoch_1_whole.pt")
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(recipe: Recipe) -> None:
+    """The one process has two workers, whose batches it takes in turn: those of the two processes."""
+    one = recipe.train("llm", "one_process", "--num_workers", "2")
+    config = write_config(recipe.folder, "unaccumulated.yaml", accum_grad=1)
+    argv = recipe.options("llm", "two_processes", config=config)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    slow = ["pytorch_lightning", "whisper.tokenizer", "torchaudio.transforms", "hydra.utils", "pyarrow.parquet"]
+    multiprocessing.set_forkserver_preload(slow)  # imported once for both, and for their workers
+    torch.multiprocessing.start_processes(train_as, args=(2, port, argv), nprocs=2, start_method="forkserver")
+    two = recipe.folder / "two_processes"
+    for epoch in range(2):
+        assert losses(two, epoch) == pytest.approx(losses(one, epoch), rel=1e-5)
+    assert_same_weights(one / "epoch_1_whole.pt", two / "epoch_1_whole.pt", atol=1e-5)
+
+
+def test_a_checkpoint_is_where_training_starts(recipe: Recipe, finished: Callable[[str], Path]) -> None:
+    weights = finished("flow") / "epoch_1_whole.pt"
+    folder = recipe.train("flow", "continued", "--checkpoint", str(weights), "--max_epoch", "1")
+    assert_same_weights(weights, folder / "init.pt")
+
+
+def test_a_vocoder_starts_from_a_generator_alone(recipe: Recipe, finished: Callable[[str], Path]) -> None:
+    whole = read_state_dict(finished("hifigan") / "epoch_1_whole.pt")
+    part = load_model_yaml(recipe.config, parts=("hifigan",))["hifigan"]
+    generator = {name.removeprefix("generator."): value for name, value in whole.items() if name.startswith("gen")}
+    torch.save(generator, recipe.folder / "hift.pt")
+    train.load_weights(part, recipe.folder / "hift.pt")
+    for name, value in part.generator.state_dict().items():
+        assert torch.equal(value, generator[name])
+    assert not torch.equal(part.discriminator.mpd.discriminators[0].conv_post.weight, torch.zeros(()))
+
+
+def average(folder: Path, name: str, *options: str) -> dict[str, Tensor]:
+    average_model.main(["--dst_model", str(folder / name), "--src_path", str(folder), *options])
+    return read_state_dict(folder / name)
+
+
+def test_averaging(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(finished("llm"), tmp_path / "llm")
+    first, second = (read_state_dict(folder / f"epoch_{epoch}_whole.pt") for epoch in range(2))
+    for name, value in average(folder, "llm.pt", "--num", "2", "--val_best").items():
+        torch.testing.assert_close(value, (first[name] + second[name]) / 2, rtol=0, atol=1e-7)
+    sidecar = folder / "epoch_0_whole.yaml"
+    info = yaml.safe_load(sidecar.read_text())
+    sidecar.write_text(yaml.safe_dump(info | {"loss_dict": {"loss": 0.0}}))
+    best, last = average(folder, "best.pt", "--num", "1", "--val_best"), average(folder, "last.pt", "--num", "1")
+    assert all(torch.equal(best[name], first[name]) and torch.equal(last[name], second[name]) for name in first)
+    with pytest.raises(InputError, match="holds 2 epochs"):
+        average(folder, "llm.pt", "--num", "3")
+
+
+def test_an_averaged_vocoder_speaks(recipe: Recipe, finished: Callable[[str], Path]) -> None:
+    folder = finished("hifigan")
+    average(folder, "hifigan.pt", "--num", "2")
+    vocoder = load_model_yaml(recipe.config, parts=("hift",))["hift"]
+    load_strict(vocoder, read_state_dict(folder / "hift.pt"), "hift.pt")
+    assert vocoder.eval().inference(torch.zeros(1, 80, 5))[0].shape == (1, 5 * 256)
+
+
+def test_exports_equal_their_modules(tmp_path: Path) -> None:
+    folder = ["--model_dir", str(tiny_model_dir(tmp_path))]
+    export_jit.main(folder)
+    export_onnx.main(folder)
+    llm, flow = tiny("llm"), tiny("flow")
+    for name, stack in (("llm.text_encoder", llm.text_encoder), ("llm.llm", llm.llm), ("flow.encoder", flow.encoder)):
+        inputs = export_jit.example(stack, 2, 11)
+        with torch.no_grad():
+            found, wanted = torch.jit.load(tmp_path / f"{name}.fp32.zip")(*inputs), stack(*inputs)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    session = onnxruntime.InferenceSession(str(tmp_path / "flow.decoder.estimator.fp32.onnx"))
+    inputs = export_onnx.example(80, 23)
+    (found,) = session.run(["estimator_out"], {name: value.numpy() for name, value in inputs.items()})
+    with torch.no_grad():
+        wanted = flow.decoder.estimator(*inputs.values())
+    torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=0, atol=1e-4)
+
+
+def test_an_export_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_jit, "TOLERANCE", -1.0)
+    with pytest.raises(InputError, match="is not written"):
+        export_jit.export(tiny("llm").text_encoder, tmp_path / "x.zip")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_said_before_training(
+    recipe: Recipe, finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished("llm")
+    with pytest.raises(InputError, match="--resume auto continues it"):
+        recipe.train("llm", "llm")
+    with pytest.raises(InputError, match="deepspeed is not installed"):
+        recipe.train("llm", "deep", "--train_engine", "deepspeed")
+    with pytest.raises(InputError, match="model llm, not flow"):
+        recipe.train("flow", "llm", "--resume", "auto")
+    with pytest.raises(InputError, match="accum_grad 3"):
+        recipe.train("hifigan", "grouped", config=write_config(recipe.folder, "grouped.yaml", accum_grad=3))
+    with pytest.raises(InputError, match="scheduler 'noam'"):
+        recipe.train("llm", "noam", config=write_config(recipe.folder, "noam.yaml", scheduler="noam"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="use --ddp.dist_backend gloo"):
+        recipe.train("llm", "nccl", "--ddp.dist_backend", "nccl")

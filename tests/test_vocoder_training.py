@@ -1,0 +1,104 @@
+"""What teaches the vocoder: the pitch of recordings, the discriminators, and the losses."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cosyvoice.dataset import processor
+from cosyvoice.hifigan.discriminator import MultipleDiscriminator, MultiResSpecDiscriminator
+from cosyvoice.hifigan.hifigan import HiFiGan
+from cosyvoice.utils import losses
+from cosyvoice.utils.errors import InputError
+from matcha.hifigan.models import MultiPeriodDiscriminator
+
+RATE_HZ, HOP = 22050, 256
+FRAMES = 60
+
+
+def test_the_pitch_of_a_tone_and_none_of_silence() -> None:
+    """A tone with harmonics that rises from 120 to 180 Hz, then silence."""
+    voiced = torch.arange(FRAMES * HOP) / (FRAMES * HOP)  # 0 to 1
+    pitch = 120 + 60 * voiced
+    phase = 2 * math.pi * torch.cumsum(pitch, 0) / RATE_HZ
+    tone = sum(0.2 / k * torch.sin(k * phase) for k in range(1, 6))
+    speech = torch.cat([tone, torch.zeros(FRAMES * HOP)])[None]
+    (sample,) = processor.compute_f0([{"speech": speech}], sample_rate=RATE_HZ, hop_size=HOP)
+    found = sample["pitch_feat"]
+    assert found.shape == (2 * FRAMES,) and found.dtype == torch.float32
+    at_the_middle = pitch.view(FRAMES, HOP).mean(dim=1)
+    inside = slice(5, FRAMES - 5)
+    torch.testing.assert_close(found[inside], at_the_middle[inside], rtol=0.02, atol=0)
+    assert (found[FRAMES + 5 :] == 0).all()
+
+
+def discriminator() -> MultipleDiscriminator:
+    mrd = MultiResSpecDiscriminator(fft_sizes=[128, 64], hop_sizes=[16, 8], win_lengths=[96, 48], channels=3)
+    return MultipleDiscriminator(MultiPeriodDiscriminator(periods=(2, 3), channels=(2, 3, 4)), mrd)
+
+
+def test_discriminators_give_scores_and_layers() -> None:
+    scored = discriminator()(torch.randn(2, 500))
+    assert [len(layers) for _, layers in scored] == [4, 4, 6, 6]
+    for scores, layers in scored:
+        assert torch.equal(scores, layers[-1].flatten(1)) and len(scores) == 2
+    default = MultiPeriodDiscriminator()
+    assert [judge.period for judge in default.discriminators] == [2, 3, 5, 7, 11]
+    with pytest.raises(InputError, match="window 'hamming'"):
+        MultiResSpecDiscriminator(window="hamming")
+
+
+def test_a_period_discriminator_sees_columns_of_one_phase() -> None:
+    """Without kernels across columns, a change at one phase of the period moves scores of that phase only."""
+    judge = MultiPeriodDiscriminator(periods=(4,), channels=(2, 2))
+    speech = torch.randn(1, 64)
+    changed = speech.clone()
+    changed[0, 2::4] += 1
+    before, after = (judge(wave)[0][0].view(-1, 4) for wave in (speech, changed))
+    assert torch.equal(before[:, [0, 1, 3]], after[:, [0, 1, 3]]) and not torch.equal(before[:, 2], after[:, 2])
+
+
+def test_losses_in_closed_form() -> None:
+    real, fake = [torch.tensor([[1.0, 0.5]])], [torch.tensor([[0.0, 0.5]])]
+    assert losses.discriminator_loss(real, fake) == pytest.approx(0.125 + 0.125)
+    assert losses.generator_loss(fake) == pytest.approx(0.625)
+    assert losses.feature_loss([real, real], [fake, real]) == pytest.approx(0.5)
+    double = [lambda speech: speech, lambda speech: 2 * speech]
+    assert losses.mel_loss(real[0], fake[0], double) == pytest.approx(0.5 + 1.0)
+
+
+def test_the_relativistic_loss_counts_what_falls_short_of_the_median() -> None:
+    better, worse = [torch.tensor([[0.2, 0.1, 0.0]])], [torch.tensor([[0.0, 0.0, 0.0]])]  # gaps .2, .1, 0; median .1
+    assert losses.tpr_loss(better, worse, tau=0.04) == pytest.approx(0.01)
+    assert losses.tpr_loss(better, worse, tau=0.004) == pytest.approx(0.004)  # truncated
+    assert losses.tpr_loss(worse, worse, tau=0.04) == 0
+
+
+class Generator(nn.Module):
+    """Echoes a learnt multiple of the speech, with a learnt pitch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.pitch = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(90.0))
+
+    def forward(self, batch: dict, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.gain * batch["speech"], self.pitch.expand_as(batch["pitch_feat"])
+
+
+def test_each_side_learns_from_its_own_turn() -> None:
+    torch.manual_seed(0)
+    model = HiFiGan(Generator(), discriminator(), [lambda speech: speech.abs()])
+    batch = {"speech": torch.randn(2, 500), "pitch_feat": torch.full((2, 3), 100.0)}
+    found = model(batch | {"turn": "generator"}, "cpu")
+    terms = {name: value.item() for name, value in found.items()}
+    weighted = terms["loss_gen"] + 2 * terms["loss_fm"] + 45 * terms["loss_mel"] + terms["loss_tpr"] + terms["loss_f0"]
+    assert terms["loss"] == pytest.approx(weighted) and terms["loss_f0"] == pytest.approx(10.0)
+    found["loss"].backward()
+    assert model.generator.gain.grad < 0 and model.generator.pitch.grad == -1  # up, towards speech and pitch
+    model.zero_grad()
+    model(batch | {"turn": "discriminator"}, "cpu")["loss"].backward()
+    assert model.generator.gain.grad is None
+    assert all(parameter.grad is not None for parameter in model.discriminator.parameters())
+    with pytest.raises(InputError, match="turn 'both'"):
+        model(batch | {"turn": "both"}, "cpu")

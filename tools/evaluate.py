@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Judges speech: is it what was to be said, does it talk on, and whose voice is it?
+
+    python tools/evaluate.py --text-file examples/mini/eval_sentences.txt --reference examples/raw_audio
+    python tools/evaluate.py --wavs FOLDER --reference examples/raw_audio
+
+The first speaks with the newest voice of the output folder and judges that; the second judges recordings NNN.wav
+that say NNN.txt. Prints a table, and writes evaluation.json and evaluation.png. Beside each figure stands that of
+the target speaker's own recordings, which is the ceiling. `make eval` installs the judges.
+
+    word error       of a recogniser; the same heard words against wrong texts must come near 1
+    duration ratio   to the target speaker's own seconds per character; where it is high, the voice talks on
+    similarity       to the mean of the target speaker's recordings, and the margin over the nearest base voice
+
+A base model is judged by its files: --llm MODEL/llm.pt --flow MODEL/flow.pt --speaker NAME.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from speaking import Line
+    from tools.evaluation_report import Evaluation
+
+ROOT = Path(__file__).resolve().parents[1]
+JUDGES = ("pocketsphinx", "whisper")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from config import find_input_dir, find_model_dir
+    from utils import check_writable
+
+    args = parse(argv)
+    args.results = args.results or args.output_dir / "evaluation"
+    args.model_dir, args.reference = find_model_dir(args.model_dir), find_input_dir(args.reference)
+    check_writable(args.results)
+
+    from tools.evaluation_report import draw, table, write_json
+
+    evaluation = evaluate(args)
+    print(table(evaluation))
+    write_json(evaluation, args.results / "evaluation.json")
+    draw(evaluation, args.results / "evaluation.png")
+    print(f"{args.results / 'evaluation.json'}\n{args.results / 'evaluation.png'}")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    from speaking import add_voice
+    from utils import add_device, add_folders, add_seed
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    judged = parser.add_argument_group("what is judged").add_mutually_exclusive_group(required=True)
+    judged.add_argument("--text-file", type=Path, help="UTF-8; each line is spoken and judged")
+    judged.add_argument("--wavs", type=Path, metavar="FOLDER", help="recordings NNN.wav with their texts NNN.txt")
+    compared = parser.add_argument_group("what it is compared with")
+    compared.add_argument(
+        "--reference", type=Path, metavar="FOLDER", help="the target speaker's clips and texts (default: raw_audio/)"
+    )
+    compared.add_argument(
+        "--base-voices", type=Path, metavar="FOLDER", help="holds a folder of recordings for each base voice"
+    )
+    judge = parser.add_argument_group("judge")
+    judge.add_argument("--judge", choices=JUDGES, default=JUDGES[0], help="of the words (default: %(default)s)")
+    judge.add_argument("--whisper-weights", type=Path, metavar="FILE", help="a .pt of OpenAI's Whisper")
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--results", type=Path, metavar="FOLDER", help="for JSON, picture and wavs (default: OUTPUT_DIR/evaluation)"
+    )
+    add_voice(parser)
+    add_folders(parser, "model", "output")
+    add_device(parser)
+    add_seed(parser)
+    return parser.parse_args(argv)
+
+
+def evaluate(args: argparse.Namespace) -> "Evaluation":
+    """Speak where there are texts, and ask the judges. What is missing shows before the work."""
+    from speaking import read_lines
+    from tools.evaluation_report import Evaluation
+    from tools.judges import open_judge, open_speaker_judges, optional
+    from tools.listening import judge_all, original_pace, read_saying, read_sayings, read_voices
+    from utils import pick_device
+
+    lines = read_lines(None, args.text_file, args.results / "spoken.wav") if args.text_file else []
+    judge = open_judge(args.judge, args.whisper_weights, str(pick_device(args.device)))
+    speaker_judges = open_speaker_judges(args.model_dir)
+    with optional():
+        import matplotlib  # noqa: F401
+    originals = read_sayings(args.reference)
+    bases = read_voices(args.base_voices, args.reference) if args.base_voices else {}
+    voice, real_time_factor = speak(lines, args) if lines else (None, None)
+    spoken = read_sayings(args.wavs) if args.wavs else [read_saying(line.output, line.text) for line in lines]
+    judged = judge_all(spoken, originals, bases, judge, speaker_judges)
+    unknown_words = judge.unknown_words([saying.words for saying in (*spoken, *originals)])
+    options = {name: str(value) for name, value in vars(args).items() if value is not None}
+    made_with = {"options": options, "voice": voice}
+    return Evaluation(made_with, original_pace(originals), unknown_words, *judged, real_time_factor)
+
+
+def speak(lines: Sequence["Line"], args: argparse.Namespace) -> tuple[dict[str, str], float]:
+    """Speak every line into its wav, its text beside it. Returns what spoke, and the real-time factor."""
+    from tqdm import tqdm
+
+    from cosyvoice.utils.file_utils import atomic_write
+    from speaking import open_voice
+
+    voice = open_voice(args, args.model_dir)
+    seconds, elapsed = 0.0, 0.0
+    for line in tqdm(lines, desc="speaking", unit="sentence"):
+        spoken_seconds, taken = voice.speak(line, speed=1.0, seed=args.seed)
+        seconds, elapsed = seconds + spoken_seconds, elapsed + taken
+        with atomic_write(line.output.with_suffix(".txt")) as temporary:
+            temporary.write_text(line.text + "\n", encoding="utf-8")
+    return voice.sources, elapsed / seconds
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from utils import run
+
+    run(main)

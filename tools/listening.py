@@ -1,0 +1,148 @@
+"""From recordings and their texts to what the judges say of each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from clips import AUDIO_SUFFIXES, find_recordings
+from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frontend_utils import has_words
+from tools.judges import Judge, SpeakerJudge
+from tools.measures import (
+    Clip,
+    ClipVoice,
+    Vector,
+    Words,
+    centroid,
+    characters,
+    clip_voices,
+    pace,
+    similarities,
+    similarities_to_others,
+    word_errors,
+    words_of,
+)
+from utils import decode_text
+
+MIN_VOICED_CLIPS = 2  # of each voice: the target's are compared with one another
+
+
+@dataclass
+class Saying:
+    """A recording and what it is to say."""
+
+    audio: Path
+    text: str
+    wav_16k: Tensor  # (1, samples)
+
+    @property
+    def seconds(self) -> float:
+        return self.wav_16k.shape[1] / PROMPT_RATE_HZ
+
+    @property
+    def words(self) -> Words:
+        return words_of(self.text)
+
+
+def read_sayings(folder: Path) -> list[Saying]:
+    """All recordings of a folder. Raises InputError unless each has a text with words, and each text a recording."""
+    if not folder.is_dir():
+        raise InputError(f"the folder of recordings {folder} does not exist")
+    recordings = find_recordings(folder)
+    for recording in recordings:
+        if recording.audio is None or recording.text is None:
+            lacks = "no recording" if recording.audio is None else "no text"
+            raise InputError(f"{folder / recording.utt} has {lacks}; every NNN.wav needs its NNN.txt")
+    return [read_saying(recording.audio, decode_text(recording.text.read_bytes())) for recording in recordings]
+
+
+def read_saying(audio: Path, text: str) -> Saying:
+    if not has_words(text):
+        raise InputError(f"the text of {audio} has no words to compare with")
+    return Saying(audio, text, load_wav(audio, PROMPT_RATE_HZ))
+
+
+def read_voices(folder: Path, target: Path) -> dict[str, list[Tensor]]:
+    """Recordings (1, samples) at 16 kHz by voice: every folder in `folder` is one, but for the target's own."""
+    if not folder.is_dir():
+        raise InputError(f"the folder of base voices {folder} does not exist")
+    voices: dict[str, list[Tensor]] = {}
+    for path in sorted(folder.glob("*/*")):
+        if path.suffix.lower() in AUDIO_SUFFIXES and path.parent.resolve() != target.resolve():
+            voices.setdefault(path.parent.name, []).append(load_wav(path, PROMPT_RATE_HZ))
+    if not voices:
+        raise InputError(f"{folder} holds no recordings of base voices; put those of each into a folder of its name")
+    return voices
+
+
+def judge_words(sayings: Sequence[Saying], judge: Judge, seconds_per_character: float) -> list[Clip]:
+    """What is heard, against what was to be said and how long that should take; voices are not judged yet."""
+    heard = judge.transcribe([saying.wav_16k for saying in sayings], [saying.words for saying in sayings])
+    return [
+        Clip(
+            name=saying.audio.stem,
+            text=saying.text,
+            heard=hypothesis,
+            words=len(saying.words),
+            errors=word_errors(words_of(hypothesis), saying.words),
+            seconds=saying.seconds,
+            duration_ratio=saying.seconds / (seconds_per_character * characters(saying.words)),
+        )
+        for saying, hypothesis in zip(sayings, heard, strict=True)
+    ]
+
+
+def embed(wavs_16k: Sequence[Tensor], judge: SpeakerJudge) -> list[Vector | None]:
+    return [judge.embed(wav_16k) for wav_16k in tqdm(wavs_16k, desc=judge.name, unit="clip", leave=False)]
+
+
+def center(vectors: Sequence[Vector | None], voice: str) -> Vector:
+    """The centroid of a voice. Raises InputError where too few clips hold one."""
+    present = [vector for vector in vectors if vector is not None]
+    if len(present) < MIN_VOICED_CLIPS:
+        raise InputError(f"{voice}: speech is heard in {len(present)} recordings; at least {MIN_VOICED_CLIPS} must")
+    return centroid(present)
+
+
+def judge_voices(
+    spoken: Sequence[Saying], originals: Sequence[Saying], bases: dict[str, list[Tensor]], judge: SpeakerJudge
+) -> tuple[list[ClipVoice | None], list[ClipVoice | None]]:
+    """Where the voices of both sets lie between the target, who speaks the originals, and the base voices.
+
+    An original is compared with the other originals, not with itself.
+    """
+    target_vectors = embed([saying.wav_16k for saying in originals], judge)
+    target = center(target_vectors, "the target speaker")
+    centers = {voice: center(embed(wavs, judge), voice) for voice, wavs in bases.items()}
+    vectors = embed([saying.wav_16k for saying in spoken], judge)
+    return (
+        clip_voices(vectors, similarities(vectors, target), centers),
+        clip_voices(target_vectors, similarities_to_others(target_vectors), centers),
+    )
+
+
+def judge_all(
+    spoken: Sequence[Saying],
+    originals: Sequence[Saying],
+    bases: dict[str, list[Tensor]],
+    judge: Judge,
+    speaker_judges: Sequence[SpeakerJudge],
+) -> tuple[list[Clip], list[Clip]]:
+    """What was spoken and the target speaker's originals, judged alike."""
+    rate = original_pace(originals)
+    sets = judge_words(spoken, judge, rate), judge_words(originals, judge, rate)
+    for speaker_judge in speaker_judges:
+        found = judge_voices(spoken, originals, bases, speaker_judge)
+        for clips, voices in zip(sets, found, strict=True):
+            for clip, voice in zip(clips, voices, strict=True):
+                clip.voices[speaker_judge.name] = voice
+    return sets
+
+
+def original_pace(originals: Sequence[Saying]) -> float:
+    """Seconds per character of the target speaker."""
+    return pace([saying.seconds for saying in originals], [saying.words for saying in originals])
