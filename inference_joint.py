@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import find_model_dir
+from cosyvoice.utils.command import run
 from speaking import add_voice, open_voice, read_lines
-from utils import add_device, add_folders, add_seed, check_writable, run
+from utils import add_device, add_folders, add_seed, check_writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from cosyvoice.flow.flow import MAX_PREFIX_SHARE
+from cosyvoice.utils.command import seed_all
 from cosyvoice.utils.errors import InputError
 from dataset import crop_windows
 from lora import adapter_state, adapters, inject, load_adapters
-from utils import seed_all
 from voice import CHECKPOINT_KEY
 
 VALIDATION = 1_000_003  # keeps the draws of validation apart from those of every training epoch

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import find_input_dir, find_model_dir
+from cosyvoice.utils.command import run
 from cosyvoice.utils.errors import InputError
-from utils import add_device, add_folders, check_positive, check_writable, in_parallel, repeated, run
+from utils import add_device, add_folders, check_positive, check_writable, in_parallel, repeated
 
 if TYPE_CHECKING:
     from clips import ClipMaker, Outcome, Recording

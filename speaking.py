@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cosyvoice.utils.command import seed_all
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
-from utils import pick_device, seed_all
+from utils import pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import JOINT_TRAINING_CONFIG, MODES, find_model_dir, with_changes
+from cosyvoice.utils.command import EXIT_INTERRUPTED, run
 from cosyvoice.utils.errors import InputError
-from utils import EXIT_INTERRUPTED, add_device, add_folders, add_seed, check_writable, pick_device, repeated, run
+from utils import add_device, add_folders, add_seed, check_writable, pick_device, repeated
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -159,9 +160,9 @@ def build(
     from torch.utils.data import DataLoader
 
     from cosyvoice.utils.checkpoint import load_part
+    from cosyvoice.utils.command import seed_all
     from dataset import EpochOrder, collate, speaker_embedding, speaker_name, split_clips
     from llm_flow_model import JointModel
-    from utils import seed_all
 
     train, held_out = split_clips(clips, config["validation_ratio"], args.seed)
     seed_all(args.seed)

@@ -1,4 +1,4 @@
-"""What every script shares: options, the one way errors end, seeds, the device, loading parts of the base model."""
+"""What several scripts share: options, their checks, the device, work in parallel, reading a text."""
 
 import argparse
 import shlex
@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import DATA_DIR, OUTPUT_DIR, SEED
-from cosyvoice.utils.command import EXIT_INTERRUPTED as EXIT_INTERRUPTED
-from cosyvoice.utils.command import run as run
-from cosyvoice.utils.command import seed_all as seed_all
 from cosyvoice.utils.errors import InputError
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ RECIPE_SCRIPTS = (
 # Each layer imports only from those after it; modules of one layer may use each other, scripts may not.
 FLAT_LAYERS = (
     SCRIPTS,
-    ("clips", "clip_files", "dataset", "extraction", "kaldi_folder", "llm_flow_model", "speaking", "training", "voice"),
+    ("clips", "clip_files", "dataset", "llm_flow_model", "speaking", "training", "voice"),
     ("lora", "utils", "config"),
     ("cosyvoice",),
     ("matcha",),

@@ -22,13 +22,13 @@ import train_joint
 from clip_files import with_column
 from clips import find_recordings
 from config import SEED
+from cosyvoice.utils.command import EXIT_INTERRUPTED, run
 from cosyvoice.utils.errors import InputError
 from dataset import load_clips, split_clips
 from llm_flow_model import JointModel
 from lora import adapters
 from tools.random_model import make_random_model
 from training import CheckpointKeeper
-from utils import EXIT_INTERRUPTED, run
 from voice import last_checkpoint, read_run, read_sidecar
 
 COMMANDS = {"prepare": prepare_joint_data, "train": train_joint, "merge": merge_joint_weights}

@@ -18,13 +18,12 @@ import pytest
 import soundfile
 import torch
 
-import extraction
 from cosyvoice.dataset.processor import parquet_opener, parse_embedding
 from cosyvoice.utils.audio import load_wav
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer
-from kaldi_folder import read_numbers, read_table, write_table
-from tools import extract_embedding, extract_speech_token, make_parquet_list
+from tools import extract_embedding, extract_speech_token, extraction, make_parquet_list
+from tools.kaldi_folder import read_numbers, read_table, write_table
 from tools.random_onnx import write_speaker_encoder, write_speech_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

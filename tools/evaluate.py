@@ -120,6 +120,6 @@ def speak(lines: Sequence["Line"], args: argparse.Namespace) -> tuple[dict[str, 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from utils import run
+    from cosyvoice.utils.command import run
 
     run(main)

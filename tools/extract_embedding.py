@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from cosyvoice.utils.file_utils import save_tensors
     from cosyvoice.utils.speech_encoders import SpeakerEncoder
-    from extraction import Extraction
-    from kaldi_folder import read_table
+    from tools.extraction import Extraction
+    from tools.kaldi_folder import read_table
     from utils import check_positive
 
     check_positive("--num_thread", options.num_thread)
@@ -48,6 +48,6 @@ def speaker_means(vectors: dict[str, list[float]], utt2spk: dict[str, str]) -> d
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from utils import run
+    from cosyvoice.utils.command import run
 
     run(main)

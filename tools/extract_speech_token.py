@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     from cosyvoice.utils.speech_encoders import SpeechTokenizer
-    from extraction import Extraction
+    from tools.extraction import Extraction
     from utils import check_positive
 
     check_positive("--num_thread", options.num_thread)
@@ -33,6 +33,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from utils import run
+    from cosyvoice.utils.command import run
 
     run(main)

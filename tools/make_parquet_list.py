@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from tqdm import tqdm
 
-    from kaldi_folder import report_failures
+    from tools.kaldi_folder import report_failures
     from utils import check_positive, in_parallel
 
     check_positive("--num_utts_per_parquet", options.num_utts_per_parquet)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def collect(folder: Path) -> tuple[list[Row], dict[str, str]]:
     """Rows without audio of all complete utterances in the order of wav.scp, and {utterance: what it lacks}."""
-    from kaldi_folder import read_numbers, read_table
+    from tools.kaldi_folder import read_numbers, read_table
 
     wavs = read_table(folder / "wav.scp")
     texts, speakers = read_table(folder / "text"), read_table(folder / "utt2spk")
@@ -96,7 +96,7 @@ def collect(folder: Path) -> tuple[list[Row], dict[str, str]]:
 def plan(rows: Sequence[Row], src_dir: Path, des_dir: Path, size: int) -> list[Shard]:
     """Shards of `size` rows; the last may have fewer."""
     from cosyvoice.utils.checkpoint import fingerprint_file
-    from kaldi_folder import file_stamp
+    from tools.kaldi_folder import file_stamp
 
     names = ("utt2embedding.pt", "spk2embedding.pt", "utt2speech_token.pt")
     numbers_from = [fingerprint_file(src_dir / name) for name in names]
@@ -188,6 +188,6 @@ def remove_others(shards: Sequence[Shard], des_dir: Path) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from utils import run
+    from cosyvoice.utils.command import run
 
     run(main)

@@ -123,6 +123,6 @@ def set_end_logit(decoder: "nn.Linear") -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from utils import run
+    from cosyvoice.utils.command import run
 
     run(main)

@@ -156,7 +156,7 @@ def speak(batch: Sequence[Utterance], wavs: Path) -> dict[str, str]:
 
 def write_tables(utterances: Sequence[Utterance], failures: dict[str, str], folder: Path, split: str) -> None:
     """The Kaldi-style tables of `folder`/`split`, of all utterances that did not fail."""
-    from kaldi_folder import report_failures, write_table
+    from tools.kaldi_folder import report_failures, write_table
 
     of_split = {utterance.name: failures[utterance.name] for utterance in utterances if utterance.name in failures}
     report_failures(of_split, len(utterances), folder / split / "make_corpus.failed")
@@ -173,6 +173,6 @@ def write_tables(utterances: Sequence[Utterance], failures: dict[str, str], fold
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from utils import run
+    from cosyvoice.utils.command import run
 
     run(main)

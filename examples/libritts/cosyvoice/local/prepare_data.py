@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--des_dir", type=Path, required=True, help="folder to write the tables to")
     options = parser.parse_args(argv)
 
-    from kaldi_folder import report_failures, write_table
+    from tools.kaldi_folder import report_failures, write_table
 
     recordings = find_recordings(options.src_dir.absolute())
     texts, failures = read_texts(recordings)
@@ -82,6 +82,6 @@ def speaker_of(utt: str, folder: str) -> str:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from utils import run
+    from cosyvoice.utils.command import run
 
     run(main)

@@ -17,7 +17,7 @@ from cosyvoice.utils.checkpoint import fingerprint_file
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 from cosyvoice.utils.speech_encoders import SpeechEncoder
-from kaldi_folder import Numbers, file_stamp, read_numbers, read_table, report_failures, write_table
+from tools.kaldi_folder import Numbers, file_stamp, read_numbers, read_table, report_failures, write_table
 from utils import in_parallel
 
 PART_UTTERANCES = 200  # a killed run loses at most the results of these
