@@ -4,7 +4,6 @@ Nothing here imports torch before it is needed, so that the scripts which use it
 """
 
 import argparse
-import pickle
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,16 +195,17 @@ def read_vector(path: Path) -> "Tensor":
     import numpy as np
     import torch
 
-    readers = {
-        ".pt": lambda: torch.load(path, map_location="cpu", weights_only=True),
-        ".npy": lambda: torch.from_numpy(np.load(path, allow_pickle=False)),
-    }
-    if path.suffix not in readers or not path.is_file():
+    from cosyvoice.utils.checkpoint import load_tensors
+
+    if path.suffix not in (".pt", ".npy") or not path.is_file():
         raise InputError(f"--embedding takes mean, zero, or an existing .pt or .npy file, not {path}")
-    try:
-        vector = readers[path.suffix]()
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError):
-        raise InputError(f"{path} is damaged or no array of numbers") from None
+    if path.suffix == ".pt":
+        vector = load_tensors(path, f"give {SPEAKER_DIMENSIONS} numbers")
+    else:
+        try:
+            vector = torch.from_numpy(np.load(path, allow_pickle=False))
+        except (EOFError, ValueError, TypeError):
+            raise InputError(f"{path} is damaged or no array of numbers") from None
     if not isinstance(vector, torch.Tensor) or vector.numel() != SPEAKER_DIMENSIONS or not vector.isfinite().all():
         raise InputError(f"{path} does not hold {SPEAKER_DIMENSIONS} finite numbers")
     return vector.reshape(1, -1).float()

@@ -2,25 +2,22 @@
 
 import json
 import os
-import pickle
-import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from config import MODES
-from cosyvoice.utils.checkpoint import DAMAGE, fingerprint_file, read_state_dict
+from cosyvoice.utils.checkpoint import fingerprint_file, load_tensors, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write, save_tensors
 from lora import merged
 
 VERSION = "0.1.0"
 CHECKPOINT_KEY = "voice"  # where the suite's own state lies in a training checkpoint
-_OTHER = "give another joint_<mode>_*.ckpt"
+_OTHER = "train first, or give another joint_<mode>_*.ckpt"
 
 
 def last_checkpoint(output_dir: Path, mode: str) -> Path:
@@ -76,15 +73,7 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """Raises InputError for a missing or damaged file, and for one that is no training checkpoint of the suite."""
-    if not path.is_file():
-        raise InputError(f"the checkpoint {path} does not exist; train first, or check the path")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about pickles of other versions, which are refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InputError(f"{path} is refused: damaged, or it wants to run code (it was not run); {_OTHER}") from None
-    except DAMAGE:
-        raise InputError(f"{path} is damaged or no checkpoint; {_OTHER}") from None
+    content = load_tensors(path, _OTHER)
     state = content.get(CHECKPOINT_KEY) if isinstance(content, dict) else None
     if not isinstance(state, dict) or state.get("mode") not in MODES:
         weights = isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())

@@ -1,6 +1,7 @@
 """What the front end makes of texts, recordings and stored voices."""
 
 import io
+import math
 import subprocess
 import sys
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 
 from cosyvoice.cli.frontend import CosyVoiceFrontEnd, read_spk2info
 from cosyvoice.tokenizer.tokenizer import get_tokenizer
-from cosyvoice.utils.audio import kaldi_fbank, load_wav, read_wav, whisper_log_mel
+from cosyvoice.utils.audio import kaldi_fbank, load_wav, read_wav, resample, whisper_log_mel
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import break_long
 from matcha.utils.audio import mel_filters, mel_spectrogram
@@ -276,3 +277,16 @@ def test_speaking_with_a_stored_voice_imports_no_prompt_libraries() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     slow = {"whisper", "torchaudio", "onnxruntime", "inflect", "wetext", "librosa"}
     assert "cosyvoice.utils.audio" in loaded.split() and not slow & set(loaded.split())
+
+
+@pytest.mark.parametrize(("rate", "target_rate"), [(44056, 22050), (11127, 16000), (48000, 22050)])
+def test_resampling_keeps_a_tone_at_any_rate(rate: int, target_rate: int) -> None:
+    """Odd rates too, which share no large factor with the target."""
+
+    def tone(at: int) -> torch.Tensor:
+        return torch.sin(2 * math.pi * 440 * torch.arange(at) / at)  # one second
+
+    heard = resample(tone(rate)[None], rate, target_rate)[0]
+    assert heard.shape == (target_rate,)
+    away_from_the_ends = slice(target_rate // 10, -target_rate // 10)
+    assert (heard - tone(target_rate))[away_from_the_ends].abs().max() < 5e-3

@@ -170,7 +170,7 @@ def test_bad_input(speaker: Speaker, options: list[str], message: str) -> None:
         ("text.npy", np.full(192, "x"), "damaged"),
         ("objects.npy", np.full(192, None), "damaged"),
         ("dict.pt", {"embedding": torch.zeros(192)}, "192"),
-        ("code.pt", Path("x"), "damaged"),
+        ("code.pt", Path("x"), "refused"),
     ],
 )
 def test_bad_speaker_vectors(speaker: Speaker, tmp_path: Path, name: str, content: object, message: str) -> None:

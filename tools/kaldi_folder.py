@@ -1,13 +1,10 @@
 """Kaldi-style corpus folders: tables of one utterance a line, vectors and tokens by utterance, what failed."""
 
-import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from cosyvoice.utils.checkpoint import DAMAGE
+from cosyvoice.utils.checkpoint import load_tensors
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write
 
@@ -46,12 +43,7 @@ def write_table(table: Mapping[str, str], path: Path) -> None:
 
 def read_numbers(path: Path) -> dict[str, Numbers]:
     """A file of `save_tensors({utterance or speaker: list of numbers})`. Raises InputError where it is none."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; run the stage before this one first")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, *DAMAGE):
-        raise InputError(f"{path} is damaged; delete it and make it anew") from None
+    content = load_tensors(path, "run the stage before this one again")
     if not isinstance(content, dict) or not all(isinstance(value, list) for value in content.values()):
         raise InputError(f"{path} does not hold a list of numbers by name; delete it and make it anew")
     return content

@@ -1,18 +1,16 @@
 """What a training run leaves: exchangeable weights with their losses every epoch, and the state to go on from."""
 
 import os
-import pickle
 import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 import yaml
 from pytorch_lightning.callbacks import Checkpoint
 
 from cosyvoice.bin.recipe_models import RecipeModel
-from cosyvoice.utils.checkpoint import DAMAGE
+from cosyvoice.utils.checkpoint import load_tensors
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write, save_tensors
 
@@ -100,10 +98,9 @@ def read_progress(path: Path, state: dict[str, Any]) -> tuple[int, int]:
 
     Raises InputError where the file is damaged, or where the run it belongs to differs in `state`.
     """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)[STATE_KEY]
-    except (pickle.UnpicklingError, *DAMAGE):
-        raise InputError(f"{path} is no state of a training run, or damaged; leave --resume out") from None
+    found = load_tensors(path, "leave --resume out").get(STATE_KEY)
+    if found is None:
+        raise InputError(f"{path} is no state of a training run; leave --resume out")
     for key in state if found["batches_done"] else ANYWHERE:
         if found[key] != state[key]:
             raise InputError(f"{path} is of a run with {key} {found[key]}, not {state[key]}; give the same to resume")

@@ -1,6 +1,5 @@
 """From text and prompt recordings to the tensors that the model speaks from."""
 
-import pickle
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from cosyvoice.cli.text_normalizer import TextNormalizer
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav, resample
+from cosyvoice.utils.checkpoint import load_tensors
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import SAMPLE_RATE_HZ
 from cosyvoice.utils.frontend_utils import has_words
@@ -198,10 +198,7 @@ def read_spk2info(path: Path) -> dict[str, dict[str, Tensor]]:
     """
     if not path.is_file():
         return {}
-    try:
-        voices = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"{path} is damaged or holds more than tensors; it was not loaded") from error
+    voices = load_tensors(path, "delete it or copy it again")
     if not isinstance(voices, dict) or not all(isinstance(voice, dict) for voice in voices.values()):
         raise InputError(f"{path} holds no voices by name; give the spk2info.pt of a model or of a merge")
     return voices

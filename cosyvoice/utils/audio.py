@@ -1,11 +1,13 @@
 """Reading recordings, and the features of the speech tokenizer and of the speaker encoder."""
 
+import math
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cosyvoice.utils.errors import InputError
@@ -21,6 +23,7 @@ WHISPER_FLOOR = 1e-10
 WHISPER_RANGE_LOG10 = 8.0  # the quietest cell kept lies 80 dB below the loudest
 
 KALDI_MELS = 80
+MOST_PHASES = 1000  # common rates need at most 441 for 22.05 kHz and 640 for 16 kHz
 
 
 def read_wav(wav: str | Path | BinaryIO) -> tuple[Tensor, int]:
@@ -44,13 +47,34 @@ def _name(wav: str | Path | BinaryIO) -> str:
 
 
 def resample(wav: Tensor, rate: int, target_rate: int) -> Tensor:
-    """Band-limited (windowed sinc) resampling of (1, samples) from rate to target_rate, both in Hz."""
+    """Band-limited resampling of (1, samples) from rate to target_rate, both in Hz.
+
+    By a windowed sinc, whose table has an entry for each phase between the two rates; odd rates, which share no large
+    factor, would need gigabytes for it and go through a Fourier transform.
+    """
     if rate == target_rate:
         return wav
+    if target_rate // math.gcd(rate, target_rate) > MOST_PHASES:
+        return fourier_resample(wav, rate, target_rate)
     # Imported here, as it takes a second: speaking with a stored voice needs no resampling.
     from torchaudio.transforms import Resample
 
     return Resample(rate, target_rate)(wav)  # the function of that name would compute its filter in float32
+
+
+def fourier_resample(wav: Tensor, rate: int, target_rate: int) -> Tensor:
+    """(1, samples) at any rate to any other, by keeping the frequencies that both can hold.
+
+    Silence at the end keeps the transform, which sees the signal as a circle, from joining end and beginning; it makes
+    the whole last a whole number of samples at both rates.
+    """
+    samples = wav.shape[1]
+    common = rate // math.gcd(rate, target_rate)
+    padded = F.pad(wav, (0, -(samples + rate // 10) % common + rate // 10))
+    length = padded.shape[1] * target_rate // rate
+    spectrum = torch.fft.rfft(padded)  # (1, bins)
+    resampled = torch.fft.irfft(spectrum[:, : length // 2 + 1], n=length) * (length / padded.shape[1])
+    return resampled[:, : -(-samples * target_rate // rate)]
 
 
 def load_wav(wav: str | Path | BinaryIO, target_sr: int, min_sr: int = PROMPT_RATE_HZ) -> Tensor:

@@ -4,9 +4,11 @@ import hashlib
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,20 +38,31 @@ DAMAGE = (
 )
 
 
+def load_tensors(path: Path, remedy: str) -> Any:
+    """What torch.save wrote, tensors and plain values only, on the CPU, memory-mapped where the file allows it.
+
+    Raises InputError, with the remedy, when the file is missing, damaged, or would run code on loading.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; {remedy}")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about pickles of other versions, which are refused below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            problem = f"is refused: it wants to load {wanted[1]}, and data need no code; it was not run"
+            raise InputError(f"{path} {problem}; {remedy}") from None
+        raise InputError(f"{path} is damaged or of another kind; {remedy}") from None
+    except DAMAGE:
+        raise InputError(f"{path} is damaged or of another kind; {remedy}") from None
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.pt` file by name, on the CPU, memory-mapped where the file allows it.
 
     Raises InputError when the file is missing, damaged, would run code on loading, or holds something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; check the folder, or download the model again")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise InputError(_refusal(path, str(error))) from None
-    except DAMAGE:
-        raise InputError(f"{path} is damaged or not a weights file; copy or download it again") from None
+    state = load_tensors(path, "copy it, or download it again")
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, not a dict of tensors")
     state = {name: value for name, value in state.items() if name not in TRAINING_COUNTERS}
@@ -93,12 +106,6 @@ def fingerprint_file(path: Path) -> str:
     """SHA-256 of the file's content, hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _refusal(path: Path, reason: str) -> str:
-    if wanted := re.search(r"GLOBAL ([\w.]+)", reason):
-        return f"{path} is refused: it wants to load {wanted[1]}, and weights need no code; it was not run"
-    return f"{path} is damaged or not a weights file; copy or download it again"
 
 
 def _check_tensors(path: Path, state: dict) -> None:

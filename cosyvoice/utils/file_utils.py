@@ -21,10 +21,11 @@ DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; it replaces `path` when the block ends well, and is removed otherwise.
 
-    The suffix is kept, since writers choose a format by it. Raises InputError where the folder cannot be written.
+    The suffix is kept, since writers choose a format by it; what a killed run left is written over. Raises InputError
+    where the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -46,4 +47,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def save_tensors(content: Any, path: Path) -> None:
     """torch.save, whole or not at all; equal content gives equal bytes, whatever the file's name."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's own, over the one of the file that was too long for the disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

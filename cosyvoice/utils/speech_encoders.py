@@ -52,9 +52,16 @@ class SpeechEncoder:
         options.intra_op_num_threads = ONNX_THREADS
         options.inter_op_num_threads = ONNX_THREADS
         options.log_severity_level = 3  # errors only
+        damage = (
+            failures.InvalidProtobuf,
+            failures.InvalidGraph,
+            failures.InvalidArgument,  # an empty file
+            failures.Fail,
+            failures.NoModel,
+        )
         try:
             return onnxruntime.InferenceSession(str(self.path), options, providers=providers)
-        except (failures.InvalidProtobuf, failures.InvalidGraph, failures.Fail, failures.NoModel) as error:
+        except damage as error:
             raise InputError(f"{self.path} is no ONNX model or damaged; copy it again") from error
 
     def run(self, *inputs: np.ndarray) -> Tensor:
