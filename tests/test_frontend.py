@@ -290,3 +290,22 @@ def test_resampling_keeps_a_tone_at_any_rate(rate: int, target_rate: int) -> Non
     assert heard.shape == (target_rate,)
     away_from_the_ends = slice(target_rate // 10, -target_rate // 10)
     assert (heard - tone(target_rate))[away_from_the_ends].abs().max() < 5e-3
+
+
+def test_threads_may_meet_torchaudio_first() -> None:
+    """Its modules import each other; begun by several threads at once, they broke in about one run of four."""
+    program = """
+import threading, torch
+from cosyvoice.utils.audio import kaldi_fbank, resample
+together = threading.Barrier(4)
+speech = torch.zeros(1, 9000)
+def work(use):
+    together.wait()
+    use()
+calls = [lambda: resample(speech, 8000, 16000), lambda: kaldi_fbank(speech)] * 2
+threads = [threading.Thread(target=work, args=(call,)) for call in calls]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ran.returncode == 0 and not ran.stderr, ran.stderr

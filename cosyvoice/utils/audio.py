@@ -1,6 +1,7 @@
 """Reading recordings, and the features of the speech tokenizer and of the speaker encoder."""
 
 import math
+import threading
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +25,10 @@ WHISPER_RANGE_LOG10 = 8.0  # the quietest cell kept lies 80 dB below the loudest
 
 KALDI_MELS = 80
 MOST_PHASES = 1000  # common rates need at most 441 for 22.05 kHz and 640 for 16 kHz
+
+# torchaudio is imported at first use: it takes a second, and speaking with a stored voice needs none of it. Its modules
+# import each other in a circle, so two threads must not begin at once.
+_IMPORTING = threading.Lock()
 
 
 def read_wav(wav: str | Path | BinaryIO) -> tuple[Tensor, int]:
@@ -56,8 +61,8 @@ def resample(wav: Tensor, rate: int, target_rate: int) -> Tensor:
         return wav
     if target_rate // math.gcd(rate, target_rate) > MOST_PHASES:
         return fourier_resample(wav, rate, target_rate)
-    # Imported here, as it takes a second: speaking with a stored voice needs no resampling.
-    from torchaudio.transforms import Resample
+    with _IMPORTING:
+        from torchaudio.transforms import Resample
 
     return Resample(rate, target_rate)(wav)  # the function of that name would compute its filter in float32
 
@@ -108,7 +113,8 @@ def kaldi_fbank(wav_16k: Tensor, subtract_mean: bool = True) -> Tensor:
 
     With subtract_mean each bin's mean over time is removed, as the speaker encoder expects.
     """
-    from torchaudio.compliance import kaldi
+    with _IMPORTING:
+        from torchaudio.compliance import kaldi
 
     features = kaldi.fbank(wav_16k, num_mel_bins=KALDI_MELS, dither=0.0, sample_frequency=PROMPT_RATE_HZ)
     return features - features.mean(dim=0, keepdim=True) if subtract_mean else features
