@@ -13,7 +13,8 @@ from config import JOINT_TRAINING_CONFIG, with_changes
 from cosyvoice.utils.checkpoint import load_part, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import mel_frames
-from dataset import Clip
+from dataset import Clip, collate, speaker_embedding
+from llm_flow_model import JointModel
 from lora import LoRALinear, adapter_state, inject, merged
 from tools.random_model import make_random_model
 from training import CheckpointKeeper
@@ -197,6 +198,28 @@ def test_resume_refuses_another_mode_base_or_data(train, tmp_path: Path) -> None
         train("--mode", "llm_only", "--resume", checkpoint, "--model-dir", str(other))
     with pytest.raises(InputError, match="weights"):
         train("--resume", str(tmp_path / "output/llm_merged_llm_only.pt"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_base_gives_nearly_the_same_losses(model_dir: Path, dtype: torch.dtype) -> None:
+    """What a GPU computes in, tried with the CPU's autocast: half the memory for the base, adapters in float32."""
+    losses, gradients = {}, {}
+    for base in (torch.float32, dtype):
+        torch.manual_seed(0)
+        parts = {part: load_part(model_dir, part) for part in ("llm", "flow")}
+        model = JointModel(parts, JOINT_TRAINING_CONFIG, 0, speaker_embedding(clips(2)), {})
+        if base != torch.float32:
+            model.keep_base_in(base)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=dtype, enabled=base != torch.float32):
+            losses[base] = model.train().losses(collate(clips(2)), ["llm", "flow"])
+        (losses[base]["llm_loss"] + losses[base]["flow_loss"]).backward()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert all(parameter.grad.dtype == torch.float32 for parameter in trained)
+        gradients[base] = torch.stack([parameter.grad.norm() for parameter in trained])
+    for name in ("llm_loss", "flow_loss"):
+        torch.testing.assert_close(losses[dtype][name], losses[torch.float32][name], rtol=5e-3, atol=0)
+    torch.testing.assert_close(gradients[dtype].sum(), gradients[torch.float32].sum(), rtol=0.05, atol=0)
 
 
 def test_more_epochs_go_on_at_their_place_in_the_longer_schedule(train, tmp_path: Path) -> None:
