@@ -62,4 +62,6 @@ def time_steps(llm, places: Sequence[int], repeats: int) -> list[list[float]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from cosyvoice.utils.command import run
+
+    run(main)

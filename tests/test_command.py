@@ -1,0 +1,35 @@
+"""How commands start and end."""
+
+import os
+import sys
+
+import pytest
+
+from cosyvoice.utils.command import EXIT_USER_ERROR, run
+from cosyvoice.utils.errors import InputError
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1000"), ("7", "7")])
+def test_waiting_threads_leave_the_core_to_others(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user has chosen otherwise."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", given or "")
+    if given is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+    seen = []
+    with pytest.raises(SystemExit) as left:
+        run(lambda argv: seen.append(os.environ["GOMP_SPINCOUNT"]))
+    assert left.value.code == 0 and seen == [expected]
+
+
+def test_a_users_mistake_is_one_line_and_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["somewhere/speak.py"])
+
+    def main(argv: object) -> int:
+        raise InputError("no such voice; train one first")
+
+    with pytest.raises(SystemExit) as left:
+        run(main)
+    assert left.value.code == EXIT_USER_ERROR
+    assert capsys.readouterr().err == "speak.py: no such voice; train one first\n"
