@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from models import tiny
 from torch import nn
 
 from cosyvoice.dataset import processor
@@ -102,3 +103,14 @@ def test_each_side_learns_from_its_own_turn() -> None:
     assert all(parameter.grad is not None for parameter in model.discriminator.parameters())
     with pytest.raises(InputError, match="turn 'both'"):
         model(batch | {"turn": "both"}, "cpu")
+
+
+def test_a_head_far_too_loud_still_has_a_gradient() -> None:
+    """exp() of 1000 is infinite, and infinity times the clamp's zero is no number."""
+    torch.manual_seed(0)
+    hift = tiny("hift").train()
+    with torch.no_grad():
+        hift.conv_post.bias.fill_(1000.0)
+    speech = hift.decode(torch.randn(1, 80, 4), torch.zeros(1, 1, 4 * 256))
+    speech.square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in hift.parameters() if parameter.grad is not None)

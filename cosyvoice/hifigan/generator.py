@@ -5,7 +5,7 @@ Short Time Fourier Transform", section 2.
 """
 
 from collections.abc import Mapping, Sequence
-from math import prod
+from math import log, prod
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from cosyvoice.hifigan.source import SourceModuleHnNSF
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import SAMPLE_RATE_HZ
 
-MAX_MAGNITUDE = 100.0  # of one spectral bin: exp() of an untrained head must not overflow
+MAX_LOG_MAGNITUDE = log(100.0)  # of one spectral bin: exp() of an untrained head, and its gradient, must not overflow
 
 
 class HiFTGenerator(nn.Module):
@@ -113,7 +113,7 @@ class HiFTGenerator(nn.Module):
         # 0.01, not lrelu_slope: the pretrained weights were trained with torch's default here
         head = self.conv_post(F.leaky_relu(x, 0.01))
         log_magnitude, phase = head.chunk(2, dim=1)  # each (B, bins, frames)
-        magnitude = log_magnitude.exp().clamp(max=MAX_MAGNITUDE)
+        magnitude = log_magnitude.clamp(max=MAX_LOG_MAGNITUDE).exp()
         phase = phase.sin()
         spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
         speech = torch.istft(spectrum, self.n_fft, self.hop, window=window)
