@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clip_files import SCHEMA, with_column
-from cosyvoice.cli.frontend import CosyVoiceFrontEnd
+from cosyvoice.cli.frontend import FRONTEND_PARTS, CosyVoiceFrontEnd
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, read_wav, resample
 from cosyvoice.utils.checkpoint import fingerprint_file
 from cosyvoice.utils.errors import InputError
@@ -23,7 +23,6 @@ from utils import decode_text
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # the first of a name counts
 TEXT_SUFFIXES = (".txt", ".normalized.txt")  # where both are there, the second counts
-FRONTEND_PARTS = ("sample_rate", "get_tokenizer", "feat_extractor", "allowed_special")
 MODEL_FILES = ("cosyvoice.yaml", "campplus.onnx", "speech_tokenizer_v1.onnx")
 MIN_SECONDS, MAX_SECONDS = 0.5, 30.0
 MIN_RATE_HZ = 4000  # below, nothing of speech is left

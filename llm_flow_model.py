@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from cosyvoice.flow.flow import MAX_PREFIX_SHARE
-from cosyvoice.utils.command import seed_all
+from cosyvoice.utils.command import VALIDATION, seed_all
 from cosyvoice.utils.errors import InputError
 from dataset import crop_windows
 from lora import adapter_state, adapters, inject, load_adapters
 from voice import CHECKPOINT_KEY
 
-VALIDATION = 1_000_003  # keeps the draws of validation apart from those of every training epoch
 DIVERGED = "training stopped, the last good checkpoint is kept; lower --lr, or use --set precision=32-true"
 HALF_TYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 

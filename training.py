@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 import signal
 import sys
 import warnings
@@ -55,7 +56,9 @@ class CheckpointKeeper(Checkpoint):
         model.batches_done = 0
         self.save_last(trainer)
         loss = model.combined_loss()
-        self.save(trainer, self.output_dir / f"joint_{self.mode}_epoch{model.epoch_number:04d}_loss{loss:.4f}.ckpt")
+        name = f"joint_{self.mode}_epoch{model.epoch_number:04d}_loss{loss:.4f}.ckpt"
+        with atomic_write(self.output_dir / name) as temporary:
+            shutil.copyfile(self.last, temporary)
         for path, _ in sorted(self.kept(), key=lambda kept: kept[1])[KEPT_CHECKPOINTS:]:
             path.unlink()
         print(f"\n{epoch_summary(model)}", flush=True)
@@ -64,7 +67,8 @@ class CheckpointKeeper(Checkpoint):
 
     def save_last(self, trainer: pl.Trainer) -> None:
         """With the first of a new run the epochs of an earlier one go: they must not count among its best."""
-        self.save(trainer, self.last)
+        with atomic_write(self.last) as temporary:
+            trainer.save_checkpoint(temporary)
         if self.fresh:
             for path, _ in self.kept():
                 path.unlink()
@@ -75,10 +79,6 @@ class CheckpointKeeper(Checkpoint):
         pattern = re.compile(rf"joint_{self.mode}_epoch\d+_loss([\d.]+)\.ckpt")
         found = ((path, pattern.fullmatch(path.name)) for path in self.output_dir.glob(f"joint_{self.mode}_epoch*"))
         return [(path, float(match[1])) for path, match in found if match]
-
-    def save(self, trainer: pl.Trainer, path: Path) -> None:
-        with atomic_write(path) as temporary:
-            trainer.save_checkpoint(temporary)
 
 
 def epoch_summary(model: JointModel) -> str:

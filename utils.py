@@ -66,8 +66,8 @@ def check_writable(folder: Path) -> None:
     """Raise InputError, before any work, where results could not be written."""
     from cosyvoice.utils.file_utils import atomic_write
 
-    with atomic_write(folder / ".writable") as probe:
-        probe.touch()
+    with atomic_write(folder / ".writable"):
+        pass
     (folder / ".writable").unlink()
 
 

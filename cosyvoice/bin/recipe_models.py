@@ -13,10 +13,8 @@ from torch.optim import Optimizer
 
 from cosyvoice.bin import optimizers
 from cosyvoice.hifigan.hifigan import HiFiGan, Losses
-from cosyvoice.utils.command import seed_all
+from cosyvoice.utils.command import VALIDATION, seed_all
 from cosyvoice.utils.errors import InputError
-
-VALIDATION = 1_000_003  # keeps the draws of validation apart from those of every training epoch
 
 
 class RecipeModel(pl.LightningModule):

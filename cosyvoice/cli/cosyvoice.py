@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cosyvoice.cli.frontend import CosyVoiceFrontEnd, Prompt
+from cosyvoice.cli.frontend import FRONTEND_PARTS, CosyVoiceFrontEnd, Prompt
 from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
@@ -14,7 +14,6 @@ from cosyvoice.utils.frames import TOKEN_RATE_HZ
 from cosyvoice.utils.frontend_utils import has_words
 from cosyvoice.utils.model_yaml import load_model_yaml
 
-FRONTEND_PARTS = ("sample_rate", "get_tokenizer", "feat_extractor", "allowed_special")
 MODEL_PARTS = ("llm", "flow", "hift")
 OTHER_MODELS = {"cosyvoice2.yaml": "CosyVoice2", "cosyvoice3.yaml": "CosyVoice3"}
 

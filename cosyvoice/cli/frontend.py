@@ -17,6 +17,7 @@ from cosyvoice.utils.frontend_utils import has_words
 from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer, check_prompt
 
 Prompt = str | Path | BinaryIO | Tensor  # a recording, or (1, samples) at 16 kHz
+FRONTEND_PARTS = ("sample_rate", "get_tokenizer", "feat_extractor", "allowed_special")  # what it needs of a YAML
 END_OF_INSTRUCTION = "<endofprompt>"  # as CosyVoice-300M-Instruct was trained; plain text to the tokenizer
 
 
