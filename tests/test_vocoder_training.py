@@ -5,13 +5,17 @@ import math
 import pytest
 import torch
 from models import tiny
+from parity import PARITY_DIR
 from torch import nn
 
 from cosyvoice.dataset import processor
 from cosyvoice.hifigan.discriminator import MultipleDiscriminator, MultiResSpecDiscriminator
 from cosyvoice.hifigan.hifigan import HiFiGan
+from cosyvoice.hifigan.spectral_loss import SpectralLoss
 from cosyvoice.utils import losses
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.model_yaml import load_model_yaml
+from cosyvoice.utils.scheduler import CosineLR
 from matcha.hifigan.models import MultiPeriodDiscriminator
 
 RATE_HZ, HOP = 22050, 256
@@ -83,7 +87,7 @@ class Generator(nn.Module):
         super().__init__()
         self.gain, self.pitch = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(90.0))
 
-    def forward(self, batch: dict, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: dict, device: str, pitch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         return self.gain * batch["speech"], self.pitch.expand_as(batch["pitch_feat"])
 
 
@@ -114,3 +118,78 @@ def test_a_head_far_too_loud_still_has_a_gradient() -> None:
     speech = hift.decode(torch.randn(1, 80, 4), torch.zeros(1, 1, 4 * 256))
     speech.square().mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in hift.parameters() if parameter.grad is not None)
+
+
+def test_without_discriminators_spectra_alone_teach() -> None:
+    torch.manual_seed(0)
+    model = HiFiGan(Generator(), None, [], spectral_loss=SpectralLoss(RATE_HZ), pitch_loss_floor=20.0)
+    batch = {"speech": torch.randn(2, 4096), "pitch_feat": torch.tensor([[100.0, 0.0]])}
+    found = model(batch | {"turn": "generator"}, "cpu")
+    assert found.keys() == {"loss", "loss_spectral", "loss_f0"}
+    assert torch.equal(found["loss"], found["loss_f0"] + found["loss_spectral"])
+    assert found["loss_f0"].item() == pytest.approx((math.log(120 / 110) + math.log(110 / 20)) / 2)
+    found["loss"].backward()
+    assert model.generator.gain.grad < 0  # up, to the level of the speech
+    with pytest.raises(InputError, match="turn 'discriminator'"):
+        model(batch | {"turn": "discriminator"}, "cpu")
+
+
+def test_the_spectral_loss_is_zero_at_the_truth_and_hears_level_and_colour() -> None:
+    torch.manual_seed(0)
+    speech = 0.1 * torch.randn(2, 8192)
+    loss = SpectralLoss(RATE_HZ)
+    assert loss(speech, speech) == 0
+    louder = loss.timbre_distance(speech, 1.5 * speech)
+    assert louder == pytest.approx(0.5, abs=0.01)  # relative amplitude
+    assert loss.mel_distance(speech, 1.5 * speech) == pytest.approx(math.log(1.5), abs=0.02)
+    assert loss(speech, speech.roll(1, dims=1)) < loss(speech, 1.5 * speech)  # phase is free
+
+
+def test_the_source_may_follow_the_true_pitch() -> None:
+    torch.manual_seed(0)
+    hift = tiny("hift")
+    heard = []
+    hift.m_source.register_forward_pre_hook(lambda module, inputs: heard.append(inputs[0]))
+    batch = {"speech_feat": torch.randn(1, 4, 80), "pitch_feat": torch.tensor([[100.0, 110.0, 0.0, 120.0]])}
+    for true_pitch in (False, True):
+        _, predicted = HiFiGan(hift, None, [], true_pitch=true_pitch).generate(batch, "cpu")
+    per_frame = [pitch[0, 0, ::256] for pitch in heard]
+    assert torch.equal(per_frame[0], predicted[0]) and torch.equal(per_frame[1], batch["pitch_feat"][0])
+
+
+def test_a_new_vocoder_is_quiet_and_hears_its_source() -> None:
+    torch.manual_seed(0)
+    hift = load_model_yaml(PARITY_DIR / "tiny.yaml", parts=("hift",))["hift"]
+    mel, pitch = torch.randn(1, 80, 20), torch.full((1, 20), 200.0)
+    hift.eval()
+    with torch.no_grad():
+        speech = hift.decode(mel, hift._source(pitch))
+        other = hift.decode(mel, hift._source(1.5 * pitch))
+    assert speech.abs().max() < 0.5
+    assert (speech - other).square().mean() > 1e-4 * speech.square().mean()
+
+
+def test_equalize_colours_for_training_only() -> None:
+    torch.manual_seed(0)
+    noise = 0.05 * torch.randn(1, 8192)
+    (same,) = processor.equalize([{"speech": noise}], sample_rate=RATE_HZ, mode="dev")
+    assert same["speech"] is noise
+    (coloured,) = processor.equalize([{"speech": noise}], sample_rate=RATE_HZ, bands=4)
+    assert coloured["speech"].shape == noise.shape
+    gain = 20 * (torch.fft.rfft(coloured["speech"]).abs() / torch.fft.rfft(noise).abs()).log10()
+    assert gain.std() > 0.3 and gain.diff().abs().max() < 1  # dB; a curve without jumps
+    (flat,) = processor.equalize([{"speech": noise}], sample_rate=RATE_HZ, spread_db=0.0)
+    torch.testing.assert_close(flat["speech"], noise, atol=1e-6, rtol=0)
+
+
+def test_the_cosine_schedule() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = CosineLR(optimizer, total_steps=10, warmup_steps=2, end=0.1)
+    rates = []
+    for _ in range(14):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:3] == pytest.approx([1.0, 2.0, 2.0])
+    assert rates[6] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))  # half way
+    assert rates[10:] == pytest.approx([0.2] * 4)

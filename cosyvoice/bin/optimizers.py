@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.scheduler import WarmupLR
+from cosyvoice.utils.scheduler import CosineLR, WarmupLR
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -18,7 +18,7 @@ def constant(optimizer: Optimizer) -> LRScheduler:
     return LambdaLR(optimizer, lambda step: 1.0)
 
 
-SCHEDULERS = {"warmuplr": WarmupLR, "constantlr": constant}
+SCHEDULERS = {"warmuplr": WarmupLR, "constantlr": constant, "cosine": CosineLR}
 
 
 def build(

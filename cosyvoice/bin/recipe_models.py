@@ -92,12 +92,15 @@ class RecipeModel(pl.LightningModule):
 
 
 class SpeechModel(RecipeModel):
-    """Trains the llm or the flow by the loss that its `forward` gives."""
+    """Trains the llm or the flow by the `loss` that its `forward` gives, and by `loss_guide` where that is there.
+
+    The two stay apart, so that the logged `loss` of training and of held-out clips mean the same.
+    """
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.part(batch, self.device)
         self.record({name: value.detach() for name, value in losses.items()}, len(batch["utts"]))
-        return losses["loss"]
+        return losses["loss"] + losses.get("loss_guide", 0.0)
 
     def validation_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         return self.part(batch, self.device)
@@ -108,7 +111,7 @@ class SpeechModel(RecipeModel):
 
 
 class VocoderModel(RecipeModel):
-    """Trains generator and discriminators of the vocoder in turn, on the same generated waveform."""
+    """Trains generator and, where there are any, discriminators of the vocoder in turn, on the same waveform."""
 
     automatic_optimization = False
     part: HiFiGan
@@ -119,16 +122,19 @@ class VocoderModel(RecipeModel):
             raise InputError(f"train_conf_gan: accum_grad {self.accum_grad} is not implemented; use 1, larger batches")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        optimizer_g, optimizer_d = self.optimizers()
-        speech = batch["speech"]
-        generated, f0 = self.part.generator(batch, self.device)
-        judged = self.turn(optimizer_d, lambda: self.part.discriminator_losses(speech, generated))
-        losses = self.turn(
-            optimizer_g, lambda: self.part.generator_losses(speech, batch["pitch_feat"], generated, f0)
-        )
-        for scheduler in self.lr_schedulers():
+        sides, schedulers = self.optimizers(), self.lr_schedulers()
+        if self.part.discriminator is None:  # the trainer hands out an only one as itself
+            sides, schedulers = [sides], [schedulers]
+        speech, pitch = batch["speech"], batch["pitch_feat"]
+        generated, f0 = self.part.generate(batch, self.device)
+        judged = {}
+        if self.part.discriminator is not None:
+            losses = self.turn(sides[1], lambda: self.part.discriminator_losses(speech, generated))
+            judged["loss_disc"] = losses["loss_disc"]
+        losses = self.turn(sides[0], lambda: self.part.generator_losses(speech, pitch, generated, f0))
+        for scheduler in schedulers:
             scheduler.step()
-        self.record(losses | {"loss_disc": judged["loss_disc"]}, len(batch["utts"]))
+        self.record(losses | judged, len(batch["utts"]))
 
     def turn(self, optimizer: LightningOptimizer, compute: Callable[[], Losses]) -> Losses:
         """One step of one side, while the other side's weights need no gradient; its losses."""
@@ -144,8 +150,7 @@ class VocoderModel(RecipeModel):
         return self.part.forward_generator(batch, self.device)
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
-        pairs = [
-            optimizers.build(self.part.generator.parameters(), self.train_conf),
-            optimizers.build(self.part.discriminator.parameters(), self.train_conf, suffix="_d"),
-        ]
+        pairs = [optimizers.build(self.part.generator.parameters(), self.train_conf)]
+        if self.part.discriminator is not None:
+            pairs.append(optimizers.build(self.part.discriminator.parameters(), self.train_conf, suffix="_d"))
         return [optimizer for optimizer, _ in pairs], [scheduler for _, scheduler in pairs]

@@ -27,6 +27,7 @@ Sample = dict[str, Any]
 
 FRAMES_PER_SECOND = 100  # the frames of 10 ms that `filter` counts in
 ROWS_AT_ONCE = 64
+LOWEST_COLOUR_HZ = 100.0
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,31 @@ def truncate(data: Iterable[Sample], truncate_length: int = 24576, mode: str = "
             start = random.randint(0, spare)
             speech = speech[:, start : start + truncate_length]
         yield {**sample, "speech": F.pad(speech, (0, truncate_length - speech.size(1)))}
+
+
+def equalize(
+    data: Iterable[Sample], sample_rate: int, bands: int = 8, spread_db: float = 4.0, mode: str = "train"
+) -> Iterator[Sample]:
+    """Colours `speech` by a random smooth curve, for training only: other rooms, microphones and throats.
+
+    The curve goes through `bands` points, evenly spaced in octaves from 100 Hz to half the rate, each drawn from a
+    normal distribution of `spread_db`.
+    """
+    for sample in data:
+        if mode == "train":
+            gains = np.array([random.gauss(0, spread_db) for _ in range(bands)])
+            speech = _coloured(sample["speech"], sample_rate, gains)
+            sample = {**sample, "speech": speech / speech.abs().max().clamp(min=1)}
+        yield sample
+
+
+def _coloured(speech: Tensor, sample_rate: int, gains_db: np.ndarray) -> Tensor:
+    """speech (1, samples) with a gain at each frequency, interpolated in octaves."""
+    samples = speech.size(1)
+    hz = np.fft.rfftfreq(samples, 1 / sample_rate)
+    points = np.linspace(np.log(LOWEST_COLOUR_HZ), np.log(sample_rate / 2), len(gains_db))
+    gain = 10 ** (np.interp(np.log(hz.clip(min=1)), points, gains_db) / 20)
+    return torch.fft.irfft(torch.fft.rfft(speech) * torch.from_numpy(gain).float(), samples)
 
 
 def compute_fbank(

@@ -19,6 +19,7 @@ from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import SAMPLE_RATE_HZ
 
 MAX_LOG_MAGNITUDE = log(100.0)  # of one spectral bin: exp() of an untrained head, and its gradient, must not overflow
+INITIAL_LOG_MAGNITUDE = -4.0  # of every bin: about the level of speech
 
 
 class HiFTGenerator(nn.Module):
@@ -83,12 +84,32 @@ class HiFTGenerator(nn.Module):
         self.conv_post = weight_norm(nn.Conv1d(width, 2 * bins, 7, padding=3))
         self.f0_predictor = f0_predictor
         self.register_buffer("stft_window", torch.hann_window(self.n_fft), persistent=False)
+        self._let_the_source_be_heard(bins)
 
-    def forward(self, batch: Mapping[str, Tensor], device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """Training: `batch["speech_feat"]` (B, T, M) -> speech (B, N), f0 in Hz (B, T)."""
+    @torch.no_grad()
+    def _let_the_source_be_heard(self, bins: int) -> None:
+        """Before training: harmonics in phase, a strong way in for them, and a quiet output.
+
+        With torch's default weights the source's changes are a tenth of the mel's, and training takes the frame rate
+        for the pitch long before it finds the harmonics.
+        """
+        self.m_source.l_linear.weight.fill_(1.0)
+        self.m_source.l_linear.bias.zero_()
+        for down in self.source_downs:
+            down.weight.mul_(2.0)
+            down.bias.zero_()
+        self.conv_post.bias[:bins] = INITIAL_LOG_MAGNITUDE
+
+    def forward(
+        self, batch: Mapping[str, Tensor], device: torch.device | str, pitch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Training: `batch["speech_feat"]` (B, T, M) -> speech (B, N), f0 in Hz (B, T).
+
+        pitch (B, T) in Hz: what the source follows instead of the predicted f0.
+        """
         mel = batch["speech_feat"].to(device).transpose(1, 2)  # (B, T, M) -> (B, M, T)
         f0 = self.f0_predictor(mel)
-        return self.decode(mel, self._source(f0)), f0
+        return self.decode(mel, self._source(f0 if pitch is None else pitch.to(device))), f0
 
     @torch.inference_mode()
     def inference(self, speech_feat: Tensor, cache_source: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.losses import discriminator_loss, feature_loss, generator_loss, mel_loss, tpr_loss
+from cosyvoice.utils.losses import discriminator_loss, feature_loss, generator_loss, mel_loss, pitch_loss, tpr_loss
 
 Losses = dict[str, Tensor]  # `loss`, which is minimised, and its terms, all 0-d
 
@@ -17,17 +16,26 @@ class HiFiGan(nn.Module):
 
     Generator: least-squares GAN + 45 mel distance + 2 feature matching (HiFi-GAN, Kong et al. 2020, section 2.4) +
     truncated relativistic loss + L1 distance of the pitch in Hz. The weights are keywords.
+
+    What a small vocoder is trained with, which has no time for an adversarial phase:
+    discriminator None: spectral distances alone.
+    spectral_loss: one more distance of (real, generated) waveforms, with the weight 1.
+    pitch_loss_floor: the pitch's distance is that of log(Hz + floor), so that low voices count as much as high ones.
+    true_pitch: the source follows the recording's pitch while training, not the predictor's guess.
     """
 
     def __init__(
         self,
         generator: nn.Module,
-        discriminator: nn.Module,
+        discriminator: nn.Module | None,
         mel_spec_transform: Sequence[Callable[[Tensor], Tensor]],
         multi_mel_spectral_recon_loss_weight: float = 45,
         feat_match_loss_weight: float = 2.0,
         tpr_loss_weight: float = 1.0,
         tpr_loss_tau: float = 0.04,
+        spectral_loss: nn.Module | None = None,
+        pitch_loss_floor: float | None = None,
+        true_pitch: bool = False,
     ) -> None:
         super().__init__()
         self.generator = generator
@@ -37,6 +45,9 @@ class HiFiGan(nn.Module):
         self.feat_match_loss_weight = feat_match_loss_weight
         self.tpr_loss_weight = tpr_loss_weight
         self.tpr_loss_tau = tpr_loss_tau
+        self.spectral_loss = spectral_loss
+        self.pitch_loss_floor = pitch_loss_floor
+        self.true_pitch = true_pitch
 
     def forward(self, batch: dict[str, Any], device: Any) -> Losses:
         """The losses of one side: `batch["turn"]` is `generator` or `discriminator`.
@@ -45,37 +56,38 @@ class HiFiGan(nn.Module):
         """
         if batch["turn"] == "generator":
             return self.forward_generator(batch, device)
-        if batch["turn"] == "discriminator":
+        if batch["turn"] == "discriminator" and self.discriminator is not None:
             return self.forward_discriminator(batch, device)
-        raise InputError(f"HiFiGan: turn {batch['turn']!r} is not known; use 'generator' or 'discriminator'")
+        raise InputError(f"HiFiGan has no turn {batch['turn']!r}; use 'generator', or 'discriminator' where it has one")
 
     def forward_generator(self, batch: dict[str, Any], device: Any) -> Losses:
-        generated, f0 = self.generator(batch, device)
+        generated, f0 = self.generate(batch, device)
         return self.generator_losses(batch["speech"].to(device), batch["pitch_feat"].to(device), generated, f0)
 
     def forward_discriminator(self, batch: dict[str, Any], device: Any) -> Losses:
-        generated, _ = self.generator(batch, device)
+        generated, _ = self.generate(batch, device)
         return self.discriminator_losses(batch["speech"].to(device), generated)
+
+    def generate(self, batch: dict[str, Any], device: Any) -> tuple[Tensor, Tensor]:
+        """The generator's waveform (B, samples) and predicted pitch (B, T) in Hz."""
+        return self.generator(batch, device, batch["pitch_feat"] if self.true_pitch else None)
 
     def generator_losses(self, speech: Tensor, pitch: Tensor, generated: Tensor, f0: Tensor) -> Losses:
         """speech, generated: (B, samples). pitch, f0: (B, T) in Hz."""
-        real, real_layers = zip(*self.discriminator(speech), strict=True)
-        fake, fake_layers = zip(*self.discriminator(generated), strict=True)
-        terms = {
-            "loss_gen": generator_loss(fake),
-            "loss_fm": feature_loss(real_layers, fake_layers),
-            "loss_mel": mel_loss(speech, generated, self.mel_spec_transform),
-            "loss_tpr": tpr_loss(fake, [scores.detach() for scores in real], self.tpr_loss_tau),
-            "loss_f0": F.l1_loss(f0, pitch),
-        }
-        loss = (
-            terms["loss_gen"]
-            + self.feat_match_loss_weight * terms["loss_fm"]
-            + self.multi_mel_spectral_recon_loss_weight * terms["loss_mel"]
-            + self.tpr_loss_weight * terms["loss_tpr"]
-            + terms["loss_f0"]
-        )
-        return {"loss": loss, **terms}
+        terms = {"loss_f0": pitch_loss(pitch, f0, self.pitch_loss_floor)}
+        weights = {"loss_mel": self.multi_mel_spectral_recon_loss_weight}
+        if self.mel_spec_transform:
+            terms["loss_mel"] = mel_loss(speech, generated, self.mel_spec_transform)
+        if self.spectral_loss is not None:
+            terms["loss_spectral"] = self.spectral_loss(speech, generated)
+        if self.discriminator is not None:
+            real, real_layers = zip(*self.discriminator(speech), strict=True)
+            fake, fake_layers = zip(*self.discriminator(generated), strict=True)
+            terms["loss_gen"] = generator_loss(fake)
+            terms["loss_fm"] = feature_loss(real_layers, fake_layers)
+            terms["loss_tpr"] = tpr_loss(fake, [scores.detach() for scores in real], self.tpr_loss_tau)
+            weights |= {"loss_fm": self.feat_match_loss_weight, "loss_tpr": self.tpr_loss_weight}
+        return {"loss": sum(weights.get(name, 1.0) * term for name, term in terms.items()), **terms}
 
     def discriminator_losses(self, speech: Tensor, generated: Tensor) -> Losses:
         """speech, generated: (B, samples); the generator gets no gradient."""

@@ -2,6 +2,8 @@
 
 import math
 import threading
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,10 +63,16 @@ def resample(wav: Tensor, rate: int, target_rate: int) -> Tensor:
         return wav
     if target_rate // math.gcd(rate, target_rate) > MOST_PHASES:
         return fourier_resample(wav, rate, target_rate)
+    return _sinc_resampler(rate, target_rate)(wav)
+
+
+@lru_cache(maxsize=8)
+def _sinc_resampler(rate: int, target_rate: int) -> Callable[[Tensor], Tensor]:
+    """Its table takes as long to make as seconds of audio to resample."""
     with _IMPORTING:
         from torchaudio.transforms import Resample
 
-    return Resample(rate, target_rate)(wav)  # the function of that name would compute its filter in float32
+    return Resample(rate, target_rate)  # the function of that name would compute its filter in float32
 
 
 def fourier_resample(wav: Tensor, rate: int, target_rate: int) -> Tensor:

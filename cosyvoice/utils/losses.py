@@ -45,3 +45,10 @@ def mel_loss(real: Tensor, generated: Tensor, mel_transforms: Sequence[Callable[
     """L1 distance of log-mels of waveforms (B, samples), summed over the transforms (HiFi-GAN, equation 5)."""
     distances = [F.l1_loss(transform(generated), transform(real)) for transform in mel_transforms]
     return torch.stack(distances).sum()
+
+
+def pitch_loss(real: Tensor, predicted: Tensor, floor: float | None) -> Tensor:
+    """L1 distance of pitch in Hz, 0 where there is no voice; of log(Hz + floor) where a floor is given."""
+    if floor is None:
+        return F.l1_loss(predicted, real)
+    return F.l1_loss((predicted + floor).log(), (real + floor).log())

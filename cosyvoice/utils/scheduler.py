@@ -1,7 +1,11 @@
 """Learning-rate schedules."""
 
+import math
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from cosyvoice.utils.errors import InputError
 
 
 class WarmupLR(LRScheduler):
@@ -24,3 +28,32 @@ class WarmupLR(LRScheduler):
     def set_step(self, step: int) -> None:
         """Continue after `step` steps; the next `step()` goes on from there."""
         self.last_epoch = step
+
+
+class CosineLR(LRScheduler):
+    """The optimiser's lr times `learning_rate_factor`; the steps are the optimiser's."""
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, end: float = 0.0) -> None:
+        """Raises InputError where the warm-up fills the total or `end` is no share."""
+        if not 0 <= warmup_steps < total_steps or not 0 <= end <= 1:
+            raise InputError(
+                "cosine needs 0 <= warmup_steps < total_steps and 0 <= end <= 1, "
+                f"not {warmup_steps}, {total_steps} and {end}"
+            )
+        self.total_steps, self.warmup_steps, self.end = total_steps, warmup_steps, end
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        factor = learning_rate_factor(self.last_epoch, self.warmup_steps, self.total_steps, self.end)
+        return [lr * factor for lr in self.base_lrs]
+
+
+def learning_rate_factor(step: int, warmup: int, total: int, end: float = 0.0) -> float:
+    """Linear rise over `warmup` steps, then half a cosine from 1 down to `end` at `total`, where it stays.
+
+    Steps count from 0, warm-up included. Loshchilov and Hutter, 2017, equation 5, without restarts.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    half_cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+    return end + (1 - end) * half_cosine
