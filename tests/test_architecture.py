@@ -21,6 +21,8 @@ RECIPE_SCRIPTS = (
     "cosyvoice/bin/export_onnx",
     "examples/libritts/cosyvoice/local/prepare_data",
     "examples/mini/make_corpus",
+    "examples/mini/train_tokenizer",
+    "examples/mini/train_speaker_encoder",
 )
 # Each layer imports only from those after it; modules of one layer may use each other, scripts may not.
 FLAT_LAYERS = (

@@ -1,0 +1,200 @@
+"""What training the tokenizer and the speaker encoder share: the corpus, crops, augmentation, restarts, ONNX files."""
+
+import hashlib
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
+from cosyvoice.utils.checkpoint import load_tensors
+from cosyvoice.utils.command import seed_all
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.file_utils import atomic_write, save_tensors
+from tools.kaldi_folder import file_stamp, read_table
+
+OPSET = 17  # old enough for any onnxruntime of the last years
+CHECKED_FRAMES = (20, 21, 300, 3000)  # of the exported file, against the module
+WARM_UP = 0.05  # share of the steps in which the learning rate rises
+WEIGHT_DECAY = 0.01
+CHECKPOINT_STEPS = 100  # a killed run loses at most these
+REPORTS = 10  # in a whole training
+GRADIENT_NORM = 1.0
+
+LN10 = math.log(10)
+SNR_RANGE_DB = (5.0, 45.0)  # noise added to a crop
+TILT_NEPERS = 3.0  # most that the noise's spectrum falls or rises from the lowest bin to the highest
+EQ_NEPERS, EQ_POINTS = 1.5, 6  # standard deviation of a microphone's response, and its freedom over the bins
+
+
+@dataclass(frozen=True)
+class Recording:
+    utt: str
+    wav: Path
+    speaker: str
+
+
+def read_recordings(folders: Sequence[Path]) -> list[Recording]:
+    """The utterances of Kaldi-style folders. Raises InputError where one has no speaker."""
+    recordings = []
+    for folder in folders:
+        speakers = read_table(folder / "utt2spk")
+        for utt, wav in read_table(folder / "wav.scp").items():
+            if utt not in speakers:
+                raise InputError(f"{folder / 'utt2spk'} names no speaker of {utt}; make the corpus anew")
+            recordings.append(Recording(utt, Path(wav), speakers[utt]))
+    return recordings
+
+
+def draw(recordings: Sequence[Recording], number: int, seed: int) -> list[Recording]:
+    """`number` of the recordings at random, in their order; all where there are no more."""
+    chosen = np.random.default_rng(seed).permutation(len(recordings))[:number]
+    return [recordings[index] for index in sorted(chosen)]
+
+
+def stamp(recordings: Sequence[Recording]) -> str:
+    """Changes when the recordings are others."""
+    return hashlib.sha256(repr([file_stamp(recording.wav) for recording in recordings]).encode()).hexdigest()
+
+
+def load_features(recordings: Sequence[Recording], extract: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """`extract` of each recording (1, samples) at 16 kHz: (bins, T), as float16. Raises InputError for bad audio."""
+    progress = tqdm(recordings, desc="features", unit="utt", disable=None)
+    return [extract(load_wav(recording.wav, PROMPT_RATE_HZ)).half() for recording in progress]
+
+
+def wrapped(start: int, length: int, total: int) -> Tensor:
+    """`length` indices from `start` on, going round in an utterance of `total` frames: int64 (length,)."""
+    return (start + torch.arange(length)) % total
+
+
+def augment(log_power: Tensor) -> Tensor:
+    """(B, bins, T) natural logarithms of power, as another microphone in another room would have heard them.
+
+    Draws a smooth frequency response and a tilted steady noise for each item.
+    """
+    batch, bins, _ = log_power.shape
+    response = EQ_NEPERS * torch.randn(batch, 1, EQ_POINTS)
+    response = nn.functional.interpolate(response, bins, mode="linear", align_corners=True)  # (B, 1, bins)
+    heard = log_power + response.transpose(1, 2)
+    level = heard.exp().mean(dim=(1, 2), keepdim=True).log()  # (B, 1, 1)
+    snr_db = torch.empty(batch, 1, 1).uniform_(*SNR_RANGE_DB)
+    tilt = TILT_NEPERS * torch.empty(batch, 1, 1).uniform_(-0.5, 0.5) * torch.linspace(-1, 1, bins)[:, None]
+    power = torch.empty_like(heard).exponential_()  # of a noise's periodogram
+    noise = level - snr_db * LN10 / 10 + tilt + power.clamp(min=1e-4).log()
+    return torch.logaddexp(heard, noise)
+
+
+@dataclass
+class Training:
+    """AdamW with warm-up and a cosine; continues from `checkpoint`, and ends with the same weights if it was killed.
+
+    `recipe` is everything that the result depends on: a checkpoint of another recipe is not continued.
+    """
+
+    model: nn.Module
+    recipe: dict[str, int | float | str]
+    steps: int
+    seed: int
+    peak_rate: float
+    checkpoint: Path
+
+    def run(self, batch_loss: Callable[[], Tensor], report: Callable[[], str]) -> None:
+        """`batch_loss` draws a batch from the global generators, which are seeded anew at every step."""
+        optimiser = torch.optim.AdamW(self.model.parameters(), weight_decay=WEIGHT_DECAY)
+        done = self._recall(optimiser)
+        losses: list[float] = []
+        with tqdm(total=self.steps, initial=done, desc="training", unit="step", disable=None) as progress:
+            for step in range(done, self.steps):
+                losses.append(self._step(step, optimiser, batch_loss))
+                progress.update()
+                if (step + 1) % CHECKPOINT_STEPS == 0:
+                    self._save(step + 1, optimiser)
+                if (step + 1) % max(self.steps // REPORTS, 1) == 0:
+                    progress.write(f"step {step + 1}/{self.steps}: loss {np.mean(losses):.3f}, {report()}", sys.stdout)
+                    sys.stdout.flush()
+                    losses.clear()
+
+    def _step(self, step: int, optimiser: torch.optim.Optimizer, batch_loss: Callable[[], Tensor]) -> float:
+        seed_all(self.seed, step)
+        rise = min((step + 1) / (WARM_UP * self.steps), 1)
+        for group in optimiser.param_groups:
+            group["lr"] = self.peak_rate * rise * (1 + math.cos(math.pi * step / self.steps)) / 2
+        self.model.train()
+        optimiser.zero_grad()
+        loss = batch_loss()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+        optimiser.step()
+        return loss.item()
+
+    def _save(self, step: int, optimiser: torch.optim.Optimizer) -> None:
+        state = {"recipe": json.dumps(self.recipe), "step": step, "model": self.model.state_dict()}
+        save_tensors({**state, "optimiser": optimiser.state_dict()}, self.checkpoint)
+
+    def _recall(self, optimiser: torch.optim.Optimizer) -> int:
+        """Load what a killed run left. Returns the number of steps that it had done."""
+        if not self.checkpoint.is_file():
+            return 0
+        state = load_tensors(self.checkpoint, "delete it, and training begins anew")
+        if state["recipe"] != json.dumps(self.recipe):
+            raise InputError(f"{self.checkpoint} is of other options or data; delete it, and training begins anew")
+        self.model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        print(f"continuing after step {state['step']}")
+        return state["step"]
+
+
+def checkpoint_of(output: Path) -> Path:
+    return output.with_name(f".{output.stem}.training.pt")
+
+
+def is_finished(output: Path) -> bool:
+    """Whether an earlier run wrote it, which is then said."""
+    if output.is_file():
+        print(f"{output} is there already; delete it to train anew")
+    return output.is_file()
+
+
+def export(
+    module: nn.Module, inputs: Callable[[int], dict[str, Tensor]], output: Path, output_name: str, axes: dict
+) -> None:
+    """Write `module`, which takes `inputs(T)` in their order, as ONNX; `axes` are its axes of variable length.
+
+    The file appears only after it gave what the module gives for several T.
+    """
+    module.eval()
+    example = inputs(CHECKED_FRAMES[0])
+    with atomic_write(output) as temporary, warnings.catch_warnings(action="ignore"):  # of the exporter's future
+        torch.onnx.export(
+            module,
+            tuple(example.values()),
+            str(temporary),
+            input_names=list(example),
+            output_names=[output_name],
+            dynamic_axes=axes,
+            opset_version=OPSET,
+            dynamo=False,
+        )
+        _check(module, temporary, [inputs(frames) for frames in CHECKED_FRAMES])
+
+
+def _check(module: nn.Module, path: Path, examples: Sequence[dict[str, Tensor]]) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for example in examples:
+        with torch.no_grad():
+            expected = module(*example.values()).numpy()
+        (found,) = session.run(None, {name: value.numpy() for name, value in example.items()})
+        assert found.shape == expected.shape and found.dtype == expected.dtype, f"{path}: {found.shape}"
+        close = np.isclose(found, expected, rtol=1e-3, atol=1e-3)
+        assert close.mean() > 0.99, f"{path} differs from its module"  # a code may lie on the edge of two

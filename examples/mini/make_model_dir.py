@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""The model folder of CosyVoice-mini, from what its recipe has trained.
+
+    examples/mini/make_model_dir.py --work_dir data/mini --voices slt awb --model_dir pretrained_models/CosyVoice-mini
+
+Weights are stored in half precision. SHA256SUMS lists the files for `sha256sum --check`.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+WEIGHTS = {"llm.pt": "exp/llm/llm.pt", "flow.pt": "exp/flow/flow.pt", "hift.pt": "exp/hifigan/hift.pt"}
+ENCODERS = ("campplus.onnx", "speech_tokenizer_v1.onnx")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, required=True, help="folder of the recipe's results")
+    parser.add_argument("--voices", nargs="+", required=True, help="speakers to store as base voices")
+    parser.add_argument("--model_dir", type=Path, required=True, help="folder to write")
+    options = parser.parse_args(argv)
+
+    from cosyvoice.utils.checkpoint import fingerprint_file, read_state_dict
+    from cosyvoice.utils.errors import InputError
+    from cosyvoice.utils.file_utils import atomic_write, save_tensors
+
+    results, folder = options.work_dir, options.model_dir
+    sources = [results / source for source in (*WEIGHTS.values(), *ENCODERS)]
+    if missing := [source for source in sources if not source.is_file()]:
+        raise InputError(f"{missing[0]} does not exist; run the stages of examples/mini/run.sh before this one")
+    voices = read_voices(results / "voices" / "train", options.voices)
+    for name, source in WEIGHTS.items():
+        state = read_state_dict(results / source)
+        save_tensors({key: value.half() for key, value in state.items()}, folder / name)
+    save_tensors(voices, folder / "spk2info.pt")
+    copies = {name: results / name for name in ENCODERS}
+    copies |= {"cosyvoice.yaml": HERE / "cosyvoice.yaml", "README.md": HERE / "model_card.md"}
+    for name, source in copies.items():
+        with atomic_write(folder / name) as temporary:
+            shutil.copyfile(source, temporary)
+    names = sorted((*WEIGHTS, *copies, "spk2info.pt"))
+    with atomic_write(folder / "SHA256SUMS") as temporary:
+        temporary.write_text("".join(f"{fingerprint_file(folder / name)}  {name}\n" for name in names))
+    size = sum((folder / name).stat().st_size for name in names)
+    print(f"{folder}: {size / 1e6:.1f} MB, voices {', '.join(voices)}")
+
+
+def read_voices(corpus: Path, names: Sequence[str]) -> dict:
+    """{speaker: {"embedding": (1, 192)}}, the mean vector of the speaker's recordings, as spk2info.pt holds it."""
+    import torch
+
+    from cosyvoice.utils.errors import InputError
+    from tools.kaldi_folder import read_numbers
+
+    vectors = read_numbers(corpus / "spk2embedding.pt")
+    if unknown := [name for name in names if name not in vectors]:
+        raise InputError(f"{corpus / 'spk2embedding.pt'} has no speaker {unknown[0]}; there are {', '.join(vectors)}")
+    return {name: {"embedding": torch.tensor([vectors[name]], dtype=torch.float32)} for name in names}
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from cosyvoice.utils.command import run
+
+    run(main)

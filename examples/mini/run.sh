@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# CosyVoice-mini from nothing: its corpus, its encoders, its three networks and its model folder, in stages:
+#
+#     0 corpus    1 speech tokenizer and speaker encoder    2 tokens and vectors    3 parquet files
+#     5 train     6 average                                 7 model folder
+#
+#     bash examples/mini/run.sh                          all of them
+#     stage=5 stop_stage=6 bash examples/mini/run.sh     some
+#
+# A run that was stopped goes on where it was, by the same command. Each variable below can be set like stage.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export OMP_NUM_THREADS=1 # the vocoder and the other two networks share two cores
+
+stage=${stage:-0}
+stop_stage=${stop_stage:-7}
+work_dir=${work_dir:-data/mini}                              # about 4 GB
+model_dir=${model_dir:-pretrained_models/CosyVoice-mini}
+seed=${seed:-1986}
+num_jobs=${num_jobs:-2}
+average_num=${average_num:-2} # epochs of the vocoder; their learning rate is nearly nothing by then
+
+config=examples/mini/cosyvoice.yaml
+# Four people, to learn to speak from; and many pseudo-speakers, so that a voice never heard before is nothing new.
+base_voices=(slt awb kal16 ked)
+corpora=(voices speakers)
+declare -A trained_on=([llm]="voices" [flow]="voices speakers" [hifigan]="speakers")
+
+asks_for() { # the number of a stage
+    [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]
+}
+
+train() { # the name of a network
+    local list split corpus
+    for split in train dev; do
+        list=$work_dir/$1.$split.list
+        for corpus in ${trained_on[$1]}; do
+            cat "$work_dir/$corpus/$split/parquet/data.list"
+        done >"$list"
+    done
+    python cosyvoice/bin/train.py --config $config --model "$1" --seed "$seed" --resume auto \
+        --train_data "$work_dir/$1.train.list" --cv_data "$work_dir/$1.dev.list" \
+        --model_dir "$work_dir/exp/$1" --tensorboard_dir "$work_dir/tensorboard/$1" --ddp.dist_backend gloo
+}
+
+if asks_for 0; then
+    echo "Stage 0: corpus"
+    python examples/mini/make_corpus.py --des_dir "$work_dir/voices" --voices "${base_voices[@]}" \
+        --utterances 1250 --dev_utterances 15 --num_processes "$num_jobs" --seed "$seed"
+    python examples/mini/make_corpus.py --des_dir "$work_dir/speakers" --variants 7 \
+        --utterances 75 --dev_utterances 2 --num_processes "$num_jobs" --seed $((seed + 1))
+fi
+
+if asks_for 1; then
+    echo "Stage 1: speech tokenizer and speaker encoder"
+    python examples/mini/train_tokenizer.py --data "$work_dir/speakers/train" "$work_dir/voices/train" \
+        --dev "$work_dir/speakers/dev" --output "$work_dir/speech_tokenizer_v1.onnx" --seed "$seed"
+    python examples/mini/train_speaker_encoder.py --data "$work_dir/speakers/train" --dev "$work_dir/speakers/dev" \
+        --output "$work_dir/campplus.onnx" --seed "$seed"
+fi
+
+for corpus in "${corpora[@]}"; do
+    for split in train dev; do
+        folder=$work_dir/$corpus/$split
+        if asks_for 2; then
+            echo "Stage 2: tokens and vectors of $folder"
+            python tools/extract_speech_token.py --dir "$folder" --num_thread "$num_jobs" \
+                --onnx_path "$work_dir/speech_tokenizer_v1.onnx"
+            python tools/extract_embedding.py --dir "$folder" --num_thread "$num_jobs" \
+                --onnx_path "$work_dir/campplus.onnx"
+        fi
+        if asks_for 3; then
+            echo "Stage 3: parquet files of $folder"
+            # small ones: they are shuffled whole, and hold neighbours in a table that is sorted by speaker
+            python tools/make_parquet_list.py --num_utts_per_parquet 100 --num_processes "$num_jobs" \
+                --src_dir "$folder" --des_dir "$folder/parquet"
+        fi
+    done
+done
+
+if asks_for 5; then
+    echo "Stage 5: train hifigan, and llm and flow beside it"
+    train hifigan &
+    vocoder=$!
+    trap 'kill "$vocoder" 2>/dev/null' EXIT
+    train llm
+    train flow
+    wait "$vocoder"
+    trap - EXIT
+fi
+
+if asks_for 6; then
+    echo "Stage 6: average"
+    for model in llm flow hifigan; do
+        python cosyvoice/bin/average_model.py --dst_model "$work_dir/exp/$model/$model.pt" \
+            --src_path "$work_dir/exp/$model" --num "$average_num" --val_best
+    done
+fi
+
+if asks_for 7; then
+    echo "Stage 7: model folder"
+    python examples/mini/make_model_dir.py --work_dir "$work_dir" --voices "${base_voices[@]}" --model_dir "$model_dir"
+fi
