@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cosyvoice.flow.flow import MAX_PREFIX_SHARE
 from cosyvoice.utils.command import VALIDATION, seed_all
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.scheduler import learning_rate_factor
 from dataset import crop_windows
 from lora import adapter_state, adapters, inject, load_adapters
 from voice import CHECKPOINT_KEY
@@ -252,10 +253,3 @@ class JointModel(pl.LightningModule):
             self.progress[name] = PartProgress(**state)
             if self.progress[name].stopped:
                 self.parts[name].requires_grad_(False)
-
-
-def learning_rate_factor(step: int, warmup: int, total: int) -> float:
-    """Linear rise over `warmup` steps, then half a cosine down to zero at `total`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))

@@ -205,6 +205,17 @@ def test_another_token_rate_is_refused(tmp_path: Path, model_dir: Path) -> None:
         CosyVoice(tmp_path)
 
 
+def test_a_model_says_how_long_its_pieces_are(tmp_path: Path, model_dir: Path, voice: CosyVoice) -> None:
+    for path in model_dir.glob("[!.]*"):
+        shutil.copy(path, tmp_path)
+    with (tmp_path / "cosyvoice.yaml").open("a") as settings:
+        settings.write("text_split: {max_tokens: 10, min_tokens: 5, merge_tokens: 2}\n")
+    text = "One short sentence. Another one. And a third one."
+    other = CosyVoice(tmp_path, device="cpu")
+    assert voice.frontend.text_normalize(text) == [text]
+    assert other.frontend.text_normalize(text) == ["One short sentence. Another one.", " And a third one."]
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path, model_dir: Path) -> None:
     for path in model_dir.glob("[!.]*"):
         shutil.copy(path, tmp_path)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import whisper.tokenizer
 
 from cosyvoice.cli.frontend import CosyVoiceFrontEnd, read_spk2info
-from cosyvoice.tokenizer.tokenizer import get_tokenizer
+from cosyvoice.cli.text_normalizer import TextNormalizer, TextSplit
+from cosyvoice.tokenizer.tokenizer import get_byte_tokenizer, get_tokenizer
 from cosyvoice.utils.audio import kaldi_fbank, load_wav, read_wav, resample, whisper_log_mel
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import break_long
@@ -220,6 +222,60 @@ def test_tokenizers_that_are_not_here_are_refused() -> None:
     ):
         with pytest.raises(InputError):
             get_tokenizer(**{"multilingual": True, "num_languages": 100, **options})
+
+
+def test_bytes_have_the_ids_of_whispers_single_bytes() -> None:
+    """Of all 256, at the places where whisper's own vocabulary has them."""
+    encoding = whisper.tokenizer.get_tokenizer(multilingual=True, num_languages=100).encoding
+    in_order = b"".join(encoding.decode_single_token_bytes(number) for number in range(256))
+    assert sorted(in_order) == list(range(256))
+    tokenizer = get_byte_tokenizer()
+    for text in ("Hello, world!", "Grüße", "你好", "\n\t\x00\x7f\xad", "<|en|>", ""):
+        ids = tokenizer.encode(text, allowed_special="all")
+        assert bytes(in_order[number] for number in ids) == text.encode()
+        assert tokenizer.decode(ids) == encoding.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode("ü")[:1]) == "\ufffd"
+
+
+def test_bytes_may_be_lower_case() -> None:
+    tokenizer = get_byte_tokenizer(lowercase=True)
+    assert tokenizer.decode(tokenizer.encode("Hello ÄÖÜ")) == "hello äöü"
+
+
+def test_byte_tokenizers_need_no_whisper() -> None:
+    use = "from cosyvoice.tokenizer.tokenizer import get_byte_tokenizer; get_byte_tokenizer().encode('a')"
+    code = f"import sys; {use}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"whisper", "tiktoken", "torch"} & set(loaded.split())
+
+
+def test_pieces_are_as_long_as_the_model_wants_them(tmp_path: Path) -> None:
+    sentences = [f"Sentence number {number} tells nothing new." for number in ("one", "two", "three", "four") * 3]
+    text = " ".join(sentences)
+    split = {"max_tokens": 200, "min_tokens": 150, "merge_tokens": 50, "sentence_tokens": 300}
+    byte_frontend = CosyVoiceFrontEnd(get_byte_tokenizer, MEL, "", "", normalizer=None, text_split=split)
+    pieces = byte_frontend.text_normalize(text)
+    assert "".join(pieces) == text
+    assert all(150 < len(piece) <= 200 for piece in pieces[:-1]) and len(pieces[-1]) >= 50
+    upstream = CosyVoiceFrontEnd(get_byte_tokenizer, MEL, "", "", normalizer=None)
+    assert len(upstream.text_normalize(text)) > len(pieces)
+
+
+def test_a_sentence_longer_than_the_model_knows_is_broken() -> None:
+    text = "and so on, " * 29 + "and so on."  # 329 bytes
+    for sentence_tokens, most in ((330, 329), (328, 100)):
+        normalizer = TextNormalizer(get_byte_tokenizer().encode, None, TextSplit(100, 80, 20, sentence_tokens))
+        pieces = normalizer.split(text)
+        assert "".join(pieces) == text and max(map(len, pieces)) <= most
+
+
+@pytest.mark.parametrize(
+    "split",
+    [{"max": 80}, {"max_tokens": 50}, {"merge_tokens": -1}, {"min_tokens": "60"}, {"sentence_tokens": 70}, [80]],
+)
+def test_impossible_splits_are_refused(split: object) -> None:
+    with pytest.raises(InputError, match="text_split"):
+        CosyVoiceFrontEnd(get_byte_tokenizer, MEL, "", "", text_split=split)
 
 
 def test_two_mel_settings_with_the_same_fmax_do_not_collide() -> None:

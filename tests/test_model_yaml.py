@@ -77,6 +77,11 @@ def test_overrides_replace_entries_before_building() -> None:
     assert parts == {"hifigan": None, "sample_rate": 22050}
 
 
+def test_defaults_are_for_what_the_file_leaves_out(load: Load) -> None:
+    parts = load("rate: 3\n", parts=("rate", "split"), defaults={"rate": 4, "split": None})
+    assert parts == {"rate": 3, "split": None}
+
+
 def test_seed_calls_are_ignored(load: Load) -> None:
     import random
 

@@ -1,5 +1,6 @@
 """Single steps of the recipe's trainer: groups of batches, and gradients that are not finite."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from cosyvoice.bin import recipe_models
+from cosyvoice.bin import optimizers, recipe_models
 from cosyvoice.bin.recipe_models import SpeechModel
 from cosyvoice.utils.errors import InputError
 
@@ -96,3 +97,24 @@ def test_unknown_settings_are_refused(change: dict, message: str, tmp_path: Path
     model = SpeechModel(Slope(), CONF | change, seed=1)
     with pytest.raises(InputError, match=message):
         model.configure_optimizers()
+
+
+def test_the_cosine_schedule_in_closed_form() -> None:
+    conf = CONF | {"scheduler": "cosine", "scheduler_conf": {"warmup_steps": 4, "total_steps": 12, "end": 0.1}}
+    optimizer, scheduler = optimizers.build([nn.Parameter(torch.zeros(1))], conf)
+    rates = []
+    for _ in range(15):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    rise = [0.025, 0.05, 0.075, 0.1]
+    fall = [0.1 * (0.1 + 0.9 * math.cos(math.pi * step / 16) ** 2) for step in range(8)]  # cos^2(x/2) = (1 + cos x) / 2
+    assert rates == pytest.approx([*rise, *fall, 0.01, 0.01, 0.01])
+    assert rates[8] == pytest.approx(0.1 * 0.55)  # half-way
+
+
+@pytest.mark.parametrize("change", [{"warmup_steps": 12}, {"warmup_steps": -1}, {"end": 1.5}, {"end": -0.1}])
+def test_impossible_cosines_are_refused(change: dict) -> None:
+    conf = CONF | {"scheduler": "cosine", "scheduler_conf": {"total_steps": 12} | change}
+    with pytest.raises(InputError, match="cosine needs"):
+        optimizers.build([nn.Parameter(torch.zeros(1))], conf)

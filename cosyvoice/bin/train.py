@@ -58,17 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     check_engine(args)
     from cosyvoice.bin.recipe_checkpoints import LAST, RecipeCheckpoints
-    from cosyvoice.utils.model_yaml import load_model_yaml
 
-    gan = "_gan" if args.model == "hifigan" else ""
-    train_conf = load_model_yaml(args.config, parts=(f"train_conf{gan}",))[f"train_conf{gan}"]
+    train_conf = read_train_conf(args.config, args.model)
     last = args.model_dir / LAST
     state = {"model": args.model, "seed": args.seed, "processes": world_size(), "num_workers": args.num_workers}
     resumed = args.resume is not None and last.exists()
     if args.resume is None:
         refuse_used_folder(args.model_dir)
     model = build_model(args, train_conf)
-    train_loader, cv_loader = build_loaders(args, gan=bool(gan))
+    train_loader, cv_loader = build_loaders(args, gan=args.model == "hifigan")
     if resumed:
         continue_from(last, state, train_loader)
     resumable = args.train_engine == "torch_ddp" or args.save_states == "model+optimizer"
@@ -76,6 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer = build_trainer(args, train_conf, keeper)
     fit(trainer, model, train_loader, cv_loader, last if resumed else None)
     return 0
+
+
+def read_train_conf(config: Path, model: str) -> dict[str, Any]:
+    """`train_conf_MODEL` of the YAML, where it has one, else `train_conf` or, for the vocoder, `train_conf_gan`."""
+    from cosyvoice.utils.model_yaml import load_model_yaml
+
+    own, common = f"train_conf_{model}", "train_conf_gan" if model == "hifigan" else "train_conf"
+    found = load_model_yaml(config, parts=(own,), defaults={own: None})[own]
+    return found or load_model_yaml(config, parts=(common,))[common]
 
 
 def check_engine(args: argparse.Namespace) -> None:

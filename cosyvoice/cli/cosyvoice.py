@@ -50,7 +50,11 @@ class CosyVoice:
             raise InputError("load_jit, load_trt and trt_concurrent are not supported here; leave them out")
         self.model_dir = Path(model_dir)
         _check_folder(self.model_dir)
-        parts = load_model_yaml(self.model_dir / "cosyvoice.yaml", parts=FRONTEND_PARTS + MODEL_PARTS)
+        parts = load_model_yaml(
+            self.model_dir / "cosyvoice.yaml",
+            parts=(*FRONTEND_PARTS, *MODEL_PARTS, "text_split"),
+            defaults={"text_split": None},  # folders of upstream have none
+        )
         if parts["flow"].input_frame_rate != TOKEN_RATE_HZ:
             raise InputError(f"{model_dir} is not a {TOKEN_RATE_HZ} Hz model; use CosyVoice-300M, -SFT or -Instruct")
         self.sample_rate = parts["sample_rate"]
@@ -62,6 +66,7 @@ class CosyVoice:
             self.model_dir / "spk2info.pt",
             parts["allowed_special"],
             sample_rate=self.sample_rate,
+            text_split=parts["text_split"],
         )
         self.model = CosyVoiceModel(*(parts[name] for name in MODEL_PARTS), fp16=fp16, device=device)
         files = {name: self.model_dir / f"{name}.pt" for name in MODEL_PARTS} | dict(weights or {})

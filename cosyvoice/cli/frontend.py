@@ -1,6 +1,6 @@
 """From text and prompt recordings to the tensors that the model speaks from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from cosyvoice.cli.text_normalizer import TextNormalizer
+from cosyvoice.cli.text_normalizer import TextNormalizer, TextSplit
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav, resample
 from cosyvoice.utils.checkpoint import load_tensors
 from cosyvoice.utils.errors import InputError
@@ -26,8 +26,8 @@ class CosyVoiceFrontEnd:
 
     get_tokenizer and feat_extractor are the YAML's functions; campplus_model and speech_tokenizer_model are
     ONNX files, opened at first use; spk2info is a file of stored voices that may be absent. normalizer is
-    "wetext" or None, see TextNormalizer. Prompt mels are computed at sample_rate Hz, the model's own. device,
-    "auto", "cpu" or "cuda", is where the ONNX networks run.
+    "wetext" or None, see TextNormalizer; text_split holds arguments of TextSplit. Prompt mels are computed at
+    sample_rate Hz, the model's own. device, "auto", "cpu" or "cuda", is where the ONNX networks run.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class CosyVoiceFrontEnd:
         sample_rate: int = SAMPLE_RATE_HZ,
         normalizer: str | None = "wetext",
         device: str = "auto",
+        text_split: Mapping[str, int] | None = None,
     ) -> None:
         self._get_tokenizer = get_tokenizer
         self.feat_extractor = feat_extractor
@@ -50,7 +51,7 @@ class CosyVoiceFrontEnd:
         self.spk2info = read_spk2info(Path(spk2info)) if spk2info else {}
         self.allowed_special = allowed_special
         self.sample_rate = sample_rate
-        self.normalizer = TextNormalizer(self.encode, normalizer)
+        self.normalizer = TextNormalizer(self.encode, normalizer, TextSplit.of(text_split or {}))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -61,7 +62,7 @@ class CosyVoiceFrontEnd:
         return self.tokenizer.encode(text, allowed_special=self.allowed_special)
 
     def text_normalize(self, text: str, split: bool = True, text_frontend: bool = True) -> list[str] | str:
-        """The text in words, in pieces of 60 to 80 tokens (split) or whole.
+        """The text in words, in pieces as text_split has them (split) or whole.
 
         Text with special tokens (`<|...|>`), or with text_frontend off, stays as it is, in one piece. The
         list is empty where there is nothing to speak.

@@ -1,7 +1,8 @@
 """From a text as people write it to pieces as the language model can speak them."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -18,8 +19,35 @@ from cosyvoice.utils.frontend_utils import (
     split_paragraph,
 )
 
-PIECE_MAX, PIECE_MIN, PIECE_MERGE = 80, 60, 20  # characters in Chinese, else tokens
-SENTENCE_MAX = 200  # tokens: the longest text that the base model was trained on
+
+@dataclass(frozen=True)
+class TextSplit:
+    """How long the pieces of a text are: characters in Chinese, else tokens. The defaults are CosyVoice-300M's.
+
+    A model's YAML may name others as `text_split`, for tokens of another size. Raises InputError for numbers that
+    leave no room.
+    """
+
+    max_tokens: int = 80  # a piece is closed before it exceeds this,
+    min_tokens: int = 60  # once it has more than this
+    merge_tokens: int = 20  # a shorter rest joins the piece before it
+    sentence_tokens: int = 200  # the longest text that the model was trained on: a longer sentence is broken
+
+    @classmethod
+    def of(cls, settings: Mapping[str, int]) -> "TextSplit":
+        """From the YAML's mapping."""
+        known = [field.name for field in fields(cls)]
+        if not isinstance(settings, Mapping) or settings.keys() - set(known):
+            raise InputError(f"text_split takes {', '.join(known)}, not {settings}")
+        return cls(**settings)
+
+    def __post_init__(self) -> None:
+        numbers = (self.merge_tokens, self.min_tokens, self.max_tokens, self.sentence_tokens)
+        if not all(isinstance(number, int) for number in numbers) or list(numbers) != sorted(numbers) or numbers[0] < 0:
+            raise InputError(
+                "text_split: whole numbers with 0 <= merge_tokens <= min_tokens <= max_tokens <= sentence_tokens "
+                f"are needed, not {', '.join(map(str, numbers))}"
+            )
 
 
 class TextNormalizer:
@@ -29,10 +57,16 @@ class TextNormalizer:
     "wetext" its grammars come first, where that package is installed; None keeps to the plain rules.
     """
 
-    def __init__(self, encode: Callable[[str], list[int]], normalizer: str | None = "wetext") -> None:
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        normalizer: str | None = "wetext",
+        text_split: TextSplit = TextSplit(),
+    ) -> None:
         if normalizer not in ("wetext", None):
             raise InputError(f"no text normalizer {normalizer!r}; there are 'wetext' and None (plain rules)")
         self.encode = encode
+        self.text_split = text_split
         self.wetext = normalizer == "wetext" and find_spec("wetext") is not None
 
     def normalize(self, text: str) -> str:
@@ -43,14 +77,15 @@ class TextNormalizer:
     def split(self, text: str) -> list[str]:
         """A normalised text in pieces that each hold something to speak; possibly none."""
         lang = "zh" if contains_chinese(text) else "en"
-        pieces = split_paragraph(text, self.encode, lang, PIECE_MAX, PIECE_MIN, PIECE_MERGE)
+        sizes = self.text_split
+        pieces = split_paragraph(text, self.encode, lang, sizes.max_tokens, sizes.min_tokens, sizes.merge_tokens)
         spoken = [piece for piece in pieces if not is_only_punctuation(piece)]
         return [part for piece in spoken for part in self._break_long(piece)]
 
     def _break_long(self, piece: str) -> list[str]:
-        if self._token_count(piece) <= SENTENCE_MAX:
+        if self._token_count(piece) <= self.text_split.sentence_tokens:
             return [piece]
-        return break_long(piece, self._token_count, PIECE_MAX)
+        return break_long(piece, self._token_count, self.text_split.max_tokens)
 
     def _token_count(self, text: str) -> int:
         return len(self.encode(text))

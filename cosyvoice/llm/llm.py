@@ -1,11 +1,13 @@
 """The language model from text to speech tokens (CosyVoice, Du et al., 2024, section 3.2)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosyvoice.llm.guided_attention import AttentionGuide
 from cosyvoice.transformer.encoder import ConformerEncoder, TransformerEncoder
 from cosyvoice.transformer.label_smoothing_loss import LabelSmoothingLoss
 from cosyvoice.utils.common import IGNORE_ID, pad_list, th_accuracy
@@ -18,6 +20,11 @@ class TransformerLM(nn.Module):
     """Predicts the speech tokens that follow: start, speaker, encoded text, task mark.
 
     Id `speech_token_size` ends the speech. The speaker vector is normalised before its projection.
+
+    Two settings help a small model that is trained from scratch. They act in training mode alone; few-shot training
+    keeps base models in evaluation mode and so never meets them. `input_corruption` is the share of input speech
+    tokens that are replaced by random ones, so that the model learns to go on after its own mistakes.
+    `guided_attention` holds the arguments of `AttentionGuide`.
     """
 
     SOS, TASK = 0, 1  # rows of llm_embedding
@@ -35,8 +42,16 @@ class TransformerLM(nn.Module):
         length_normalized_loss: bool = True,
         lsm_weight: float = 0.0,
         spk_embed_dim: int = 192,
+        input_corruption: float = 0.0,
+        guided_attention: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(input_corruption, int | float) or not 0 <= input_corruption < 1:
+            raise InputError(f"input_corruption is a share from 0 to below 1, not {input_corruption}")
+        self.input_corruption = input_corruption
+        self.guide = guided_attention and AttentionGuide.of(
+            guided_attention, len(llm.encoders), llm.encoders[0].self_attn.h
+        )
         self.speech_token_size = speech_token_size
         self.text_embedding = nn.Embedding(text_token_size, text_encoder_input_size)
         self.text_encoder = text_encoder
@@ -65,21 +80,35 @@ class TransformerLM(nn.Module):
         """Cross entropy and accuracy of the next speech token, teacher-forced.
 
         batch: `text_token` (B, T) with `text_token_len` (B,), `speech_token` (B, S) with `speech_token_len` (B,) and
-        `embedding` (B, 192). Returns `loss` (nats, mean over all speech and end tokens of the batch) and `acc`.
+        `embedding` (B, 192). Returns `loss` (nats, mean over all speech and end tokens of the batch) and `acc`; in
+        training with guided attention also `loss_guide`, its term, which is to be added to `loss`.
         """
         text, text_lengths = batch["text_token"].to(device), batch["text_token_len"].to(device)
         speech, speech_lengths = batch["speech_token"].to(device), batch["speech_token_len"].to(device)
         text_embeddings = self.encode(text, text_lengths)
         speaker = self.project_speaker(batch["embedding"].to(device))
-        lm_input, lm_lengths = self.join(text_embeddings, text_lengths, speaker, speech, speech_lengths)
+        heard = self.corrupted(speech) if self.training and self.input_corruption else speech
+        lm_input, lm_lengths = self.join(text_embeddings, text_lengths, speaker, heard, speech_lengths)
         target = self.targets(text_lengths, speech, speech_lengths)
-        lm_output, _ = self.llm(lm_input, lm_lengths)
+        extra = {}
+        if self.training and self.guide:
+            lm_output, weights = self.llm.forward_with_weights(
+                lm_input, lm_lengths, self.guide.layers, self.guide.head
+            )
+            extra["loss_guide"] = self.guide.loss(weights, text_lengths, speech_lengths + 1)
+        else:
+            lm_output, _ = self.llm(lm_input, lm_lengths)
         counted = target != IGNORE_ID  # the head is applied only where a token is asked
         scores = self.llm_decoder(lm_output[counted]).float()
         loss = self.criterion_ce(scores.unsqueeze(0), target[counted].unsqueeze(0))
         if not self.criterion_ce.normalize_length:
             loss = loss / target.size(0)
-        return {"loss": loss, "acc": th_accuracy(scores, target[counted].unsqueeze(0), IGNORE_ID)}
+        return {"loss": loss, "acc": th_accuracy(scores, target[counted].unsqueeze(0), IGNORE_ID), **extra}
+
+    def corrupted(self, speech: Tensor) -> Tensor:
+        """(B, S) ids, the share `input_corruption` of them drawn anew."""
+        replaced = torch.rand(speech.shape, device=speech.device) < self.input_corruption
+        return torch.where(replaced, torch.randint_like(speech, self.speech_token_size), speech)
 
     def join(
         self, text: Tensor, text_lengths: Tensor, speaker: Tensor, speech: Tensor, speech_lengths: Tensor

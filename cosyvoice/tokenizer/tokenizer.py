@@ -1,9 +1,11 @@
-"""The text tokenizer that `cosyvoice.yaml` names.
+"""The text tokenizers that a `cosyvoice.yaml` may name.
 
 CosyVoice-300M speaks Whisper's multilingual vocabulary: 50257 byte-pair pieces and 1609 special tokens
-(100 languages, tasks, timestamps).
+(100 languages, tasks, timestamps). A small model that is trained from scratch does better with that
+vocabulary's first 256 ids alone, the single bytes: most of the longer pieces are too rare to be learnt.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from cosyvoice.utils.errors import InputError
@@ -13,6 +15,11 @@ if TYPE_CHECKING:
 
 WHISPER_LANGUAGES = (99, 100)  # the second adds Cantonese: large-v3, and CosyVoice-300M
 WHISPER_TASKS = (None, "transcribe", "translate")
+
+# GPT-2 numbers the bytes that Latin-1 prints before all others (Radford et al., 2019), and so does Whisper.
+PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+BYTES = bytes((*PRINTED, *(byte for byte in range(256) if byte not in PRINTED)))  # the byte of each id
+BYTE_IDS = {byte: number for number, byte in enumerate(BYTES)}
 
 
 def get_tokenizer(
@@ -41,3 +48,24 @@ def get_tokenizer(
         )
     except ValueError as error:  # an unknown language
         raise InputError(f"cosyvoice.yaml: tokenizer: {error}") from error
+
+
+class ByteTokenizer:
+    """The bytes of UTF-8 text as ids 0 to 255 of Whisper's vocabulary. There are no special tokens."""
+
+    def __init__(self, lowercase: bool = False) -> None:
+        self.lowercase = lowercase
+
+    def encode(self, text: str, allowed_special: str | set[str] = "all") -> list[int]:
+        """allowed_special belongs to every tokenizer's signature and changes nothing here."""
+        spelled = text.lower() if self.lowercase else text
+        return [BYTE_IDS[byte] for byte in spelled.encode("utf-8")]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; what is no UTF-8 becomes replacement characters."""
+        return bytes(BYTES[number] for number in ids).decode("utf-8", errors="replace")
+
+
+def get_byte_tokenizer(lowercase: bool = False) -> ByteTokenizer:
+    """For models with `text_token_size: 256`. lowercase: upper and lower case are one."""
+    return ByteTokenizer(lowercase)

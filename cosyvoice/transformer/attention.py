@@ -26,18 +26,21 @@ class AttentionCache:
         return self.keys.size(2)
 
 
-def relative_shift(scores: Tensor, num_keys: int) -> Tensor:
-    """Turn scores by distance into scores by key, without a copy.
+def position_scores(query: Tensor, positions: Tensor, num_keys: int) -> Tensor:
+    """Scores by key, of N queries (B, H, N, D) against projected distances (1, H, W, D). Returns (B, H, N, T).
 
-    scores: (B, H, N, W); column c of every row stands for the distance T - 1 - c of the *last* query. Row i, which
-    is N - 1 - i frames earlier, therefore starts N - 1 - i columns later: in the flattened matrix the rows are windows
-    of T entries, W - 1 apart. Where W stops at distance 0, keys after the query read an unrelated entry and must be
-    masked. Returns (B, H, N, T).
+    The products are by distance: column c of every row stands for the distance T - 1 - c of the *last* query. Row i,
+    which is N - 1 - i frames earlier, therefore starts N - 1 - i columns later. One column that nothing reads makes
+    the rows of the flattened matrix that far apart: after the first N - 1 entries it is the wanted matrix, as a view,
+    whose gradient is one too. Where W stops at distance 0, keys after the query read an unrelated entry and must be
+    masked.
     """
-    num_queries, width = scores.shape[-2:]
+    num_queries, width = query.size(2), positions.size(2)
     if num_queries == 1:
-        return scores
-    return scores.flatten(-2)[..., num_queries - 1 :].unfold(-1, num_keys, width - 1)
+        return query @ positions.transpose(-2, -1)
+    scores = query @ F.pad(positions, (0, 0, 0, 1)).transpose(-2, -1)  # (B, H, N, W + 1)
+    shifted = scores.flatten(-2)[..., num_queries - 1 : num_queries - 1 + num_queries * width]
+    return shifted.unflatten(-1, (num_queries, width))[..., :num_keys]
 
 
 class RelPositionMultiHeadedAttention(nn.Module):
@@ -73,6 +76,15 @@ class RelPositionMultiHeadedAttention(nn.Module):
         positions = self.split_heads(self.linear_pos(pos_emb))
         return self.attend(x, key, value, positions, mask)
 
+    def weights(self, x: Tensor, mask: Tensor, pos_emb: Tensor, head: int) -> Tensor:
+        """The attention probabilities of one head in `forward`, (B, T, T), which the fused path does not show."""
+        query, key = (self.split_heads(linear(x))[:, head : head + 1] for linear in (self.linear_q, self.linear_k))
+        positions = self.split_heads(self.linear_pos(pos_emb))[:, head : head + 1]
+        content = (query + self.pos_bias_u[head]) @ key.transpose(-2, -1)  # (B, 1, T, T)
+        position = position_scores(query + self.pos_bias_v[head], positions, x.size(1))
+        scores = (content + position).squeeze(1) * self.d_k**-0.5
+        return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+
     def step(self, x: Tensor, mask: Tensor | None, cache: AttentionCache) -> Tensor:
         """Attend from N new frames to all frames so far, and remember them in `cache`.
 
@@ -91,7 +103,7 @@ class RelPositionMultiHeadedAttention(nn.Module):
         query = self.linear_q(x).unflatten(-1, (self.h, self.d_k))  # (B, N, H, D)
         content_query = (query + self.pos_bias_u).transpose(1, 2)
         position_query = (query + self.pos_bias_v).transpose(1, 2) * self.d_k**-0.5
-        bias = relative_shift(position_query @ positions.transpose(-2, -1), key.size(2))  # (B, H, N, T)
+        bias = position_scores(position_query, positions, key.size(2))  # (B, H, N, T)
         if mask is not None:
             bias = bias.masked_fill(~mask.unsqueeze(1), -torch.inf)
         dropout = self.dropout_rate if self.training else 0.0

@@ -1,11 +1,13 @@
 """The attention stacks behind the text encoder, the language model and the flow's token encoder."""
 
 import math
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from cosyvoice.transformer.attention import AttentionCache, RelPositionMultiHeadedAttention
+from cosyvoice.transformer.convolution import ConvolutionModule
 from cosyvoice.transformer.embedding import relative_positions
 from cosyvoice.transformer.encoder_layer import EncoderLayer, PositionwiseFeedForward
 from cosyvoice.utils.errors import InputError
@@ -30,19 +32,21 @@ class InputEmbedding(nn.Module):
 class BaseEncoder(nn.Module):
     """Embedding, blocks with relative positions, final norm. Subclasses say what differs between the two families.
 
-    `static_chunk_size` 0 lets every frame see all others, 1 makes the stack causal. Only the options of the v1 recipes
-    are implemented; any other value is refused by name.
+    `static_chunk_size` 0 lets every frame see all others, 1 makes the stack causal. `use_cnn_module` adds a convolution
+    of `cnn_module_kernel` frames to every block. Of the other options only the values of the v1 recipes are
+    implemented; any other value is refused by name.
     """
 
     activation: ClassVar[type[nn.Module]]
     norm_names: ClassVar[tuple[str, str]]
+    convolves: ClassVar[bool]  # whether use_cnn_module may be True
     only_accepts: ClassVar[dict[str, Any]] = {
         "normalize_before": True,
         "pos_enc_layer_type": "rel_pos_espnet",
         "selfattention_layer_type": "rel_selfattn",
         "use_dynamic_chunk": False,
         "use_dynamic_left_chunk": False,
-        "use_cnn_module": False,
+        "cnn_module_norm": "layer_norm",
         "macaron_style": False,
     }
 
@@ -58,10 +62,14 @@ class BaseEncoder(nn.Module):
         attention_dropout_rate: float = 0.0,
         input_layer: str = "linear",
         static_chunk_size: int = 0,
+        use_cnn_module: bool = False,
+        cnn_module_kernel: int = 15,
         **options: Any,
     ) -> None:
         super().__init__()
         self.refuse_unknown(options, input_layer)
+        if use_cnn_module:
+            self.refuse_convolution(static_chunk_size)
         self.static_chunk_size = static_chunk_size
         self.embed = InputEmbedding(input_size, output_size, dropout_rate, relu=input_layer == "linear_legacy")
         self.pos_dropout = nn.Dropout(positional_dropout_rate)
@@ -73,6 +81,7 @@ class BaseEncoder(nn.Module):
                 PositionwiseFeedForward(output_size, linear_units, dropout_rate, self.activation()),
                 dropout_rate,
                 self.norm_names,
+                ConvolutionModule(output_size, cnn_module_kernel) if use_cnn_module else None,
             )
             for _ in range(num_blocks)
         )
@@ -86,6 +95,15 @@ class BaseEncoder(nn.Module):
         if input_layer not in ("linear", "linear_legacy"):
             raise InputError(f"input_layer must be linear or linear_legacy, not {input_layer}")
 
+    def refuse_convolution(self, static_chunk_size: int) -> None:
+        if not self.convolves:
+            raise InputError(f"{type(self).__name__} implements use_cnn_module=False only, not True")
+        if static_chunk_size > 0:
+            raise InputError(
+                f"use_cnn_module sees ahead, which static_chunk_size {static_chunk_size} forbids: set that to 0, or "
+                "use_cnn_module to False"
+            )
+
     def output_size(self) -> int:
         """Channels of the output."""
         return self.after_norm.normalized_shape[0]
@@ -98,15 +116,29 @@ class BaseEncoder(nn.Module):
         xs: (B, T, input_size). xs_lens: (B,). The chunk arguments belong to the public signature; with a static chunk
         size they change nothing. Returns the output (B, T, output_size) and the mask of valid frames (B, 1, T).
         """
-        valid = ~make_pad_mask(xs_lens, xs.size(1)).unsqueeze(1)
-        mask = add_optional_chunk_mask(
-            xs, valid, False, False, decoding_chunk_size, self.static_chunk_size, num_decoding_left_chunks
-        )
-        x = self.embed(xs)
-        pos_emb = self.pos_dropout(self.positions(x))
+        x, valid, mask, pos_emb = self.prepared(xs, xs_lens)
         for layer in self.encoders:
             x = layer(x, mask, pos_emb)
         return self.after_norm(x), valid
+
+    def forward_with_weights(
+        self, xs: Tensor, xs_lens: Tensor, layers: Collection[int], head: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The output of `forward`, and how one head attends in some of the blocks, counted from 0: (B, T, T) each."""
+        x, _, mask, pos_emb = self.prepared(xs, xs_lens)
+        weights = []
+        for number, layer in enumerate(self.encoders):
+            if number in layers:
+                weights.append(layer.attention_weights(x, mask, pos_emb, head))
+            x = layer(x, mask, pos_emb)
+        return self.after_norm(x), weights
+
+    def prepared(self, xs: Tensor, xs_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the blocks need: the embedded frames (B, T, C), valid frames (B, 1, T), the mask, the distances."""
+        valid = ~make_pad_mask(xs_lens, xs.size(1)).unsqueeze(1)
+        mask = add_optional_chunk_mask(xs, valid, False, False, 0, self.static_chunk_size, -1)
+        x = self.embed(xs)
+        return x, valid, mask, self.pos_dropout(self.positions(x))
 
     def positions(self, x: Tensor) -> Tensor:
         """The distances that may occur in x (B, T, C), as (1, W, C): none below 0 where the stack is causal."""
@@ -133,10 +165,11 @@ class BaseEncoder(nn.Module):
 
 
 class ConformerEncoder(BaseEncoder):
-    """The stack of text encoder and flow encoder: SiLU, no convolution module."""
+    """The stack of text encoder and flow encoder: SiLU, a convolution in each block where `use_cnn_module` says so."""
 
     activation = nn.SiLU
     norm_names = ("norm_mha", "norm_ff")
+    convolves = True
 
 
 class TransformerEncoder(BaseEncoder):
@@ -144,3 +177,4 @@ class TransformerEncoder(BaseEncoder):
 
     activation = nn.ReLU
     norm_names = ("norm1", "norm2")
+    convolves = False

@@ -1,0 +1,148 @@
+"""Attention stacks beyond the recorded ones: the convolution module, and what a head's weights tell."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from cosyvoice.transformer.attention import RelPositionMultiHeadedAttention, position_scores
+from cosyvoice.transformer.convolution import ConvolutionModule
+from cosyvoice.transformer.embedding import relative_positions
+from cosyvoice.transformer.encoder import BaseEncoder, ConformerEncoder, TransformerEncoder
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.mask import subsequent_mask
+
+WIDTH, HEADS, KERNEL = 8, 2, 5
+LENGTHS = torch.tensor([11, 6])
+
+
+def small(kind: type[BaseEncoder], **options: object) -> BaseEncoder:
+    torch.manual_seed(0)
+    return kind(WIDTH, WIDTH, HEADS, linear_units=16, num_blocks=2, **options).eval()
+
+
+def convolving(**options: object) -> BaseEncoder:
+    return small(ConformerEncoder, use_cnn_module=True, cnn_module_kernel=KERNEL, **options)
+
+
+def frames() -> Tensor:
+    return torch.randn(2, 11, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_names_of_a_block_with_convolution() -> None:
+    added = convolving().encoders[0].state_dict().keys() - small(ConformerEncoder).encoders[0].state_dict().keys()
+    modules = {name.rpartition(".")[0] for name in added}
+    convolutions = {f"conv_module.{name}" for name in ("pointwise_conv1", "depthwise_conv", "norm", "pointwise_conv2")}
+    assert modules == convolutions | {"norm_conv", "norm_final"}
+    assert convolving().encoders[0].conv_module.depthwise_conv.weight.shape == (WIDTH, 1, KERNEL)
+
+
+def test_the_convolution_by_its_definition() -> None:
+    """Frame by frame and tap by tap."""
+    module = ConvolutionModule(3, KERNEL)
+    x = torch.randn(1, 7, 3)
+    valid = torch.arange(7).view(1, 1, 7) < 5
+    one, two = module.pointwise_conv1, module.pointwise_conv2
+    both = x[0] @ one.weight.squeeze(-1).T + one.bias
+    gated = both[:, :3] * torch.sigmoid(both[:, 3:])
+    taps, half = module.depthwise_conv.weight.squeeze(1), KERNEL // 2
+    expected = []
+    for t in range(7):
+        seen = [s for s in range(max(0, t - half), t + half + 1) if s < 5]
+        mixed = module.depthwise_conv.bias + sum(taps[:, s - t + half] * gated[s] for s in seen)
+        normed = module.norm(mixed)
+        expected.append(two.weight.squeeze(-1) @ (normed * torch.sigmoid(normed)) + two.bias)
+    torch.testing.assert_close(module(x, valid)[0], torch.stack(expected))
+
+
+@torch.no_grad()
+def test_a_block_by_its_parts() -> None:
+    encoder, x, lengths = convolving(), frames(), torch.tensor([11, 11])
+    layer, mask = encoder.encoders[0], torch.ones(2, 1, 11, dtype=torch.bool)
+    pos_emb = encoder.positions(x)
+    y = x + layer.self_attn(layer.norm_mha(x), mask, pos_emb)
+    y = y + layer.conv_module(layer.norm_conv(y), mask)
+    y = y + layer.feed_forward(layer.norm_ff(y))
+    torch.testing.assert_close(layer(x, mask, pos_emb), layer.norm_final(y))
+    assert torch.equal(encoder(x, lengths)[1], mask)
+
+
+@torch.no_grad()
+def test_padding_changes_nothing() -> None:
+    encoder, x = convolving(), frames()
+    whole, valid = encoder(x, LENGTHS)
+    alone, _ = encoder(x[1:, : LENGTHS[1]], LENGTHS[1:])
+    torch.testing.assert_close(whole[1:, : LENGTHS[1]], alone)
+    assert valid.sum(dim=2).flatten().tolist() == LENGTHS.tolist()
+
+
+@torch.no_grad()
+def test_a_convolution_sees_its_kernel() -> None:
+    module, x, valid = ConvolutionModule(WIDTH, KERNEL), frames()[:1], torch.ones(1, 1, 11, dtype=torch.bool)
+    changed = x.clone()
+    changed[0, 5] += 1
+    differs = (module(changed, valid) != module(x, valid)).any(dim=-1).flatten()
+    assert differs.nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (ConformerEncoder, {"static_chunk_size": 1}, "sees ahead, which static_chunk_size 1 forbids"),
+        (ConformerEncoder, {"cnn_module_kernel": 4}, "cnn_module_kernel must be odd"),
+        (ConformerEncoder, {"cnn_module_norm": "batch_norm"}, "cnn_module_norm=layer_norm only"),
+        (TransformerEncoder, {}, "TransformerEncoder implements use_cnn_module=False only"),
+    ],
+)
+def test_convolutions_that_are_not_here_are_refused(kind: type, options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        small(kind, use_cnn_module=True, **options)
+
+
+def test_a_convolution_does_not_go_frame_by_frame() -> None:
+    encoder = convolving()
+    with pytest.raises(InputError, match="use_cnn_module sees ahead"):
+        encoder.forward_chunk(frames()[:1], encoder.new_cache())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("queries", [1, 4, 9])
+def test_position_scores_meet_their_distance(causal: bool, queries: int) -> None:
+    keys = 9
+    last = 0 if causal else 1 - keys
+    positions = relative_positions(keys - 1, last, WIDTH).view(1, 1, -1, WIDTH)
+    query = torch.randn(1, 1, queries, WIDTH)
+    found = position_scores(query, positions, keys)[0, 0]
+    for i in range(queries):
+        at = keys - queries + i  # the last queries of the sequence
+        for j in range(at + 1 if causal else keys):
+            expected = query[0, 0, i] @ relative_positions(at - j, at - j, WIDTH)[0]
+            torch.testing.assert_close(found[i, j], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 1])
+@torch.no_grad()
+def test_weights_are_those_of_the_fused_path(chunk: int) -> None:
+    """Values of one head that name their frame turn the attention's output into its weights."""
+    torch.manual_seed(0)
+    frames_, width = 5, 10  # as many channels a head as frames
+    attention = RelPositionMultiHeadedAttention(HEADS, width, 0.0)
+    x = torch.randn(1, frames_, width)
+    mask = subsequent_mask(frames_).unsqueeze(0) if chunk else torch.tensor([[[True] * 4 + [False]]])
+    pos_emb = relative_positions(frames_ - 1, 1 - frames_, width).unsqueeze(0)
+    key = attention.split_heads(attention.linear_k(x))
+    value = torch.eye(frames_).expand(1, HEADS, frames_, frames_)
+    attention.linear_out = torch.nn.Identity()
+    positions = attention.split_heads(attention.linear_pos(pos_emb))
+    fused = attention.attend(x, key, value, positions, mask).unflatten(-1, (HEADS, frames_))  # (1, T, H, T)
+    for head in range(HEADS):
+        torch.testing.assert_close(attention.weights(x, mask, pos_emb, head), fused[:, :, head])
+
+
+@torch.no_grad()
+def test_asking_for_weights_changes_no_output() -> None:
+    encoder, x = small(TransformerEncoder, static_chunk_size=1), frames()
+    output, weights = encoder.forward_with_weights(x, LENGTHS, layers=[1], head=1)
+    assert torch.equal(output, encoder(x, LENGTHS)[0])
+    assert [tuple(one.shape) for one in weights] == [(2, 11, 11)]
+    torch.testing.assert_close(weights[0].sum(dim=-1), torch.ones(2, 11))
+    assert (weights[0].triu(1) == 0).all() and (weights[0][1, :, LENGTHS[1] :] == 0).all()
