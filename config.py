@@ -16,6 +16,7 @@ PROJECT_DIR = Path(__file__).resolve().parent
 DATA_DIR = Path("data")
 OUTPUT_DIR = Path("output")
 MODEL_NAMES = ("CosyVoice-300M", "CosyVoice-300M-SFT", "CosyVoice-300M-Instruct")
+MINI_NAME = "CosyVoice-mini"  # the small model that ships with the suite
 MODES = {"joint": ("llm", "flow"), "llm_only": ("llm",), "flow_only": ("flow",)}
 SEED = 1986
 
@@ -56,6 +57,20 @@ JOINT_TRAINING_CONFIG: dict[str, Any] = {
     "zero_embedding_ratio": 0.1,  # share of clips trained with a zero speaker vector, so that the weights alone speak
     "flow_prompt_ratio": 0.0,  # share of clips whose first mel frames are given to the flow; none are at inference
 }  # fmt: skip
+
+# What a base model needs otherwise, by the name of its folder.
+MODEL_SETTINGS: dict[str, dict[str, Any]] = {
+    MINI_NAME: {
+        "learning_rate": 1e-3,
+        "accumulate_grad_batches": 4,
+        "max_epochs": 25,
+    },
+}
+
+
+def settings_for(model_dir: Path) -> dict[str, Any]:
+    """JOINT_TRAINING_CONFIG with what this base model needs otherwise."""
+    return copy.deepcopy(JOINT_TRAINING_CONFIG) | MODEL_SETTINGS.get(model_dir.resolve().name, {})
 
 
 def _number(kind: type, low: float, high: float, above: bool = False) -> tuple[str, Callable[[Any], bool]]:
@@ -162,15 +177,21 @@ def _parsed(text: str) -> Any:
 
 
 def find_model_dir(given: str | Path | None) -> Path:
-    """The model folder: the one given, else CosyVoice-300M under `pretrained_models/` here or one level up."""
+    """The model folder: the one given, else CosyVoice-300M under `pretrained_models/` here or one level up.
+
+    Where there is none, the small model that ships with the suite, and a line that says so.
+    """
     if given is not None:
         folder = Path(given)
         if not (folder / "cosyvoice.yaml").is_file():
             raise InputError(f"{folder} is no model folder: it holds no cosyvoice.yaml; {_DOWNLOAD}")
         return folder
     places = [parent / "pretrained_models" / name for parent in _search_roots() for name in MODEL_NAMES]
-    for folder in places:
+    mini = PROJECT_DIR / "pretrained_models" / MINI_NAME
+    for folder in (*places, mini):
         if (folder / "cosyvoice.yaml").is_file():
+            if folder == mini:
+                print(f"no {MODEL_NAMES[0]} found: using {MINI_NAME}, which speaks English, modestly (see README.md)")
             return folder
     looked = ", ".join(str(parent / "pretrained_models") for parent in _search_roots())
     raise InputError(f"no model folder {MODEL_NAMES[0]} in {looked}; name one with --model-dir, or {_DOWNLOAD}")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import JOINT_TRAINING_CONFIG, MODES, find_model_dir, with_changes
+from config import MODES, find_model_dir, settings_for, with_changes
 from cosyvoice.utils.command import EXIT_INTERRUPTED, run
 from cosyvoice.utils.errors import InputError
 from utils import add_device, add_folders, add_seed, check_writable, pick_device, repeated
@@ -52,8 +52,8 @@ def changes(args: argparse.Namespace) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    config = with_changes(JOINT_TRAINING_CONFIG, changes(args))
     model_dir = find_model_dir(args.model_dir)
+    config = with_changes(settings_for(model_dir), changes(args))
     check_writable(args.output_dir)
     device = pick_device(args.device).type
     from dataset import load_clips

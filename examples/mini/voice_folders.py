@@ -1,0 +1,39 @@
+#!/usr/bin/env python3
+"""A folder of recordings and texts for each speaker of a Kaldi-style folder, as tools/evaluate.py compares with.
+
+    examples/mini/voice_folders.py --src_dir data/mini/voices/dev --des_dir data/mini/base_voices
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--src_dir", type=Path, required=True, help="folder with wav.scp, text and utt2spk")
+    parser.add_argument("--des_dir", type=Path, required=True, help="gets SPEAKER/UTT.wav and SPEAKER/UTT.txt")
+    options = parser.parse_args(argv)
+
+    from cosyvoice.utils.file_utils import atomic_write
+    from tools.kaldi_folder import read_table
+
+    wavs, texts, speakers = (read_table(options.src_dir / name) for name in ("wav.scp", "text", "utt2spk"))
+    for utt, wav in wavs.items():
+        target = options.des_dir / speakers[utt] / f"{utt}.wav"
+        with atomic_write(target) as temporary:
+            shutil.copyfile(wav, temporary)
+        with atomic_write(target.with_suffix(".txt")) as temporary:
+            temporary.write_text(texts[utt] + "\n", encoding="utf-8")
+    print(f"{options.des_dir}: {len(wavs)} recordings of {', '.join(sorted(set(speakers.values())))}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from cosyvoice.utils.command import run
+
+    run(main)
