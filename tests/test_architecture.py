@@ -23,6 +23,9 @@ RECIPE_SCRIPTS = (
     "examples/mini/make_corpus",
     "examples/mini/train_tokenizer",
     "examples/mini/train_speaker_encoder",
+    "examples/mini/make_model_dir",
+    "examples/mini/voice_folders",
+    "examples/mini/resynthesise",
 )
 # Each layer imports only from those after it; modules of one layer may use each other, scripts may not.
 FLAT_LAYERS = (

@@ -19,13 +19,13 @@ work_dir=${work_dir:-data/mini}                              # about 4 GB
 model_dir=${model_dir:-pretrained_models/CosyVoice-mini}
 seed=${seed:-1986}
 num_jobs=${num_jobs:-2}
-average_num=${average_num:-2} # epochs of the vocoder; their learning rate is nearly nothing by then
 
 config=examples/mini/cosyvoice.yaml
 # Four people, to learn to speak from; and many pseudo-speakers, so that a voice never heard before is nothing new.
 base_voices=(slt awb kal16 ked)
 corpora=(voices speakers)
 declare -A trained_on=([llm]="voices" [flow]="voices speakers" [hifigan]="speakers")
+declare -A averaged=([llm]=2 [flow]=1 [hifigan]=3) # epochs: those at whose learning rate little moves any more
 
 asks_for() { # the number of a stage
     [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]
@@ -94,7 +94,7 @@ if asks_for 6; then
     echo "Stage 6: average"
     for model in llm flow hifigan; do
         python cosyvoice/bin/average_model.py --dst_model "$work_dir/exp/$model/$model.pt" \
-            --src_path "$work_dir/exp/$model" --num "$average_num" --val_best
+            --src_path "$work_dir/exp/$model" --num "${averaged[$model]}" --val_best
     done
 fi
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A folder of recordings and texts for each speaker of a Kaldi-style folder, as tools/evaluate.py compares with.
 
-    examples/mini/voice_folders.py --src_dir data/mini/voices/dev --des_dir data/mini/base_voices
+examples/mini/voice_folders.py --src_dir data/mini/voices/dev --des_dir data/mini/base_voices
 """
 
 import argparse
