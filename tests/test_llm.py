@@ -110,6 +110,19 @@ def test_the_guides_loss_in_closed_form(where: Callable, expected: Callable) -> 
     assert loss.item() == pytest.approx(3.0 * expected((1 + beside) / 2), rel=1e-6)
 
 
+def test_known_places_take_the_diagonals_place() -> None:
+    """Tokens say the letters 0 0 0 1 1 2 3 of four; the last position, which asks for the end, belongs to the last."""
+    places = [0, 0, 0, 1, 1, 2, 3]
+    guide = AttentionGuide([0], tokens=0.5)
+    lengths, known = (torch.tensor([TEXT]), torch.tensor([SPEECH])), torch.tensor([places])
+    at_place = attending(lambda n: 2 + [*places, TEXT - 1][n])
+    assert guide.loss([at_place], *lengths, known).item() == pytest.approx(0, abs=1e-6)
+    before = attending(lambda n: 1 + [*places, TEXT - 1][n])
+    beside = math.exp(-(1**2) / (2 * 0.5**2))
+    off_text = 3 / SPEECH  # before the first letter
+    assert guide.loss([before], *lengths, known).item() == pytest.approx(1 - beside * (1 - off_text), rel=1e-5)
+
+
 def test_the_guide_ignores_padding_and_other_rows() -> None:
     guide = AttentionGuide([0])
     lengths = torch.tensor([TEXT]), torch.tensor([SPEECH])

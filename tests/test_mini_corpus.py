@@ -2,13 +2,17 @@
 
 from itertools import islice
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from cosyvoice.dataset import processor
 from cosyvoice.utils.errors import InputError
+from examples.mini import align_text
 from examples.mini.make_corpus import Speaker, Utterance, make_utterances
 from examples.mini.sentences import JUDGED, Exclusion, Grammar, draw_sentences, polish, read_sentences
 from examples.mini.voices import HELD_OUT, VOICES, Flite, apply_effects
+from tools.kaldi_folder import write_table
 
 
 def test_sentences_are_distinct_and_repeatable() -> None:
@@ -82,3 +86,41 @@ def test_effects_are_left_out_where_nothing_changes(tmp_path: Path) -> None:
     assert Speaker("a", "slt").effects == []
     assert Speaker("a", "slt", warp=0.8, tempo=1.2).effects == ["speed", "0.800", "tempo", "-s", "1.5000"]
     apply_effects(tmp_path / "no such file.wav", [], tempo=1.0)
+
+
+def test_phones_find_their_letters(tmp_path: Path) -> None:
+    """Spelling with silent letters and double ones, learnt from a few words in many orders."""
+    words = {"the": "dh ax", "knot": "n aa t", "bell": "b eh l", "tree": "t r iy", "cat": "k ae t"}
+    random = Random(0)
+    wavs, texts = {}, {}
+    for number in range(60):
+        chosen = random.sample(list(words), 4)
+        sounds = ["pau", *" ".join(words[word] for word in chosen).split(), "pau"]
+        wav = tmp_path / f"u{number:02d}.wav"
+        wav.with_suffix(".phones").write_text("".join(f"{0.1 * (i + 1):.3f} {p}\n" for i, p in enumerate(sounds)))
+        wavs[wav.stem], texts[wav.stem] = str(wav), " ".join(chosen).capitalize() + "."
+    write_table(wavs, tmp_path / "wav.scp")
+    write_table(texts, tmp_path / "text")
+    align_text.main(["--dirs", str(tmp_path)])
+    right = total = 0
+    for utt, text in texts.items():
+        places = [int(place) for place in Path(wavs[utt]).with_suffix(".places").read_text().split()]
+        assert places == sorted(places) and places[-1] < len(text)
+        said = [text.lower()[place] for place in places[2::5]]  # the middle of each phone: 0.1 s are five tokens
+        consonants = {"n": "n", "t": "t", "b": "b", "l": "l", "r": "r", "k": "c"}
+        phones = " ".join(words[word] for word in text.lower().rstrip(".").split()).split()
+        pairs = [
+            (consonants[phone], letter) for phone, letter in zip(phones, said[1:-1], strict=True) if phone in consonants
+        ]
+        right, total = right + sum(a == b for a, b in pairs), total + len(pairs)
+    assert right > 0.95 * total
+
+
+def test_places_come_beside_the_recording(tmp_path: Path) -> None:
+    sample = {"wav": str(tmp_path / "u.wav"), "speech_token": [5, 6, 7, 8]}
+    (tmp_path / "u.places").write_text("0 0 3\n")
+    (found,) = processor.read_places([sample])
+    assert found["text_place"].tolist() == [0, 0, 3, 3]  # the last of a token that rounding has added
+    (tmp_path / "u.places").write_text("zero")
+    with pytest.raises(InputError, match="u.places does not tell places"):
+        list(processor.read_places([sample]))

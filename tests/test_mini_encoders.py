@@ -16,7 +16,7 @@ from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer
 from examples.mini import encoder_training, train_speaker_encoder, train_tokenizer
 from examples.mini.encoder_training import augment, wrapped
 from examples.mini.speaker_training import equal_error_rate
-from examples.mini.speech_tokenizer import CODES, DIMENSIONS, LEVELS, PHONES, ScalarQuantiser, Tokenizer, read_phones
+from examples.mini.speech_tokenizer import CODES, DIMENSIONS, LEVELS, PHONES, ScalarQuantiser, Tokenizer, token_phones
 from examples.mini.tokenizer_training import warp_bins
 from tools.kaldi_folder import write_table
 
@@ -92,7 +92,7 @@ def test_tokens_do_not_know_the_mean_spectrum() -> None:
 def test_phones_are_those_at_the_tokens_centres(tmp_path: Path) -> None:
     path = tmp_path / "a.phones"
     path.write_text("0.035 pau\n0.050 s\n0.080 aa\n")
-    phones = [[PHONES[phone] for phone in place] for place in read_phones(path, 5).tolist()]
+    phones = [[PHONES[phone] for phone in place] for place in token_phones(path, 5).tolist()]
     own = ["pau", "pau", "aa", "aa", "aa"]  # at 10, 30, 50, 70, 90 ms; a phone begins where the one before ends
     assert phones == [own, ["pau", "pau", "s", "s", "s"], ["s", "s", "aa", "aa", "aa"]]
 
@@ -102,7 +102,7 @@ def test_a_bad_line_of_phones_is_an_error(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.phones"
     path.write_text(f"{line}\n")
     with pytest.raises(InputError, match="a.phones, line 1"):
-        read_phones(path, 5)
+        token_phones(path, 5)
 
 
 def test_crops_go_round() -> None:

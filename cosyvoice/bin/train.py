@@ -59,14 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_engine(args)
     from cosyvoice.bin.recipe_checkpoints import LAST, RecipeCheckpoints
 
-    train_conf = read_train_conf(args.config, args.model)
+    train_conf = own_or_common(args.config, "train_conf", args.model)
     last = args.model_dir / LAST
     state = {"model": args.model, "seed": args.seed, "processes": world_size(), "num_workers": args.num_workers}
     resumed = args.resume is not None and last.exists()
     if args.resume is None:
         refuse_used_folder(args.model_dir)
     model = build_model(args, train_conf)
-    train_loader, cv_loader = build_loaders(args, gan=args.model == "hifigan")
+    train_loader, cv_loader = build_loaders(args)
     if resumed:
         continue_from(last, state, train_loader)
     resumable = args.train_engine == "torch_ddp" or args.save_states == "model+optimizer"
@@ -76,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_train_conf(config: Path, model: str) -> dict[str, Any]:
-    """`train_conf_MODEL` of the YAML, where it has one, else `train_conf` or, for the vocoder, `train_conf_gan`."""
+def own_or_common(config: Path, name: str, model: str) -> Any:
+    """The YAML's entry NAME_MODEL where it has one, else `name` or, for the vocoder, NAME_gan."""
     from cosyvoice.utils.model_yaml import load_model_yaml
 
-    own, common = f"train_conf_{model}", "train_conf_gan" if model == "hifigan" else "train_conf"
+    own, common = f"{name}_{model}", f"{name}_gan" if model == "hifigan" else name
     found = load_model_yaml(config, parts=(own,), defaults={own: None})[own]
     return found or load_model_yaml(config, parts=(common,))[common]
 
@@ -143,15 +143,14 @@ def load_weights(part: "nn.Module", path: Path) -> None:
     load_strict(part, state, str(path))
 
 
-def build_loaders(args: argparse.Namespace, gan: bool) -> "tuple[EpochLoader, EpochLoader]":
+def build_loaders(args: argparse.Namespace) -> "tuple[EpochLoader, EpochLoader]":
     import torch
 
     from cosyvoice.dataset.dataset import Dataset
     from cosyvoice.dataset.loader import EpochLoader
-    from cosyvoice.utils.model_yaml import load_model_yaml
 
-    name = "data_pipeline_gan" if gan else "data_pipeline"
-    steps = load_model_yaml(args.config, parts=(name,))[name]
+    gan = args.model == "hifigan"
+    steps = own_or_common(args.config, "data_pipeline", args.model)
     train = Dataset(args.train_data, steps, gan=gan, seed=args.seed)
     held_out = Dataset(args.cv_data, steps, "dev", gan=gan, shuffle=False, partition=False, seed=args.seed)
     pinned = args.pin_memory and torch.cuda.is_available()

@@ -9,6 +9,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,21 @@ def tokenize(
     tokenizer = get_tokenizer()
     for sample in data:
         yield {**sample, "text_token": tokenizer.encode(sample["text"], allowed_special=allowed_special)}
+
+
+def read_places(data: Iterable[Sample], mode: str = "train") -> Iterator[Sample]:
+    """Adds `text_place` (S,), which text token each speech token says, from the .places beside the recording.
+
+    Raises InputError where that is missing or holds something else.
+    """
+    for sample in data:
+        path = Path(sample["wav"]).with_suffix(".places")
+        try:
+            places = torch.tensor([int(place) for place in path.read_text(encoding="utf-8").split()])
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} does not tell places in the text: {error}; make it anew") from None
+        index = torch.arange(len(sample["speech_token"])).clamp(max=len(places) - 1)  # rounding: a token more
+        yield {**sample, "text_place": places[index]}
 
 
 def filter(
@@ -210,7 +226,7 @@ def padding(
     `utts`, `text`: lists (B). `text_token`, `speech_token` (B, L) int64, `speech_feat` (B, T, M), each with
     its lengths `<name>_len` (B,) int32. `utt_embedding`, `spk_embedding` (B, 192); `embedding` is the
     speaker's where `use_spk_embedding`, else the utterance's. `gan` adds `speech` (B, samples) and
-    `pitch_feat` (B, T).
+    `pitch_feat` (B, T); `text_place` (B, S) is there where the samples have it.
     """
     for samples in data:
         samples = sorted(samples, key=lambda sample: -sample["speech"].size(1))
@@ -223,6 +239,8 @@ def padding(
             "utt_embedding": torch.stack([sample["utt_embedding"] for sample in samples]),
             "spk_embedding": torch.stack([sample["spk_embedding"] for sample in samples]),
         }
+        if "text_place" in samples[0]:
+            padded |= _padded("text_place", [sample["text_place"] for sample in samples])
         if gan:
             padded |= _padded("speech", [sample["speech"].squeeze(0) for sample in samples])
             padded |= _padded("pitch_feat", [sample["pitch_feat"] for sample in samples])

@@ -95,7 +95,8 @@ class TransformerLM(nn.Module):
             lm_output, weights = self.llm.forward_with_weights(
                 lm_input, lm_lengths, self.guide.layers, self.guide.head
             )
-            extra["loss_guide"] = self.guide.loss(weights, text_lengths, speech_lengths + 1)
+            place = batch["text_place"].to(device) if "text_place" in batch else None
+            extra["loss_guide"] = self.guide.loss(weights, text_lengths, speech_lengths + 1, place)
         else:
             lm_output, _ = self.llm(lm_input, lm_lengths)
         counted = target != IGNORE_ID  # the head is applied only where a token is asked

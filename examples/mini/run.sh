@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # CosyVoice-mini from nothing: its corpus, its encoders, its three networks and its model folder, in stages:
 #
-#     0 corpus    1 speech tokenizer and speaker encoder    2 tokens and vectors    3 parquet files
+#     0 corpus    1 speech tokenizer, speaker encoder, letters of each token    2 tokens and vectors    3 parquet files
 #     5 train     6 average                                 7 model folder
 #
 #     bash examples/mini/run.sh                          all of them
@@ -53,9 +53,10 @@ if asks_for 0; then
 fi
 
 if asks_for 1; then
-    echo "Stage 1: speech tokenizer and speaker encoder"
+    echo "Stage 1: speech tokenizer, speaker encoder, letters of each token"
     python examples/mini/train_tokenizer.py --data "$work_dir/speakers/train" "$work_dir/voices/train" \
         --dev "$work_dir/speakers/dev" --output "$work_dir/speech_tokenizer_v1.onnx" --seed "$seed"
+    python examples/mini/align_text.py --dirs "$work_dir/voices/train" "$work_dir/voices/dev"
     python examples/mini/train_speaker_encoder.py --data "$work_dir/speakers/train" --dev "$work_dir/speakers/dev" \
         --output "$work_dir/campplus.onnx" --seed "$seed"
 fi

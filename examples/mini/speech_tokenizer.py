@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -97,8 +98,8 @@ class TokenizerFile(nn.Module):
         return ScalarQuantiser.indices(self.tokenizer.encode(valid))
 
 
-def read_phones(path: Path, tokens: int) -> Tensor:
-    """The phone at the centre of each token, the one before it and the one after it: int64 (PLACES, tokens).
+def read_phones(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of a recording's phones in seconds and their numbers in PHONES, (P,) each.
 
     Raises InputError for a line that is not "end_seconds phone" and for an unknown phone.
     """
@@ -112,7 +113,13 @@ def read_phones(path: Path, tokens: int) -> Tensor:
             raise InputError(f'{path}, line {number}: "{line}" is not "end_seconds phone"; make it anew') from None
     if not phones:
         raise InputError(f"{path} is empty; delete it, and its recording is not used")
-    centres = (torch.arange(tokens) + 0.5) / TOKEN_RATE_HZ  # s
-    own = torch.searchsorted(torch.tensor(ends), centres, right=True).clamp(max=len(phones) - 1)
-    neighbours = torch.stack([own, own - 1, own + 1]).clamp(0, len(phones) - 1)
-    return torch.tensor(phones)[neighbours]
+    return np.array(ends), np.array(phones)
+
+
+def token_phones(path: Path, tokens: int) -> Tensor:
+    """The phone at the centre of each token, the one before it and the one after it: int64 (PLACES, tokens)."""
+    ends, phones = read_phones(path)
+    centres = (np.arange(tokens) + 0.5) / TOKEN_RATE_HZ  # s
+    own = np.searchsorted(ends.astype(np.float32), centres.astype(np.float32), side="right").clip(max=len(phones) - 1)
+    neighbours = np.stack([own, own - 1, own + 1]).clip(0, len(phones) - 1)
+    return torch.from_numpy(phones[neighbours])

@@ -25,7 +25,7 @@ from examples.mini.encoder_training import (
     stamp,
     wrapped,
 )
-from examples.mini.speech_tokenizer import CODES, STRIDE, ScalarQuantiser, Tokenizer, TokenizerFile, read_phones
+from examples.mini.speech_tokenizer import CODES, STRIDE, ScalarQuantiser, Tokenizer, TokenizerFile, token_phones
 
 CROP_TOKENS = 125  # 2.5 s
 BATCH = 16
@@ -45,7 +45,7 @@ class Corpus:
             for feats in load_features(recordings, lambda wav: whisper_log_mel(wav)[0])
         ]
         self.phones = [
-            read_phones(recording.wav.with_suffix(".phones"), feats.shape[1] // STRIDE)  # (PLACES, N)
+            token_phones(recording.wav.with_suffix(".phones"), feats.shape[1] // STRIDE)  # (PLACES, N)
             for recording, feats in zip(recordings, self.feats, strict=True)
         ]
 

@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""Which byte of the text each speech token says, found from the phones whose times the engines told.
+
+    examples/mini/align_text.py --dirs data/mini/voices/train data/mini/voices/dev
+
+Reads wav.scp, text, and the .phones beside the recordings; writes .places beside them: for each token of 20 ms the
+number of a byte of the text, which guides the language model's attention while it learns to read. Letters and phones are
+aligned by a hidden Markov model over the letters (Vogel et al. 1996, "HMM-based word alignment in statistical
+translation"), which is trained on all their texts at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+LETTERS = "abcdefghijklmnopqrstuvwxyz' "  # all others are one symbol more
+MOST_SKIPPED = 6  # letters from one phone to the next, as in "thought"
+ITERATIONS = 5
+SPREAD = 0.06  # standard deviation, as a share of the text, of where the first iteration looks for a phone's letter
+SMOOTHING = 0.1  # added to every count
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dirs", type=Path, nargs="+", required=True, help="Kaldi-style folders of make_corpus.py")
+    options = parser.parse_args(argv)
+
+    import numpy as np
+    from tqdm import tqdm
+
+    from cosyvoice.utils.file_utils import atomic_write
+    from cosyvoice.utils.frames import TOKEN_RATE_HZ
+    from examples.mini.speech_tokenizer import read_phones
+    from tools.kaldi_folder import read_table
+
+    texts, wavs = {}, {}
+    for folder in options.dirs:
+        texts |= read_table(folder / "text")
+        wavs |= {utt: Path(wav) for utt, wav in read_table(folder / "wav.scp").items()}
+    phones = {utt: read_phones(wav.with_suffix(".phones")) for utt, wav in wavs.items()}
+    letters = {utt: letter_numbers(texts[utt]) for utt in wavs}
+    pairs = [(letters[utt], phones[utt][1]) for utt in wavs]
+    paths = align(pairs, lambda work: tqdm(work, desc="aligning", unit="pass", disable=None))
+    for path, (utt, wav) in zip(paths, wavs.items(), strict=True):
+        ends = phones[utt][0]
+        centres = (np.arange(round(ends[-1] * TOKEN_RATE_HZ)) + 0.5) / TOKEN_RATE_HZ  # s
+        said = path[np.searchsorted(ends, centres, side="right").clip(max=len(ends) - 1)]
+        with atomic_write(wav.with_suffix(".places")) as temporary:
+            temporary.write_text(" ".join(map(str, said)) + "\n", encoding="utf-8")
+    print(f"{len(wavs)} utterances: .places are beside the recordings")
+
+
+def letter_numbers(text: str) -> "np.ndarray":
+    """One number for each byte of the text."""
+    import numpy as np
+
+    known = {ord(letter): number for number, letter in enumerate(LETTERS)}
+    return np.array([known.get(byte, len(LETTERS)) for byte in text.lower().encode("utf-8")])
+
+
+def align(pairs: "Sequence[tuple[np.ndarray, np.ndarray]]", progress) -> "list[np.ndarray]":
+    """For each (letters (T,), phones (P,)) the number of the letter that each phone belongs to, (P,), never falling."""
+    import numpy as np
+
+    sounds = 1 + max(phones.max() for _, phones in pairs)
+    counts = np.full((len(LETTERS) + 1, sounds), SMOOTHING)
+    for letters, phones in pairs:  # to begin with, a letter sounds like what is said at that share of the time
+        shares = (np.arange(len(phones))[:, None] + 0.5) / len(phones) - (np.arange(len(letters)) + 0.5) / len(letters)
+        near = np.exp(-(shares**2) / (2 * SPREAD**2))
+        for phone, weights in zip(phones, near / near.sum(axis=1, keepdims=True), strict=True):
+            np.add.at(counts[:, phone], letters, weights)
+    jumps = np.ones(MOST_SKIPPED + 1)
+    for _ in progress(range(ITERATIONS)):
+        emit, jump = (np.log(table / table.sum(axis=-1, keepdims=True)) for table in (counts, jumps))
+        paths = [best_path(emit[np.ix_(letters, phones)], jump) for letters, phones in pairs]
+        counts, jumps = np.full_like(counts, SMOOTHING), np.full_like(jumps, SMOOTHING)
+        for path, (letters, phones) in zip(paths, pairs, strict=True):
+            np.add.at(counts, (letters[path], phones), 1)
+            np.add.at(jumps, np.diff(path), 1)
+    return paths
+
+
+def best_path(emit: "np.ndarray", jump: "np.ndarray") -> "np.ndarray":
+    """The likeliest letters of P phones, (P,): emit (T, P) and jump (MOST_SKIPPED + 1,) are logarithms (Viterbi).
+
+    The first phone belongs to one of the first letters and the last to one of the last, as far as jumps reach.
+    """
+    import numpy as np
+
+    letters, phones = emit.shape
+    reach = max(len(jump), -(-letters // phones) + 1)  # a text of many silent letters needs longer jumps
+    jump = np.pad(jump, (0, reach - len(jump)), constant_values=jump.min())
+    score = np.full(letters, -np.inf)
+    score[:reach] = jump[: min(reach, letters)] + emit[:reach, 0]
+    came_by = np.zeros((phones, letters), dtype=int)
+    for phone in range(1, phones):
+        padded = np.concatenate([np.full(reach - 1, -np.inf), score])
+        options = np.lib.stride_tricks.sliding_window_view(padded, reach)[:, ::-1] + jump  # (T, reach)
+        came_by[phone] = options.argmax(axis=1)
+        score = options.max(axis=1) + emit[:, phone]
+    place = letters - 1 - score[::-1][:reach].argmax()
+    path = [place]
+    for phone in range(phones - 1, 0, -1):
+        place -= came_by[phone, place]
+        path.append(place)
+    return np.array(path[::-1])
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from cosyvoice.utils.command import run
+
+    run(main)
