@@ -71,7 +71,7 @@ def open_voice(args: argparse.Namespace, model_dir: Path) -> ReadyVoice:
     """The voice that the options of `add_voice` name, or the newest of the output folder, loaded."""
     voice = choose_voice(args, model_dir)
     speaker, embedding = speaker_vector(args, voice, model_dir)
-    cosyvoice = load_voice(voice, model_dir, args.device)
+    cosyvoice = load_voice(voice, model_dir, args.device, args.precision)
     cosyvoice.frontend.spk2info[VOICE_NAME] = {"embedding": embedding}
     cosyvoice.frontend.text_normalize("Ready.")  # loads tokenizer and grammars, which is not speaking time
     return ReadyVoice(cosyvoice, {**file_sources(voice, model_dir), "speaker": speaker})
@@ -82,13 +82,19 @@ def add_voice(parser: argparse.ArgumentParser) -> None:
     voice = parser.add_argument_group("voice (default: the newest of the output folder)")
     voice.add_argument("--llm", type=Path, help="merged LLM weights (default with --flow, --adapter: the base)")
     voice.add_argument("--flow", type=Path, help="merged Flow weights (default with --llm, --adapter: the base)")
-    voice.add_argument("--adapter", type=Path, metavar="CKPT", help="speak with a checkpoint's adapters, unmerged")
+    voice.add_argument("--adapter", type=Path, metavar="CKPT", help="speak with a checkpoint's adapters")
     voice.add_argument("--speaker", metavar="NAME", help="entry of spk2info.pt (default: the trained speaker)")
     voice.add_argument(
         "--embedding",
         default="mean",
         metavar="mean|zero|FILE",
         help="speaker vector: the speaker's mean, zeros, or a .pt or .npy of 192 numbers (default: mean)",
+    )
+    voice.add_argument(
+        "--precision",
+        default="float32",
+        metavar="float32|float16|bfloat16|int8",
+        help="of the LLM's weights on a CPU: float32 is exact, int8 fastest (default: %(default)s)",
     )
 
 
@@ -211,16 +217,16 @@ def read_vector(path: Path) -> "Tensor":
     return vector.reshape(1, -1).float()
 
 
-def load_voice(voice: Voice, model_dir: Path, device: str) -> "CosyVoice":
+def load_voice(voice: Voice, model_dir: Path, device: str, precision: str) -> "CosyVoice":
     from cosyvoice.cli.cosyvoice import CosyVoice
-    from lora import inject, load_adapters
+    from cosyvoice.utils.checkpoint import read_state_dict
+    from lora import merged
 
-    cosyvoice = CosyVoice(model_dir, device=str(pick_device(device)), weights=voice.weights)
+    weights: dict[str, Any] = dict(voice.weights)
     for part in voice.adapters.parts if voice.adapters else ():
-        module, lora = getattr(cosyvoice.model, part), voice.adapters.config[f"{part}_lora"]
-        inject(module, lora["target_modules"], lora["lora_r"], lora["lora_alpha"], dropout=0.0)
-        load_adapters(module, voice.adapters.adapters[part])
-    return cosyvoice
+        base = read_state_dict(model_dir / f"{part}.pt")
+        weights[part] = merged(base, voice.adapters.adapters[part], voice.adapters.scale(part))
+    return CosyVoice(model_dir, device=str(pick_device(device)), weights=weights, precision=precision)
 
 
 def file_sources(voice: Voice, model_dir: Path) -> dict[str, str]:

@@ -1,64 +1,164 @@
-"""Time of one decoding step of the language model at full CosyVoice-300M sizes, early and late in a sentence.
+"""Time of one decoding step of the language model in each precision, early and late in a sentence.
 
     python bench/decode.py
 
-Random weights, float32. A step reads every weight once, whatever its place; only the cached keys, values and positions
-grow. Steps at both places are timed in turns, so that other load on the machine falls on both alike.
+At the sizes of CosyVoice-300M with random weights; `--model-dir` measures a model of your own. A step reads each weight
+once, whatever its place; only the cached keys, values and positions grow. Before each step the machine's reading is
+measured, and all precisions and places take turns, so that other load falls on all alike. `of limit` is the time in
+which the machine reads the weights of blocks and head, over the time taken at the first place. The error is that of
+log-probabilities along a sentence that float32 wrote, fed token by token. Each row follows as a line of JSON.
 """
 
 import argparse
+import copy
+import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cosyvoice.llm.llm import TransformerLM
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 CONFIG = ROOT / "examples" / "libritts" / "cosyvoice" / "conf" / "cosyvoice.yaml"
+BYTES_PER_WEIGHT = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+READ_BYTES = 2**27  # more than any cache holds
+WARM_UP = 2  # rounds that are not counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs=2, default=(50, 500), help="places compared (default: 50 500)")
-    parser.add_argument("--repeats", type=int, default=20, help="steps timed at each place (default: 20)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--seed", type=int, default=1986, help="seed of the weights (default: 1986)")
-    args = parser.parse_args(argv)
+    args = parse(argv)
     import torch
-
-    from cosyvoice.utils.model_yaml import load_model_yaml
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    llm = load_model_yaml(CONFIG, parts=("llm",))["llm"].eval()
+    plain = build(args.model_dir)
     with torch.inference_mode():
-        early, late = time_steps(llm, args.tokens, args.repeats)
-    print(f"{args.threads} threads, float32, {sum(p.numel() for p in llm.parameters()):,} parameters")
-    for place, seconds in zip(args.tokens, (early, late), strict=True):
-        spread = f"{min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f}"
-        print(f"step at token {place}: {statistics.median(seconds) * 1e3:.1f} ms (of {len(seconds)}: {spread})")
-    print(f"ratio of the medians: {statistics.median(late) / statistics.median(early):.3f}")
+        weights = step_weights(plain)
+        prefix, tokens = sentence(plain, args.compared)
+        models = {name: prepared(plain, name) for name in args.precisions}
+        seconds, read_seconds = time_steps(models, args.tokens, args.repeats)
+        bytes_per_second = READ_BYTES / statistics.median(read_seconds)
+        print(f"{args.threads} threads, {weights:,} weights a step, reading at {bytes_per_second / 1e9:.1f} GB/s")
+        expected = log_probabilities(plain, prefix, tokens)
+        for name, model in models.items():
+            limit = weights * BYTES_PER_WEIGHT[name] / bytes_per_second
+            errors = compare(log_probabilities(model, prefix, tokens), expected)
+            show({"precision": name, "threads": args.threads, **figures(seconds[name], limit), **errors})
     return 0
 
 
-def time_steps(llm, places: Sequence[int], repeats: int) -> list[list[float]]:
-    """Seconds of single steps with that many frames cached, measured alternately."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    places, precisions = (50, 500, 1000), ("float32", "float16", "int8")
+    parser.add_argument("--model-dir", type=Path, help="model folder (default: random weights, 300M sizes)")
+    parser.add_argument("--precisions", nargs="+", default=precisions, choices=BYTES_PER_WEIGHT, metavar="NAME",
+                        help=f"of {', '.join(BYTES_PER_WEIGHT)} (default: {' '.join(precisions)})")  # fmt: skip
+    parser.add_argument("--tokens", type=int, nargs="+", default=places, help="places compared (default: 50 500 1000)")
+    parser.add_argument("--repeats", type=int, default=20, help="steps timed at each place (default: 20)")
+    parser.add_argument("--compared", type=int, default=60, help="tokens of the sentence for the error (default: 60)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--seed", type=int, default=1986, help="seed of the weights (default: 1986)")
+    return parser.parse_args(argv)
+
+
+def build(model_dir: Path | None) -> "TransformerLM":
+    from cosyvoice.utils.checkpoint import load_part
+    from cosyvoice.utils.model_yaml import load_model_yaml
+
+    return load_part(model_dir, "llm") if model_dir else load_model_yaml(CONFIG, parts=("llm",))["llm"].eval()
+
+
+def prepared(plain: "TransformerLM", precision: str) -> "TransformerLM":
+    """A copy that decodes in this precision."""
+    model = copy.deepcopy(plain, memo={id(plain.text_encoder): plain.text_encoder})
+    model.prepare_decoding(precision)
+    return model
+
+
+def step_weights(llm: "TransformerLM") -> int:
+    """How many weights of blocks and head one step reads: all linear ones but those that project distances."""
+    named = [*llm.llm.encoders.named_parameters(), *llm.llm_decoder.named_parameters()]
+    return sum(weight.numel() for name, weight in named if weight.dim() == 2 and "pos" not in name)
+
+
+def sentence(llm: "TransformerLM", count: int) -> "tuple[Tensor, list[int]]":
+    """What is read first, (1, L, C), and the tokens that follow by the model's own sampling."""
     import torch
 
-    width = llm.speech_embedding.embedding_dim
-    caches = [llm.llm.new_cache() for _ in places]
-    for place, cache in zip(places, caches, strict=True):
-        llm.next_log_probabilities(torch.randn(1, place, width), cache)
-    seconds: list[list[float]] = [[] for _ in places]
-    for repeat in range(repeats + 2):  # the first two warm up
-        for cache, taken in zip(caches, seconds, strict=True):
-            lm_input = torch.randn(1, 1, width)
-            start = time.perf_counter()
-            llm.next_log_probabilities(lm_input, cache)
-            if repeat >= 2:
-                taken.append(time.perf_counter() - start)
-    return seconds
+    text = torch.randint(0, llm.text_embedding.num_embeddings, (1, 20))
+    none, speaker = text[:, :0], torch.randn(1, llm.spk_embed_affine_layer.in_features)
+    length, zero = torch.tensor([text.size(1)]), torch.tensor([0])
+    ratio = count / text.size(1)  # the least tokens and the most
+    tokens = llm.inference(text, length, none, zero, none, zero, speaker, 25, ratio, ratio)
+    return llm.inference_prefix(text, none, none, speaker), list(tokens)
+
+
+def log_probabilities(llm: "TransformerLM", prefix: "Tensor", tokens: list[int]) -> "Tensor":
+    """(N + 1, V): of the token after the prefix and after each of the N tokens."""
+    import torch
+
+    cache = llm.llm.new_cache()
+    inputs = [prefix, *(llm.speech_embedding.weight[token].view(1, 1, -1) for token in tokens)]
+    return torch.stack([llm.next_log_probabilities(lm_input, cache) for lm_input in inputs])
+
+
+def compare(found: "Tensor", expected: "Tensor") -> dict[str, float]:
+    agreeing = (found.argmax(dim=1) == expected.argmax(dim=1)).float().mean()
+    return {"top1_agreement": agreeing.item(), "mean_log_p_error": (found - expected).abs().mean().item()}
+
+
+def time_steps(
+    models: "dict[str, TransformerLM]", places: Sequence[int], repeats: int
+) -> tuple[dict[str, dict[int, list[float]]], list[float]]:
+    """Seconds of single steps by precision and frames cached, and of reading `READ_BYTES`, in turns."""
+    import torch
+
+    width = next(iter(models.values())).speech_embedding.embedding_dim
+    memory, lm_input, reads = torch.ones(READ_BYTES // 4), torch.randn(1, 1, width), []
+    caches = {(name, place): models[name].llm.new_cache() for name in models for place in places}
+    for (name, place), cache in caches.items():
+        models[name].next_log_probabilities(torch.randn(1, place, width), cache)
+    seconds: dict[str, dict[int, list[float]]] = {name: {place: [] for place in places} for name in models}
+    for repeat in range(WARM_UP + repeats):
+        for (name, place), cache in caches.items():
+            read = timed(memory.sum)
+            step = timed(lambda: models[name].next_log_probabilities(lm_input, cache))  # noqa: B023
+            if repeat >= WARM_UP:
+                reads.append(read)
+                seconds[name][place].append(step)
+    return seconds, reads
+
+
+def timed(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def figures(seconds: dict[int, list[float]], limit: float) -> dict[str, Any]:
+    """Milliseconds by place: median, least and most; and the share of the limit at the first place."""
+    milliseconds = {
+        place: [round(1e3 * value, 2) for value in (statistics.median(taken), min(taken), max(taken))]
+        for place, taken in seconds.items()
+    }
+    first, *_, last = (statistics.median(taken) for taken in seconds.values())
+    return {"ms": milliseconds, "last_over_first": last / first, "limit_ms": 1e3 * limit, "of_limit": limit / first}
+
+
+def show(row: dict[str, Any]) -> None:
+    places = "  ".join(f"@{place} {a:5.1f} ({b:.1f} to {c:.1f})" for place, (a, b, c) in row["ms"].items())
+    print(
+        f"{row['precision']:8} ms {places}  x{row['last_over_first']:.2f}  of limit {row['of_limit']:.0%}"
+        f"  top-1 {row['top1_agreement']:.1%}  |dlog p| {row['mean_log_p_error']:.1e}"
+    )
+    print(json.dumps({"bench": "decode", **row}))
 
 
 if __name__ == "__main__":

@@ -88,8 +88,15 @@ def test_the_newest_voice_speaks(speaker: Speaker, capsys: pytest.CaptureFixture
 def test_adapters_speak_like_the_merged_voice(speaker: Speaker, output_dir: Path) -> None:
     merged = speaker.speak()
     adapted = speaker.speak("--adapter", last_checkpoint(output_dir, MODE))
-    assert merged.shape == adapted.shape
-    assert np.abs(merged - adapted).max() < 5e-3  # the same sum in another order
+    assert np.array_equal(merged, adapted)
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_merged_and_adapted_voices_speak_in_fewer_bits(speaker: Speaker, output_dir: Path, precision: str) -> None:
+    merged = speaker.speak("--precision", precision)
+    adapted = speaker.speak("--precision", precision, "--adapter", last_checkpoint(output_dir, MODE))
+    assert len(merged) > 0 and np.isfinite(merged).all()
+    assert np.array_equal(merged, adapted)
 
 
 def test_a_part_that_is_not_named_is_the_base(
@@ -147,6 +154,7 @@ def test_speed_shortens(speaker: Speaker) -> None:
         (["--text", TEXT, "--speed", "0.4"], "speed 0.4"),
         (["--text", TEXT, "--speed", "nan"], "speed nan"),
         (["--text", TEXT, "--output", "voice.mp3"], "voice.mp3"),
+        (["--text", TEXT, "--precision", "int4"], "unknown precision 'int4'; give one of float32, float16"),
         (["--text", TEXT, "--speaker", "nobody"], "nobody.*anna"),
         (["--text", TEXT, "--embedding", "nowhere.pt"], "nowhere.pt"),
         (["--text", TEXT, "--llm", "nowhere.pt"], "nowhere.pt"),

@@ -55,10 +55,18 @@ def inputs(data: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: data[name] for name in (*names, "embedding")} | lengths
 
 
+def speaking(prepared: bool) -> TransformerLM:
+    llm = tiny("llm")
+    if prepared:
+        llm.prepare_decoding("float32")
+    return llm
+
+
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("name", cases("llm_infer_*"))
 @torch.inference_mode()
-def test_parity_step_by_step(name: str) -> None:
-    data, llm = arrays(name), tiny("llm")
+def test_parity_step_by_step(name: str, prepared: bool) -> None:
+    data, llm = arrays(name), speaking(prepared)
     seen = {}
     llm.text_encoder.register_forward_hook(lambda *call: seen.update(text_encoder_out=call[2][0]))
     llm.text_encoder_affine_layer.register_forward_hook(lambda *call: seen.update(text_affine_out=call[2]))
@@ -83,9 +91,10 @@ def test_parity_step_by_step(name: str) -> None:
         assert_close(ours, data["final_att_cache"], atol=5e-5)
 
 
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("name", cases("llm_infer_*"))
-def test_parity_sampled_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, llm = arrays(name), tiny("llm")
+def test_parity_sampled_tokens(name: str, prepared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, llm = arrays(name), speaking(prepared)
     draws = []
     multinomial = Tensor.multinomial
     monkeypatch.setattr(Tensor, "multinomial", lambda p, *a, **k: noted(draws, p, multinomial(p, *a, **k)))

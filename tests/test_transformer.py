@@ -133,7 +133,8 @@ def test_weights_are_those_of_the_fused_path(chunk: int) -> None:
     value = torch.eye(frames_).expand(1, HEADS, frames_, frames_)
     attention.linear_out = torch.nn.Identity()
     positions = attention.split_heads(attention.linear_pos(pos_emb))
-    fused = attention.attend(x, key, value, positions, mask).unflatten(-1, (HEADS, frames_))  # (1, T, H, T)
+    query = attention.linear_q(x)
+    fused = attention.attend(query, key, value, positions, mask).unflatten(-1, (HEADS, frames_))  # (1, T, H, T)
     for head in range(HEADS):
         torch.testing.assert_close(attention.weights(x, mask, pos_emb, head), fused[:, :, head])
 

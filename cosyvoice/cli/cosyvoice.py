@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cosyvoice.cli.frontend import FRONTEND_PARTS, CosyVoiceFrontEnd, Prompt
-from cosyvoice.cli.model import CosyVoiceModel
+from cosyvoice.cli.model import CosyVoiceModel, Weights
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 from cosyvoice.utils.frames import TOKEN_RATE_HZ
@@ -33,7 +33,9 @@ class CosyVoice:
         load_jit, load_trt, trt_concurrent: upstream's accelerators, which are not supported here
         fp16: keep the language model and the flow in half precision, on a GPU only
         device: where to compute, e.g. "cpu"; by default a GPU where there is one
-        weights: files to load in place of the folder's own, by part: "llm", "flow", "hift"
+        weights: files, or tensors by name, to load in place of the folder's own, by part: "llm", "flow", "hift"
+        precision: of the language model's weights on a CPU: "float32" is exact, "float16", "bfloat16" (where the
+            processor has it) and "int8" are faster
     """
 
     def __init__(
@@ -44,7 +46,8 @@ class CosyVoice:
         fp16: bool = False,
         trt_concurrent: int = 1,
         device: str | None = None,
-        weights: Mapping[str, Path] | None = None,
+        weights: Mapping[str, Weights] | None = None,
+        precision: str = "float32",
     ) -> None:
         if load_jit or load_trt or trt_concurrent != 1:
             raise InputError("load_jit, load_trt and trt_concurrent are not supported here; leave them out")
@@ -68,7 +71,8 @@ class CosyVoice:
             sample_rate=self.sample_rate,
             text_split=parts["text_split"],
         )
-        self.model = CosyVoiceModel(*(parts[name] for name in MODEL_PARTS), fp16=fp16, device=device)
+        modules = [parts[name] for name in MODEL_PARTS]
+        self.model = CosyVoiceModel(*modules, fp16=fp16, device=device, precision=precision)
         files = {name: self.model_dir / f"{name}.pt" for name in MODEL_PARTS} | dict(weights or {})
         self.model.load(*(files[name] for name in MODEL_PARTS))
 

@@ -1,6 +1,6 @@
 """Speech tokens to a waveform, all at once or chunk by chunk while the language model is still writing."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from cosyvoice.cli.prefetch import prefetch
 from cosyvoice.flow.flow import MaskedDiffWithXvec
 from cosyvoice.hifigan.generator import HiFTGenerator
 from cosyvoice.llm.llm import TransformerLM
+from cosyvoice.transformer.decoding import check_precision
 from cosyvoice.utils.checkpoint import load_strict, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import MEL_HOP_SAMPLES, OVERLAP_TOKENS, mel_frames
@@ -20,6 +21,8 @@ from cosyvoice.utils.frames import MEL_HOP_SAMPLES, OVERLAP_TOKENS, mel_frames
 MEL_BINS = 80
 MIN_SPEED, MAX_SPEED = 0.5, 2.0
 HOP_SECONDS, MAX_HOP_SECONDS = 2, 4  # speech that one chunk of a stream adds
+
+Weights = Path | Mapping[str, Tensor]  # a file, or tensors by name
 
 NO_TOKENS = torch.zeros(1, 0, dtype=torch.int32)
 NO_MEL = torch.zeros(1, 0, MEL_BINS)
@@ -50,8 +53,11 @@ class CosyVoiceModel:
         hift: HiFTGenerator,
         fp16: bool = False,
         device: torch.device | str | None = None,
+        precision: str = "float32",
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        check_precision(precision, self.device)
+        self.precision = precision
         self.llm, self.flow, self.hift = (part.to(self.device).eval() for part in (llm, flow, hift))
         self.fp16 = fp16 and self.device.type == "cuda"  # a CPU is slower in half precision, not faster
         if self.fp16:
@@ -67,13 +73,17 @@ class CosyVoiceModel:
         self.mel_window = self._window(self.mel_overlap_len)
         self.speech_window = self._window(self.source_cache_len)
 
-    def load(self, llm_model: Path, flow_model: Path, hift_model: Path) -> None:
-        """Read the weights of all three parts. Raises InputError for a file that does not fit.
+    def load(self, llm_model: Weights, flow_model: Weights, hift_model: Weights) -> None:
+        """Read the weights of all three parts, once. Raises InputError for those that do not fit.
 
-        The vocoder's weight norm is folded for speed, so its file is read once; the others can be again.
+        Then the language model's get the form that decodes fastest, and the vocoder's weight norm is folded.
         """
-        for part, path in ((self.llm, llm_model), (self.flow, flow_model), (self.hift, hift_model)):
-            load_strict(part, read_state_dict(path), str(path))
+        for part, weights in ((self.llm, llm_model), (self.flow, flow_model), (self.hift, hift_model)):
+            if isinstance(weights, Mapping):
+                load_strict(part, weights, f"the {type(part).__name__}'s weights")
+            else:
+                load_strict(part, read_state_dict(weights), str(weights))
+        self.llm.prepare_decoding(self.precision)
         self.hift.remove_weight_norm()
 
     def tts(

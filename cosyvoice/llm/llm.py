@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.llm.guided_attention import AttentionGuide
+from cosyvoice.transformer.decoding import LINEARS, prepare_stack
 from cosyvoice.transformer.encoder import ConformerEncoder, TransformerEncoder
 from cosyvoice.transformer.label_smoothing_loss import LabelSmoothingLoss
 from cosyvoice.utils.common import IGNORE_ID, pad_list, th_accuracy
@@ -135,6 +136,15 @@ class TransformerLM(nn.Module):
             items.append(F.pad(spoken, (0, 1), value=self.speech_token_size))
         return pad_list(items, IGNORE_ID)
 
+    def prepare_decoding(self, precision: str = "float32") -> None:
+        """Give the weights that `inference` reads at every token their fastest form, once.
+
+        precision: a name in `LINEARS`. Names of weights change, so this is for a model that only speaks from now on.
+        """
+        convert = LINEARS[precision]
+        prepare_stack(self.llm, convert)
+        self.llm_decoder = convert(self.llm_decoder)
+
     @torch.inference_mode()
     def inference(
         self,
@@ -184,4 +194,4 @@ class TransformerLM(nn.Module):
     def next_log_probabilities(self, lm_input: Tensor, cache: list) -> Tensor:
         """Read (1, N, C) more and return the log-probabilities (V,) of the token that follows; `cache` grows."""
         lm_output = self.llm.forward_chunk(lm_input, cache)
-        return self.llm_decoder(lm_output[0, -1]).float().log_softmax(dim=-1)
+        return self.llm_decoder(lm_output[:, -1])[0].float().log_softmax(dim=-1)

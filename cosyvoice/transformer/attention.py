@@ -67,14 +67,18 @@ class RelPositionMultiHeadedAttention(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.h, self.d_k)).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (B, T, C), each (B, T, C)."""
+        return self.linear_q(x), self.linear_k(x), self.linear_v(x)
+
     def forward(self, x: Tensor, mask: Tensor, pos_emb: Tensor) -> Tensor:
         """x: (B, T, C). mask: (B, 1 or T, T), True where attention is allowed.
 
         pos_emb: (1, W, C), distances T-1 down to 0 (causal masks only) or down to -(T-1). Returns (B, T, C).
         """
-        key, value = self.split_heads(self.linear_k(x)), self.split_heads(self.linear_v(x))
+        query, key, value = self.project(x)
         positions = self.split_heads(self.linear_pos(pos_emb))
-        return self.attend(x, key, value, positions, mask)
+        return self.attend(query, self.split_heads(key), self.split_heads(value), positions, mask)
 
     def weights(self, x: Tensor, mask: Tensor, pos_emb: Tensor, head: int) -> Tensor:
         """The attention probabilities of one head in `forward`, (B, T, T), which the fused path does not show."""
@@ -93,14 +97,15 @@ class RelPositionMultiHeadedAttention(nn.Module):
         end = cache.length + x.size(1)
         if end > cache.capacity:
             self.enlarge(cache, max(end, 2 * cache.capacity))
-        cache.keys[:, :, cache.length : end] = self.split_heads(self.linear_k(x))
-        cache.values[:, :, cache.length : end] = self.split_heads(self.linear_v(x))
+        query, key, value = self.project(x)
+        cache.keys[:, :, cache.length : end] = self.split_heads(key)
+        cache.values[:, :, cache.length : end] = self.split_heads(value)
         cache.length = end
         positions = cache.positions[:, :, cache.capacity - end :]
-        return self.attend(x, cache.keys[:, :, :end], cache.values[:, :, :end], positions, mask)
+        return self.attend(query, cache.keys[:, :, :end], cache.values[:, :, :end], positions, mask)
 
-    def attend(self, x: Tensor, key: Tensor, value: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        query = self.linear_q(x).unflatten(-1, (self.h, self.d_k))  # (B, N, H, D)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        query = query.unflatten(-1, (self.h, self.d_k))  # (B, N, C) -> (B, N, H, D)
         content_query = (query + self.pos_bias_u).transpose(1, 2)
         position_query = (query + self.pos_bias_v).transpose(1, 2) * self.d_k**-0.5
         bias = position_scores(position_query, positions, key.size(2))  # (B, H, N, T)
@@ -112,16 +117,20 @@ class RelPositionMultiHeadedAttention(nn.Module):
 
     def new_cache(self, capacity: int) -> AttentionCache:
         """An empty cache with room for `capacity` frames, in the weights' type and place."""
-        empty = self.linear_k.weight.new_empty(1, self.h, 0, self.d_k)
+        empty = self.pos_bias_u.new_empty(1, self.h, 0, self.d_k)
         cache = AttentionCache(empty, empty, empty)
         self.enlarge(cache, capacity)
         return cache
 
     def enlarge(self, cache: AttentionCache, capacity: int) -> None:
-        """Give every buffer `capacity` rows; only the distances that are new are projected."""
+        """Give every buffer `capacity` rows."""
         grown = capacity - cache.capacity
-        weight = self.linear_pos.weight
-        far = relative_positions(capacity - 1, cache.capacity, weight.size(1), weight.device).to(weight.dtype)
-        cache.positions = torch.cat((self.split_heads(self.linear_pos(far.unsqueeze(0))), cache.positions), dim=2)
+        cache.positions = self.grown_positions(cache.positions, capacity)
         cache.keys = F.pad(cache.keys, (0, 0, 0, grown))
         cache.values = F.pad(cache.values, (0, 0, 0, grown))
+
+    def grown_positions(self, positions: Tensor, capacity: int) -> Tensor:
+        """Projected distances (1, H, W, D) from W - 1 down to 0, and before them those from `capacity` - 1 to W."""
+        weight = self.linear_pos.weight
+        far = relative_positions(capacity - 1, positions.size(2), weight.size(1), weight.device).to(weight.dtype)
+        return torch.cat((self.split_heads(self.linear_pos(far.unsqueeze(0))), positions), dim=2)

@@ -1,0 +1,108 @@
+"""Decoding with prepared weights: float32 is the same mathematics, the others stay close to it."""
+
+import copy
+
+import pytest
+import torch
+from models import tiny
+from torch import Tensor, nn
+
+from cosyvoice.cli.model import CosyVoiceModel
+from cosyvoice.llm.llm import TransformerLM
+from cosyvoice.transformer.decoding import LINEARS, check_precision
+from cosyvoice.utils.errors import InputError
+
+CPU = torch.device("cpu")
+FRAMES = 300  # more than a cache holds at first
+TOLERANCE = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2, "int8": 3e-2}  # error's norm over the output's
+
+
+@pytest.fixture(scope="module")
+def plain() -> TransformerLM:
+    return tiny("llm")
+
+
+def prepared(llm: TransformerLM, precision: str) -> TransformerLM:
+    llm = copy.deepcopy(llm)
+    llm.prepare_decoding(precision)
+    return llm
+
+
+@torch.inference_mode()
+def log_probabilities(llm: TransformerLM, frames: Tensor) -> Tensor:
+    """(N, V) after each of the frames (1, N, C) but the first 20, which are read at once."""
+    cache = llm.llm.new_cache()
+    parts = [frames[:, :20], *frames[:, 20:].split(1, dim=1)]
+    return torch.stack([llm.next_log_probabilities(part, cache) for part in parts])
+
+
+@pytest.fixture(scope="module")
+def frames(plain: TransformerLM) -> Tensor:
+    return torch.randn(1, FRAMES, plain.llm_embedding.embedding_dim, generator=torch.Generator().manual_seed(0))
+
+
+def test_prepared_float32_is_the_plain_stack(plain: TransformerLM, frames: Tensor) -> None:
+    found, expected = (log_probabilities(llm, frames) for llm in (prepared(plain, "float32"), plain))
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-6)
+
+
+@torch.inference_mode()
+def test_a_second_sentence_decodes_like_the_first(plain: TransformerLM, frames: Tensor) -> None:
+    """The distances that a long sentence has added serve the next one."""
+    llm = prepared(plain, "float32")
+    first = log_probabilities(llm, frames)
+    assert llm.llm.encoders[0].self_attn.positions.size(2) >= FRAMES
+    assert torch.equal(log_probabilities(llm, frames), first)
+
+
+@pytest.mark.parametrize("precision", LINEARS)
+@torch.inference_mode()
+def test_a_product_in_each_precision(precision: str) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, 48), torch.randn(1, 3, 64)
+    nn.init.zeros_(linear.weight[0])  # a row of zeros has no largest value to be scaled by
+    expected = linear(x)
+    error = LINEARS[precision](linear)(x) - expected
+    assert error.norm() <= TOLERANCE[precision] * expected.norm()
+    assert precision == "float32" or error.norm() > 0
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "int8"])
+def test_fewer_bits_stay_close(plain: TransformerLM, frames: Tensor, precision: str) -> None:
+    found, expected = (log_probabilities(llm, frames) for llm in (prepared(plain, precision), plain))
+    assert found.isfinite().all()
+    spread = (expected - expected.mean(dim=1, keepdim=True)).norm()
+    assert 0 < (found - expected).norm() < 2 * TOLERANCE[precision] * spread
+    best = expected.topk(5, dim=1).indices
+    assert (found.argmax(dim=1, keepdim=True) == best).any(dim=1).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_prepared_model_speaks(plain: TransformerLM, precision: str) -> None:
+    llm, none, speaker = prepared(plain, precision), torch.zeros(1, 0, dtype=torch.int64), torch.randn(1, 192)
+    text, empty = torch.arange(3).unsqueeze(0), torch.tensor([0])
+    torch.manual_seed(0)
+    tokens = list(llm.inference(text, torch.tensor([3]), none, empty, none, empty, speaker))
+    assert 6 <= len(tokens) <= 60 and all(0 <= token < llm.speech_token_size for token in tokens)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "message"),
+    [
+        ("int4", "cpu", "unknown precision 'int4'; give one of float32, float16, bfloat16, int8"),
+        ("int8", "cuda", "precision int8 is for the CPU; use float32 on cuda"),
+        ("bfloat16", "cpu", "bfloat16: this processor has no instructions"),
+    ],
+)
+def test_precisions_that_cannot_be_are_refused(
+    monkeypatch: pytest.MonkeyPatch, precision: str, device: str, message: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with pytest.raises(InputError, match=message):
+        check_precision(precision, torch.device(device))
+    check_precision("float32", torch.device(device))
+
+
+def test_the_model_refuses_before_it_loads() -> None:
+    with pytest.raises(InputError, match="unknown precision"):
+        CosyVoiceModel(tiny("llm"), tiny("flow"), tiny("hift"), device="cpu", precision="float64")
