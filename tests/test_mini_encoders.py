@@ -92,9 +92,9 @@ def test_tokens_do_not_know_the_mean_spectrum() -> None:
 def test_phones_are_those_at_the_tokens_centres(tmp_path: Path) -> None:
     path = tmp_path / "a.phones"
     path.write_text("0.035 pau\n0.050 s\n0.080 aa\n")
-    phones = [[PHONES[phone] for phone in place] for place in token_phones(path, 5).tolist()]
-    own = ["pau", "pau", "aa", "aa", "aa"]  # at 10, 30, 50, 70, 90 ms; a phone begins where the one before ends
-    assert phones == [own, ["pau", "pau", "s", "s", "s"], ["s", "s", "aa", "aa", "aa"]]
+    phones = [PHONES[phone] for phone in token_phones(path, 5).tolist()]
+    # at 10, 30, 50, 70, 90 ms; a phone begins where the one before ends
+    assert phones == ["pau", "pau", "aa", "aa", "aa"]
 
 
 @pytest.mark.parametrize("line", ["0.1", "soon aa", "0.1 AA", ""])
@@ -206,10 +206,10 @@ def test_a_finished_file_is_left_alone(corpus: Path, capsys: pytest.CaptureFixtu
 
 def test_the_tokenizer_learns_and_reports(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = corpus / "longer.onnx"
-    train_tokenizer.main(["--data", str(corpus), "--dev", str(corpus), "--output", str(path), "--steps", "60"])
+    train_tokenizer.main(["--data", str(corpus), "--dev", str(corpus), "--output", str(path), "--steps", "120"])
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert results["phone_accuracy"] > 0.6  # of three phones
-    assert 3 <= results["codes_used"] <= CODES and 2 < results["perplexity"] <= results["codes_used"]
+    assert 3 <= results["codes_used"] <= CODES and 2 < results["perplexity"] <= results["codes_used"] + 1e-6
     assert results["speaker_by_chance"] == 0.5 <= results["speaker_from_token"]
 
 

@@ -16,7 +16,6 @@ CONSONANTS = "b ch d dh f g hh jh k l m n ng p r s sh t th v w y z zh"
 PHONES = tuple(f"pau {VOWELS} {CONSONANTS}".split())  # flite's and festival's names
 LEVELS, DIMENSIONS = 4, 4  # 4^4 = 256 codes
 CODES = LEVELS**DIMENSIONS
-PLACES = 3  # phones told of each token: its own, the one before, the one after
 STRIDE = 2  # frames of 10 ms in a token
 
 
@@ -66,9 +65,9 @@ class Tokenizer(nn.Module):
         self.blocks = nn.Sequential(nn.LayerNorm(channels), *(Block(channels, kernel, d) for d in dilations))
         self.to_code = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, DIMENSIONS))
         self.quantiser = ScalarQuantiser()
-        self.to_phones = nn.Sequential(
-            nn.Conv1d(DIMENSIONS, 128, 3, padding=1), nn.GELU(), nn.Conv1d(128, PLACES * len(PHONES), 1)
-        )
+        # of each token by itself: one that saw several would let them share a phone among them, and then a language
+        # model finds them hard to predict
+        self.to_phones = nn.Sequential(nn.Linear(DIMENSIONS, 128), nn.GELU(), nn.Linear(128, len(PHONES)))
 
     def encode(self, feats: Tensor) -> Tensor:
         """(B, 128, T) log-mel -> quantised (B, N, DIMENSIONS), N = T / 2 rounded up."""
@@ -77,12 +76,8 @@ class Tokenizer(nn.Module):
         return self.quantiser(self.to_code(self.blocks(hidden)))
 
     def forward(self, feats: Tensor) -> Tensor:
-        """(B, 128, T) -> scores (B, PLACES, phones, N)."""
-        return self.read(self.encode(feats))
-
-    def read(self, quantised: Tensor) -> Tensor:
-        """(B, N, DIMENSIONS) -> scores (B, PLACES, phones, N)."""
-        return self.to_phones(quantised.transpose(1, 2)).unflatten(1, (PLACES, len(PHONES)))
+        """(B, 128, T) -> scores (B, N, phones)."""
+        return self.to_phones(self.encode(feats))
 
 
 class TokenizerFile(nn.Module):
@@ -117,9 +112,7 @@ def read_phones(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def token_phones(path: Path, tokens: int) -> Tensor:
-    """The phone at the centre of each token, the one before it and the one after it: int64 (PLACES, tokens)."""
+    """The phone at the centre of each token, int64 (tokens,)."""
     ends, phones = read_phones(path)
     centres = (np.arange(tokens) + 0.5) / TOKEN_RATE_HZ  # s
-    own = np.searchsorted(ends.astype(np.float32), centres.astype(np.float32), side="right").clip(max=len(phones) - 1)
-    neighbours = np.stack([own, own - 1, own + 1]).clip(0, len(phones) - 1)
-    return torch.from_numpy(phones[neighbours])
+    return torch.from_numpy(phones[np.searchsorted(ends, centres, side="right").clip(max=len(phones) - 1)])

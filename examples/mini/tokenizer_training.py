@@ -30,7 +30,6 @@ from examples.mini.speech_tokenizer import CODES, STRIDE, ScalarQuantiser, Token
 CROP_TOKENS = 125  # 2.5 s
 BATCH = 16
 PEAK_RATE = 3e-3
-NEIGHBOUR_WEIGHT = 0.15  # of the phones before and after a token, against its own
 WARP_RANGE = (0.92, 1.09)
 NEPERS_PER_UNIT = 4 * LN10  # Whisper's features are (log10 power + 4) / 4
 
@@ -45,18 +44,18 @@ class Corpus:
             for feats in load_features(recordings, lambda wav: whisper_log_mel(wav)[0])
         ]
         self.phones = [
-            token_phones(recording.wav.with_suffix(".phones"), feats.shape[1] // STRIDE)  # (PLACES, N)
+            token_phones(recording.wav.with_suffix(".phones"), feats.shape[1] // STRIDE)  # (N,)
             for recording, feats in zip(recordings, self.feats, strict=True)
         ]
 
     def draw_batch(self) -> tuple[Tensor, Tensor]:
-        """Crops of log-mel (B, 128, 2 N), changed as other voices and rooms would, and their phones (B, PLACES, N)."""
+        """Crops of log-mel (B, 128, 2 N), changed as other voices and rooms would, and their phones (B, N)."""
         feats, phones = [], []
         for index in random.sample(range(len(self.feats)), min(BATCH, len(self.feats))):
-            tokens = self.phones[index].shape[1]
+            tokens = len(self.phones[index])
             start = random.randrange(tokens)
             feats.append(self.feats[index][:, wrapped(STRIDE * start, STRIDE * CROP_TOKENS, STRIDE * tokens)])
-            phones.append(self.phones[index][:, wrapped(start, CROP_TOKENS, tokens)])
+            phones.append(self.phones[index][wrapped(start, CROP_TOKENS, tokens)])
         log_mel = torch.stack(feats).float()
         warped = warp_bins(log_mel, torch.empty(len(feats)).uniform_(*WARP_RANGE))
         return augment(warped * NEPERS_PER_UNIT) / NEPERS_PER_UNIT, torch.stack(phones)
@@ -73,7 +72,7 @@ def train(data: Sequence[Path], dev: Sequence[Path], output: Path, utterances: i
 
     def batch_loss() -> Tensor:
         feats, phones = train_corpus.draw_batch()
-        return phone_loss(model(feats), phones)
+        return F.cross_entropy(model(feats).transpose(1, 2), phones)  # (B, N, phones) -> (B, phones, N)
 
     def report() -> str:
         results = measure(model, dev_corpus)
@@ -110,18 +109,12 @@ def warp_bins(feats: Tensor, factors: Tensor) -> Tensor:
     return feats.gather(1, pick) * (1 - share) + feats.gather(1, pick + 1) * share
 
 
-def phone_loss(scores: Tensor, phones: Tensor) -> Tensor:
-    """Cross-entropy of scores (B, PLACES, phones, N) for phones (B, PLACES, N), neighbours counting less."""
-    own, *neighbours = (F.cross_entropy(scores[:, place], phones[:, place]) for place in range(phones.shape[1]))
-    return own + NEIGHBOUR_WEIGHT * sum(neighbours)
-
-
 @torch.no_grad()
 def tokens_of(model: Tokenizer, feats: Tensor) -> tuple[Tensor, Tensor]:
     """Of one recording (128, T): codes (N,), and the phones (N,) that are read from them."""
     model.eval()
     quantised = model.encode(feats[None].float())  # (1, N, DIMENSIONS)
-    return ScalarQuantiser.indices(quantised)[0], model.read(quantised)[0, 0].argmax(dim=0)
+    return ScalarQuantiser.indices(quantised)[0], model.to_phones(quantised)[0].argmax(dim=1)
 
 
 def measure(model: Tokenizer, corpus: Corpus) -> dict[str, float]:
@@ -130,7 +123,7 @@ def measure(model: Tokenizer, corpus: Corpus) -> dict[str, float]:
     counts = torch.bincount(codes, minlength=CODES)
     shares = counts[counts > 0] / counts.sum()
     return {
-        "phone_accuracy": (found == torch.cat([phones[0] for phones in corpus.phones])).float().mean().item(),
+        "phone_accuracy": (found == torch.cat(corpus.phones)).float().mean().item(),
         "codes_used": int((counts > 0).sum()),
         "perplexity": math.exp(-(shares * shares.log()).sum().item()),
     }

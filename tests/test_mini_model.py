@@ -1,0 +1,85 @@
+"""CosyVoice-mini: how its folder is made, and when it is used."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import config
+from config import JOINT_TRAINING_CONFIG, MINI_NAME, PROJECT_DIR, check_config, find_model_dir, settings_for
+from cosyvoice.cli.cosyvoice import CosyVoice
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.file_utils import save_tensors
+from cosyvoice.utils.model_yaml import load_model_yaml
+from examples.mini import make_model_dir, voice_folders
+from tools.kaldi_folder import write_table
+
+RECIPE = PROJECT_DIR / "examples" / "mini"
+
+
+def trained(folder: Path) -> Path:
+    """What the recipe leaves, with random weights and files that are no networks."""
+    for part, place in (("llm", "llm/llm.pt"), ("flow", "flow/flow.pt"), ("hift", "hifigan/hift.pt")):
+        torch.manual_seed(0)
+        module = load_model_yaml(RECIPE / "cosyvoice.yaml", parts=(part,))[part]
+        save_tensors(module.state_dict(), folder / "exp" / place)
+    for name in make_model_dir.ENCODERS:
+        (folder / name).write_bytes(b"onnx")
+    save_tensors({"slt": [1.0] * 192, "f2": [0.5] * 192}, folder / "voices" / "train" / "spk2embedding.pt")
+    return folder
+
+
+def test_a_model_folder_is_made_from_what_the_recipe_leaves(tmp_path: Path) -> None:
+    work_dir, folder = trained(tmp_path / "work"), tmp_path / "model"
+    options = ["--work_dir", str(work_dir), "--model_dir", str(folder), "--voices"]
+    with pytest.raises(InputError, match="has no speaker rms; there are slt, f2"):
+        make_model_dir.main([*options, "rms"])
+    assert not folder.exists()
+    make_model_dir.main([*options, "f2"])
+    assert torch.load(folder / "llm.pt")["llm_decoder.bias"].dtype == torch.float16
+    cosyvoice = CosyVoice(str(folder))
+    assert cosyvoice.list_available_spks() == ["f2"]
+    stored = cosyvoice.frontend.spk2info["f2"]["embedding"]
+    assert torch.equal(stored, torch.full((1, 192), 0.5))
+    (work_dir / "campplus.onnx").unlink()
+    with pytest.raises(InputError, match="campplus.onnx does not exist; run the stages"):
+        make_model_dir.main([*options, "f2"])
+
+
+def test_a_folder_for_each_speaker(tmp_path: Path) -> None:
+    source, target = tmp_path / "dev", tmp_path / "voices"
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.wav").write_bytes(name.encode())
+    write_table({name: str(tmp_path / f"{name}.wav") for name in ("one", "two")}, source / "wav.scp")
+    write_table({"one": "Hello there.", "two": "Good night."}, source / "text")
+    write_table({"one": "awb", "two": "slt"}, source / "utt2spk")
+    voice_folders.main(["--src_dir", str(source), "--des_dir", str(target)])
+    files = {str(path.relative_to(target)): path.read_text() for path in target.glob("*/*")}
+    assert files == {
+        "awb/one.wav": "one", "awb/one.txt": "Hello there.\n", "slt/two.wav": "two", "slt/two.txt": "Good night.\n",
+    }  # fmt: skip
+
+
+def test_the_mini_is_used_where_there_is_no_300m_and_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project, elsewhere = tmp_path / "home" / "project", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(config, "PROJECT_DIR", project)
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(InputError, match="no model folder CosyVoice-300M"):
+        find_model_dir(None)
+    models = {name: project / "pretrained_models" / name for name in (MINI_NAME, "CosyVoice-300M-SFT")}
+    for name, folder in models.items():
+        folder.mkdir(parents=True)
+        (folder / "cosyvoice.yaml").touch()
+        assert find_model_dir(None) == folder  # the larger one as soon as it is there
+        assert (MINI_NAME in capsys.readouterr().out) == (name == MINI_NAME)
+
+
+def test_the_minis_settings_are_settings() -> None:
+    for name in config.MODEL_SETTINGS:
+        changed = settings_for(Path("anywhere") / name)
+        check_config(changed)
+        assert changed != JOINT_TRAINING_CONFIG
+    assert settings_for(Path("CosyVoice-300M")) == JOINT_TRAINING_CONFIG
