@@ -1,8 +1,10 @@
 """CosyVoice-mini: how its folder is made, and when it is used."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
 import config
@@ -11,8 +13,9 @@ from cosyvoice.cli.cosyvoice import CosyVoice
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 from cosyvoice.utils.model_yaml import load_model_yaml
-from examples.mini import make_model_dir, voice_folders
+from examples.mini import make_model_dir, resynthesise, voice_folders
 from tools.kaldi_folder import write_table
+from tools.random_model import make_random_model
 
 RECIPE = PROJECT_DIR / "examples" / "mini"
 
@@ -44,6 +47,19 @@ def test_a_model_folder_is_made_from_what_the_recipe_leaves(tmp_path: Path) -> N
     (work_dir / "campplus.onnx").unlink()
     with pytest.raises(InputError, match="campplus.onnx does not exist; run the stages"):
         make_model_dir.main([*options, "f2"])
+
+
+def test_recordings_pass_through_a_models_later_parts(tmp_path: Path) -> None:
+    clip, model = PROJECT_DIR / "examples" / "raw_audio" / "001", make_random_model(tmp_path / "model", seed=3)
+    (tmp_path / "clips").mkdir()
+    for suffix in (".wav", ".txt"):
+        shutil.copy(clip.with_suffix(suffix), tmp_path / "clips")
+    seconds = soundfile.info(clip.with_suffix(".wav")).duration
+    for through in ("mel", "tokens"):
+        options = ["--src_dir", str(tmp_path / "clips"), "--des_dir", str(tmp_path / through), "--model-dir", str(model)]
+        resynthesise.main([*options, "--through", through])
+        assert soundfile.info(tmp_path / through / "001.wav").duration == pytest.approx(seconds, abs=0.05)
+        assert (tmp_path / through / "001.txt").read_text() == clip.with_suffix(".txt").read_text()
 
 
 def test_a_folder_for_each_speaker(tmp_path: Path) -> None:
