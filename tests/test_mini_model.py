@@ -56,7 +56,8 @@ def test_recordings_pass_through_a_models_later_parts(tmp_path: Path) -> None:
         shutil.copy(clip.with_suffix(suffix), tmp_path / "clips")
     seconds = soundfile.info(clip.with_suffix(".wav")).duration
     for through in ("mel", "tokens"):
-        options = ["--src_dir", str(tmp_path / "clips"), "--des_dir", str(tmp_path / through), "--model-dir", str(model)]
+        folders = {"--src_dir": tmp_path / "clips", "--des_dir": tmp_path / through, "--model-dir": model}
+        options = [str(word) for option in folders.items() for word in option]
         resynthesise.main([*options, "--through", through])
         assert soundfile.info(tmp_path / through / "001.wav").duration == pytest.approx(seconds, abs=0.05)
         assert (tmp_path / through / "001.txt").read_text() == clip.with_suffix(".txt").read_text()
