@@ -2,7 +2,6 @@
 
 import logging
 import re
-import shutil
 import signal
 import sys
 import warnings
@@ -17,7 +16,7 @@ from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from cosyvoice.utils.file_utils import atomic_write
+from cosyvoice.utils.file_utils import atomic_write, copy_file
 from llm_flow_model import HALF_TYPES, JointModel
 from voice import last_checkpoint
 
@@ -57,8 +56,7 @@ class CheckpointKeeper(Checkpoint):
         self.save_last(trainer)
         loss = model.combined_loss()
         name = f"joint_{self.mode}_epoch{model.epoch_number:04d}_loss{loss:.4f}.ckpt"
-        with atomic_write(self.output_dir / name) as temporary:
-            shutil.copyfile(self.last, temporary)
+        copy_file(self.last, self.output_dir / name)
         for path, _ in sorted(self.kept(), key=lambda kept: kept[1])[KEPT_CHECKPOINTS:]:
             path.unlink()
         print(f"\n{epoch_summary(model)}", flush=True)

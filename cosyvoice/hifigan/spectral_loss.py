@@ -36,14 +36,15 @@ class SpectralLoss(nn.Module):
 
     def forward(self, real: Tensor, generated: Tensor) -> Tensor:
         """real, generated: (B, samples), at least as long as half the largest transform."""
-        distances = [magnitude_distance(power(real, n), power(generated, n)) for n in self.n_ffts]
-        loss = torch.stack(distances).mean()
-        loss = loss + self.mel_weight * self.mel_distance(real, generated)
+        powers = {n: (power(real, n), power(generated, n)) for n in {*self.n_ffts, MEL_N_FFT}}
+        loss = torch.stack([magnitude_distance(*powers[n]) for n in self.n_ffts]).mean()
+        loss = loss + self.mel_weight * self.mel_distance(*powers[MEL_N_FFT])
         return loss + self.timbre_weight * self.timbre_distance(real, generated)
 
     def mel_distance(self, real: Tensor, generated: Tensor) -> Tensor:
+        """Of powers (B, MEL_N_FFT // 2 + 1, T)."""
         filters = mel_filters(self.sampling_rate, MEL_N_FFT, MEL_BINS, device=real.device)
-        logs = [(filters @ magnitude(power(x, MEL_N_FFT))).clamp(min=MEL_FLOOR).log() for x in (real, generated)]
+        logs = [(filters @ magnitude(x)).clamp(min=MEL_FLOOR).log() for x in (real, generated)]
         return (logs[0] - logs[1]).abs().mean()
 
     def timbre_distance(self, real: Tensor, generated: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from cosyvoice.utils.audio import load_wav
 from cosyvoice.utils.errors import InputError
 
-__all__ = ["atomic_write", "load_wav", "save_tensors"]  # load_wav: the import path that servers and notebooks use
+# load_wav: the import path that servers and notebooks use
+__all__ = ["atomic_write", "copy_file", "load_wav", "save_tensors"]
 
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
@@ -42,6 +44,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """The content of `source` at `path`, whole or not at all."""
+    with atomic_write(path) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def save_tensors(content: Any, path: Path) -> None:

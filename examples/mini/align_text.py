@@ -31,12 +31,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dirs", type=Path, nargs="+", required=True, help="Kaldi-style folders of make_corpus.py")
     options = parser.parse_args(argv)
 
-    import numpy as np
     from tqdm import tqdm
 
     from cosyvoice.utils.file_utils import atomic_write
     from cosyvoice.utils.frames import TOKEN_RATE_HZ
-    from examples.mini.speech_tokenizer import read_phones
+    from examples.mini.speech_tokenizer import phone_of_each, read_phones
     from tools.kaldi_folder import read_table
 
     texts, wavs = {}, {}
@@ -49,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = align(pairs, lambda work: tqdm(work, desc="aligning", unit="pass", disable=None))
     for path, (utt, wav) in zip(paths, wavs.items(), strict=True):
         ends = phones[utt][0]
-        centres = (np.arange(round(ends[-1] * TOKEN_RATE_HZ)) + 0.5) / TOKEN_RATE_HZ  # s
-        said = path[np.searchsorted(ends, centres, side="right").clip(max=len(ends) - 1)]
+        said = path[phone_of_each(ends, round(ends[-1] * TOKEN_RATE_HZ))]
         with atomic_write(wav.with_suffix(".places")) as temporary:
             temporary.write_text(" ".join(map(str, said)) + "\n", encoding="utf-8")
     print(f"{len(wavs)} utterances: .places are beside the recordings")

@@ -97,15 +97,20 @@ def augment(log_power: Tensor) -> Tensor:
 class Training:
     """AdamW with warm-up and a cosine; continues from `checkpoint`, and ends with the same weights if it was killed.
 
-    `recipe` is everything that the result depends on: a checkpoint of another recipe is not continued.
+    `output` is the file that comes of it, beside which the checkpoint lies; `recordings` are what it learns from.
     """
 
     model: nn.Module
-    recipe: dict[str, int | float | str]
+    recordings: Sequence[Recording]
     steps: int
     seed: int
     peak_rate: float
-    checkpoint: Path
+    output: Path
+
+    def __post_init__(self) -> None:
+        self.checkpoint = checkpoint_of(self.output)
+        # everything that the result depends on: a checkpoint of another recipe is not continued
+        self.recipe = {"seed": self.seed, "steps": self.steps, "data": stamp(self.recordings)}
 
     def run(self, batch_loss: Callable[[], Tensor], report: Callable[[], str]) -> None:
         """`batch_loss` draws a batch from the global generators, which are seeded anew at every step."""
@@ -155,13 +160,6 @@ class Training:
 
 def checkpoint_of(output: Path) -> Path:
     return output.with_name(f".{output.stem}.training.pt")
-
-
-def is_finished(output: Path) -> bool:
-    """Whether an earlier run wrote it, which is then said."""
-    if output.is_file():
-        print(f"{output} is there already; delete it to train anew")
-    return output.is_file()
 
 
 def export(

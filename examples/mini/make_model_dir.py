@@ -7,7 +7,6 @@ Weights are stored in half precision. SHA256SUMS lists the files for `sha256sum 
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from cosyvoice.utils.checkpoint import fingerprint_file, read_state_dict
     from cosyvoice.utils.errors import InputError
-    from cosyvoice.utils.file_utils import atomic_write, save_tensors
+    from cosyvoice.utils.file_utils import atomic_write, copy_file, save_tensors
 
     results, folder = options.work_dir, options.model_dir
     sources = [results / source for source in (*WEIGHTS.values(), *ENCODERS)]
@@ -41,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     copies = {name: results / name for name in ENCODERS}
     copies |= {"cosyvoice.yaml": HERE / "cosyvoice.yaml", "README.md": HERE / "model_card.md"}
     for name, source in copies.items():
-        with atomic_write(folder / name) as temporary:
-            shutil.copyfile(source, temporary)
+        copy_file(source, folder / name)
     names = sorted((*WEIGHTS, *copies, "spk2info.pt"))
     with atomic_write(folder / "SHA256SUMS") as temporary:
         temporary.write_text("".join(f"{fingerprint_file(folder / name)}  {name}\n" for name in names))

@@ -8,7 +8,6 @@ The language model has no part in it: neither can speech from text be better tha
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,17 +38,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from clips import find_recordings
     from cosyvoice.cli.cosyvoice import CosyVoice
+    from cosyvoice.utils.file_utils import copy_file
     from speaking import write_wav
 
     cosyvoice = CosyVoice(find_model_dir(options.model_dir))
-    options.des_dir.mkdir(parents=True, exist_ok=True)
     recordings = [found for found in find_recordings(options.src_dir) if found.audio and found.text]
     pass_through = from_mel if options.through == "mel" else from_tokens
     for recording in tqdm(recordings, unit="clip", disable=None):
         seed_all(options.seed)
         speech = pass_through(cosyvoice, recording.audio)
         write_wav(options.des_dir / f"{recording.utt}.wav", speech, cosyvoice.sample_rate, f"from {options.through}")
-        shutil.copyfile(recording.text, options.des_dir / f"{recording.utt}.txt")
+        copy_file(recording.text, options.des_dir / f"{recording.utt}.txt")
 
 
 def from_mel(cosyvoice: "CosyVoice", audio: Path) -> "Tensor":

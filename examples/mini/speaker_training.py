@@ -15,12 +15,10 @@ from examples.mini.encoder_training import (
     Recording,
     Training,
     augment,
-    checkpoint_of,
     draw,
     export,
     load_features,
     read_recordings,
-    stamp,
     wrapped,
 )
 from examples.mini.speaker_encoder import AdditiveMarginSoftmax, SpeakerNetwork
@@ -66,9 +64,8 @@ def train(data: Sequence[Path], dev: Sequence[Path], output: Path, utterances: i
     dev_corpus = Corpus(read_recordings(dev))
     seed_all(seed)
     network, classifier = SpeakerNetwork(), AdditiveMarginSoftmax(len(corpus.speakers), MARGIN, SCALE)
-    recipe = {"seed": seed, "steps": steps, "data": stamp(corpus.recordings)}
     model = nn.ModuleList([network, classifier])
-    training = Training(model, recipe, steps, seed, PEAK_RATE, checkpoint_of(output))
+    training = Training(model, corpus.recordings, steps, seed, PEAK_RATE, output)
 
     def batch_loss() -> Tensor:
         fbank, speakers = corpus.draw_batch()

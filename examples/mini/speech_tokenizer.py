@@ -111,8 +111,13 @@ def read_phones(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array(ends), np.array(phones)
 
 
+def phone_of_each(ends: np.ndarray, tokens: int) -> np.ndarray:
+    """The number, in order of time, of the phone at the centre of each token: (tokens,)."""
+    centres = (np.arange(tokens) + 0.5) / TOKEN_RATE_HZ  # s
+    return np.searchsorted(ends, centres, side="right").clip(max=len(ends) - 1)
+
+
 def token_phones(path: Path, tokens: int) -> Tensor:
     """The phone at the centre of each token, int64 (tokens,)."""
     ends, phones = read_phones(path)
-    centres = (np.arange(tokens) + 0.5) / TOKEN_RATE_HZ  # s
-    return torch.from_numpy(phones[np.searchsorted(ends, centres, side="right").clip(max=len(phones) - 1)])
+    return torch.from_numpy(phones[phone_of_each(ends, tokens)])

@@ -17,12 +17,10 @@ from examples.mini.encoder_training import (
     Recording,
     Training,
     augment,
-    checkpoint_of,
     draw,
     export,
     load_features,
     read_recordings,
-    stamp,
     wrapped,
 )
 from examples.mini.speech_tokenizer import CODES, STRIDE, ScalarQuantiser, Tokenizer, TokenizerFile, token_phones
@@ -67,8 +65,7 @@ def train(data: Sequence[Path], dev: Sequence[Path], output: Path, utterances: i
     dev_corpus = Corpus(labelled(dev))
     seed_all(seed)
     model = Tokenizer()
-    recipe = {"seed": seed, "steps": steps, "data": stamp(train_corpus.recordings)}
-    training = Training(model, recipe, steps, seed, PEAK_RATE, checkpoint_of(output))
+    training = Training(model, train_corpus.recordings, steps, seed, PEAK_RATE, output)
 
     def batch_loss() -> Tensor:
         feats, phones = train_corpus.draw_batch()

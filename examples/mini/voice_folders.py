@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """A folder of recordings and texts for each speaker of a Kaldi-style folder, as tools/evaluate.py compares with.
 
-examples/mini/voice_folders.py --src_dir data/mini/voices/dev --des_dir data/mini/base_voices
+    examples/mini/voice_folders.py --src_dir data/mini/voices/dev --des_dir data/mini/base_voices
+
+Each text lies beside its recording.
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +20,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--des_dir", type=Path, required=True, help="gets SPEAKER/UTT.wav and SPEAKER/UTT.txt")
     options = parser.parse_args(argv)
 
-    from cosyvoice.utils.file_utils import atomic_write
+    from cosyvoice.utils.file_utils import atomic_write, copy_file
     from tools.kaldi_folder import read_table
 
     wavs, texts, speakers = (read_table(options.src_dir / name) for name in ("wav.scp", "text", "utt2spk"))
     for utt, wav in wavs.items():
         target = options.des_dir / speakers[utt] / f"{utt}.wav"
-        with atomic_write(target) as temporary:
-            shutil.copyfile(wav, temporary)
+        copy_file(Path(wav), target)
         with atomic_write(target.with_suffix(".txt")) as temporary:
             temporary.write_text(texts[utt] + "\n", encoding="utf-8")
     print(f"{options.des_dir}: {len(wavs)} recordings of {', '.join(sorted(set(speakers.values())))}")
