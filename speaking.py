@@ -94,7 +94,7 @@ def add_voice(parser: argparse.ArgumentParser) -> None:
         "--precision",
         default="float32",
         metavar="float32|float16|bfloat16|int8",
-        help="of the LLM's weights on a CPU: float32 is exact, int8 fastest (default: %(default)s)",
+        help="of LLM and Flow on a CPU: float32 is exact, int8 fastest (default: %(default)s)",
     )
 
 

@@ -1,4 +1,4 @@
-"""Decoding with prepared weights: float32 is the same mathematics, the others stay close to it."""
+"""Prepared weights of language model and flow: float32 is the same mathematics, the others stay close to it."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.llm.llm import TransformerLM
-from cosyvoice.transformer.decoding import LINEARS, check_precision
+from cosyvoice.transformer.precision import LINEARS, MANY_FRAMES, check_precision
 from cosyvoice.utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -55,11 +55,12 @@ def test_a_second_sentence_decodes_like_the_first(plain: TransformerLM, frames: 
     assert torch.equal(log_probabilities(llm, frames), first)
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("precision", LINEARS)
 @torch.inference_mode()
-def test_a_product_in_each_precision(precision: str) -> None:
+def test_a_product_in_each_precision(precision: str, bias: bool) -> None:
     torch.manual_seed(0)
-    linear, x = nn.Linear(64, 48), torch.randn(1, 3, 64)
+    linear, x = nn.Linear(64, 48, bias=bias), torch.randn(1, 3, 64)
     nn.init.zeros_(linear.weight[0])  # a row of zeros has no largest value to be scaled by
     expected = linear(x)
     error = LINEARS[precision](linear)(x) - expected
@@ -75,6 +76,21 @@ def test_fewer_bits_stay_close(plain: TransformerLM, frames: Tensor, precision: 
     assert 0 < (found - expected).norm() < 2 * TOLERANCE[precision] * spread
     best = expected.topk(5, dim=1).indices
     assert (found.argmax(dim=1, keepdim=True) == best).any(dim=1).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("precision", MANY_FRAMES)
+@torch.inference_mode()
+def test_a_prepared_velocity_network_stays_close(precision: str) -> None:
+    torch.manual_seed(0)
+    plain = tiny("flow").decoder.estimator
+    network = copy.deepcopy(plain)
+    network.prepare_inference(MANY_FRAMES[precision])
+    x, mask = torch.randn(3, 2, 80, 33), torch.ones(2, 1, 33)
+    inputs = (x[0], mask, x[1], torch.rand(2), torch.randn(2, 80), x[2])
+    found, expected = network(*inputs), plain(*inputs)
+    exact = MANY_FRAMES[precision] is LINEARS["float32"]
+    assert (found - expected).norm() <= (TOLERANCE["float32"] if exact else TOLERANCE[precision]) * expected.norm()
+    assert exact or (found - expected).norm() > 0
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

@@ -34,8 +34,8 @@ class CosyVoice:
         fp16: keep the language model and the flow in half precision, on a GPU only
         device: where to compute, e.g. "cpu"; by default a GPU where there is one
         weights: files, or tensors by name, to load in place of the folder's own, by part: "llm", "flow", "hift"
-        precision: of the language model's weights on a CPU: "float32" is exact, "float16", "bfloat16" (where the
-            processor has it) and "int8" are faster
+        precision: of the products of language model and flow on a CPU: "float32" is exact, "float16" (of the language
+            model alone), "bfloat16" (where the processor has it) and "int8" are faster
     """
 
     def __init__(

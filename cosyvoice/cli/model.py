@@ -13,7 +13,7 @@ from cosyvoice.cli.prefetch import prefetch
 from cosyvoice.flow.flow import MaskedDiffWithXvec
 from cosyvoice.hifigan.generator import HiFTGenerator
 from cosyvoice.llm.llm import TransformerLM
-from cosyvoice.transformer.decoding import check_precision
+from cosyvoice.transformer.precision import check_precision
 from cosyvoice.utils.checkpoint import load_strict, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import MEL_HOP_SAMPLES, OVERLAP_TOKENS, mel_frames
@@ -76,7 +76,7 @@ class CosyVoiceModel:
     def load(self, llm_model: Weights, flow_model: Weights, hift_model: Weights) -> None:
         """Read the weights of all three parts, once. Raises InputError for those that do not fit.
 
-        Then the language model's get the form that decodes fastest, and the vocoder's weight norm is folded.
+        Then those of language model and flow get their fastest form, and the vocoder's weight norm is folded.
         """
         for part, weights in ((self.llm, llm_model), (self.flow, flow_model), (self.hift, hift_model)):
             if isinstance(weights, Mapping):
@@ -84,6 +84,7 @@ class CosyVoiceModel:
             else:
                 load_strict(part, read_state_dict(weights), str(weights))
         self.llm.prepare_decoding(self.precision)
+        self.flow.prepare_inference(self.precision)
         self.hift.remove_weight_norm()
 
     def tts(

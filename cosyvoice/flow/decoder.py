@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from cosyvoice.transformer.precision import Convert, stacked
 from cosyvoice.utils.errors import InputError
 from matcha.models.components.decoder import (
     Block1D,
@@ -17,7 +18,20 @@ from matcha.models.components.decoder import (
     Upsample1D,
     init_kaiming,
 )
-from matcha.models.components.transformer import BasicTransformerBlock
+from matcha.models.components.transformer import Attention, BasicTransformerBlock
+
+
+class FusedAttention(Attention):
+    """The same attention: queries, keys and values come from one product."""
+
+    def __init__(self, base: Attention, convert: Convert) -> None:
+        nn.Module.__init__(self)  # the weights are there already
+        self.heads = base.heads
+        self.to_qkv = convert(stacked(base.to_q, base.to_k, base.to_v))
+        self.to_out = convert(base.to_out[0])
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.to_qkv(x).chunk(3, dim=-1)
 
 
 class Stage(nn.ModuleList):
@@ -124,6 +138,15 @@ class ConditionalDecoder(nn.Module):
             x = stage(x, stage_mask, time_emb)
             x = stage.resample(x * stage_mask)
         return self.final_proj(self.final_block(x, mask)) * mask
+
+    @torch.no_grad()
+    def prepare_inference(self, convert: Convert) -> None:
+        """Give the linear layers of the transformer blocks another form, in place: nearly all products are theirs."""
+        for block in self.modules():
+            if isinstance(block, BasicTransformerBlock):
+                block.attn1 = FusedAttention(block.attn1, convert)
+                block.ff.net[0].proj = convert(block.ff.net[0].proj)
+                block.ff.net[2] = convert(block.ff.net[2])
 
     @staticmethod
     def _join(x: Tensor, mu: Tensor, spks: Tensor | None, cond: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from cosyvoice.flow.flow_matching import ConditionalCFM
 from cosyvoice.flow.length_regulator import InterpolateRegulator
+from cosyvoice.transformer.precision import MANY_FRAMES
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import TOKEN_RATE_HZ, mel_frames
 from cosyvoice.utils.mask import make_pad_mask
@@ -85,6 +86,13 @@ class MaskedDiffWithXvec(nn.Module):
             cond=feat.masked_fill(unknown, 0.0).to(mu.dtype).transpose(1, 2),
         )
         return loss
+
+    def prepare_inference(self, precision: str = "float32") -> None:
+        """Give the weights that every step of the solver multiplies with their fastest form, once.
+
+        precision: a name in `MANY_FRAMES`. Names of weights change: this is for a model that only speaks from now on.
+        """
+        self.decoder.estimator.prepare_inference(MANY_FRAMES[precision])
 
     @torch.inference_mode()
     def inference(

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.llm.guided_attention import AttentionGuide
-from cosyvoice.transformer.decoding import LINEARS, prepare_stack
+from cosyvoice.transformer.decoding import prepare_stack
 from cosyvoice.transformer.encoder import ConformerEncoder, TransformerEncoder
 from cosyvoice.transformer.label_smoothing_loss import LabelSmoothingLoss
+from cosyvoice.transformer.precision import LINEARS
 from cosyvoice.utils.common import IGNORE_ID, pad_list, th_accuracy
 from cosyvoice.utils.errors import InputError
 

@@ -23,12 +23,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, T, dim); mask, boolean and broadcast to (B, heads, T, T), is True where a key may be seen."""
-        query, key, value = (
-            rearrange(project(x), "b t (h d) -> b h t d", h=self.heads)
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
+        query, key, value = (rearrange(y, "b t (h d) -> b h t d", h=self.heads) for y in self.project(x))
         out = scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, dim) -> queries, keys and values, each (B, T, heads * head_dim)."""
+        return self.to_q(x), self.to_k(x), self.to_v(x)
 
 
 class GELU(nn.Module):

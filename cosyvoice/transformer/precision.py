@@ -1,0 +1,90 @@
+"""The forms that linear layers can have for inference: exact, or with fewer bits and faster.
+
+Where a layer sees a single frame at a time, its time is that of reading the weights: fewer bytes make it faster. Where
+it sees many, the products take the time, and only a form that also multiplies faster is a gain.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from cosyvoice.utils.errors import InputError
+
+INT8_MAX = 127
+REDUCE_RANGE = True
+
+
+class Float16Linear(nn.Module):
+    """W x + b with W kept in float16 and converted in registers; x and all sums are float32 (FBGEMM)."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach(), linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class BFloat16Linear(nn.Module):
+    """W x + b in bfloat16, for processors with instructions for it; x and the result are float32."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = copy.deepcopy(linear).bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.bfloat16()).float()
+
+
+class Int8Linear(nn.Module):
+    """W x + b with W rounded to 8 bits, one scale a row, and x rounded with one scale a call.
+
+    x gets 7 bits (REDUCE_RANGE), since a processor without VNNI adds pairs of products in 16 bits.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        scales = (weight.abs().amax(dim=1).double() / INT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+        zeros = torch.zeros(len(weight), dtype=torch.int64)
+        quantized = torch.quantize_per_channel(weight, scales, zeros, axis=0, dtype=torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(quantized, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic(x, self.packed, REDUCE_RANGE)
+
+
+Convert = Callable[[nn.Linear], nn.Module]
+LINEARS: dict[str, Convert] = {  # for a frame at a time
+    "float32": lambda linear: linear,
+    "float16": Float16Linear,
+    "bfloat16": BFloat16Linear,
+    "int8": Int8Linear,
+}
+MANY_FRAMES = LINEARS | {"float16": LINEARS["float32"]}  # its products are no faster
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises InputError for an unknown precision, and for one that this device does not gain from."""
+    if precision not in LINEARS:
+        raise InputError(f"unknown precision {precision!r}; give one of {', '.join(LINEARS)}")
+    if precision == "float32":
+        return
+    if device.type != "cpu":
+        raise InputError(f"precision {precision} is for the CPU; use float32 on {device.type}")
+    if precision == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
+        raise InputError("precision bfloat16: this processor has no instructions for it; use float16")
+    if precision != "bfloat16" and "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise InputError(f"precision {precision}: torch has no such kernels for this processor; use float32")
+
+
+def stacked(*linears: nn.Linear) -> nn.Linear:
+    """One layer whose output is that of all the given ones, one after the other; all have a bias, or none."""
+    whole = nn.Linear(1, 1)  # its sizes are those of the weights it gets
+    whole.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]))
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    whole.bias = nn.Parameter(torch.cat(biases)) if biases else None
+    whole.out_features, whole.in_features = whole.weight.shape
+    return whole
