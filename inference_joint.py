@@ -6,6 +6,7 @@ By default the newest voice of the output folder speaks.
 """
 
 import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,9 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     voice = open_voice(args, find_model_dir(args.model_dir))
     for part, source in voice.sources.items():
         print(f"{part:8} {source}")
-    for line in lines:
-        seconds, elapsed = voice.speak(line, args.speed, args.seed)
-        print(f"{line.output}: {seconds:.2f} s of speech, real-time factor {elapsed / seconds:.2f}")
+    started, total = time.perf_counter(), 0.0
+    for line, seconds in voice.speak(lines, args.speed, args.seed, args.batch_size):
+        print(f"{line.output}: {seconds:.2f} s of speech", flush=True)
+        total += seconds
+    elapsed = time.perf_counter() - started
+    print(f"{total:.2f} s of speech in {elapsed:.2f} s, real-time factor {elapsed / total:.2f}")
     return 0
 
 

@@ -4,15 +4,15 @@ Nothing here imports torch before it is needed, so that the scripts which use it
 """
 
 import argparse
-import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosyvoice.utils.command import seed_all
+from cosyvoice.utils.command import Draws
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
-from utils import pick_device
+from utils import check_positive, pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,25 +50,32 @@ class ReadyVoice:
     cosyvoice: "CosyVoice"
     sources: dict[str, str]  # by part (llm, flow, hift) and `speaker`
 
-    def speak(self, line: Line, speed: float, seed: int) -> tuple[float, float]:
-        """Speak one line into its wav. Its draws follow from (seed, line number), whatever was spoken before.
+    def speak(self, lines: Sequence[Line], speed: float, seed: int, together: int) -> Iterator[tuple[Line, float]]:
+        """Speak each line into its wav; yields it with its seconds of speech.
 
-        Returns the seconds of speech and the seconds it took.
+        `together` pieces of text are written at once. The draws of each follow from (seed, line number, piece), so what
+        else is spoken changes them not.
         """
         import torch
 
-        seed_all(seed, line.number)
-        started = time.perf_counter()
-        pieces = [piece["tts_speech"] for piece in self.cosyvoice.inference_sft(line.text, VOICE_NAME, speed=speed)]
-        speech = torch.cat(pieces, dim=1)  # (1, samples)
-        elapsed = time.perf_counter() - started
-        rate_hz = self.cosyvoice.sample_rate
-        write_wav(line.output, speech, rate_hz, comment=f"seed {seed}, line {line.number}, speed {speed}")
-        return speech.shape[1] / rate_hz, elapsed
+        jobs = [(line, number, piece) for line in lines for number, piece in enumerate(self.cosyvoice.split(line.text))]
+        rate_hz, spoken = self.cosyvoice.sample_rate, []
+        for start in range(0, len(jobs), together):
+            group = jobs[start : start + together]
+            draws = [Draws(seed, line.number, number) for line, number, _ in group]
+            pieces = [piece for _, _, piece in group]
+            speeches = self.cosyvoice.speak_together(pieces, VOICE_NAME, draws, speed)
+            for done, ((line, *_), speech) in enumerate(zip(group, speeches, strict=True), start=start + 1):
+                spoken.append(speech)
+                if done == len(jobs) or jobs[done][0] is not line:
+                    whole, spoken = torch.cat(spoken, dim=1), []
+                    write_wav(line.output, whole, rate_hz, comment=f"seed {seed}, line {line.number}, speed {speed}")
+                    yield line, whole.size(1) / rate_hz
 
 
 def open_voice(args: argparse.Namespace, model_dir: Path) -> ReadyVoice:
     """The voice that the options of `add_voice` name, or the newest of the output folder, loaded."""
+    check_positive("--batch-size", args.batch_size)
     voice = choose_voice(args, model_dir)
     speaker, embedding = speaker_vector(args, voice, model_dir)
     cosyvoice = load_voice(voice, model_dir, args.device, args.precision)
@@ -95,6 +102,9 @@ def add_voice(parser: argparse.ArgumentParser) -> None:
         default="float32",
         metavar="float32|float16|bfloat16|int8",
         help="of LLM and Flow on a CPU: float32 is exact, int8 fastest (default: %(default)s)",
+    )
+    voice.add_argument(
+        "--batch-size", type=int, default=8, help="sentences the LLM writes at once (default: %(default)s)"
     )
 
 

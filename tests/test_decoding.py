@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.transformer.precision import LINEARS, MANY_FRAMES, check_precision
+from cosyvoice.utils.command import Draws, seed_all
 from cosyvoice.utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -100,6 +101,18 @@ def test_a_prepared_model_speaks(plain: TransformerLM, precision: str) -> None:
     torch.manual_seed(0)
     tokens = list(llm.inference(text, torch.tensor([3]), none, empty, none, empty, speaker))
     assert 6 <= len(tokens) <= 60 and all(0 <= token < llm.speech_token_size for token in tokens)
+
+
+def test_texts_written_together_get_the_tokens_that_each_gets_alone(plain: TransformerLM) -> None:
+    llm, none, speaker = prepared(plain, "float32"), torch.zeros(1, 0, dtype=torch.int64), torch.randn(1, 192)
+    texts, empty = [torch.arange(length).unsqueeze(0) for length in (5, 2, 9)], torch.tensor([0])
+    alone = []
+    for number, text in enumerate(texts):
+        seed_all(number)
+        length = torch.tensor([text.size(1)])
+        alone.append(list(llm.inference(text, length, none, empty, none, empty, speaker)))
+    together = llm.inference_together(texts, speaker, [Draws(number) for number in range(3)])
+    assert together == alone and len({len(tokens) for tokens in alone}) == 3
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ A base model is judged by its files: --llm MODEL/llm.pt --flow MODEL/flow.pt --s
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,13 +110,13 @@ def speak(lines: Sequence["Line"], args: argparse.Namespace) -> tuple[dict[str, 
     from speaking import open_voice
 
     voice = open_voice(args, args.model_dir)
-    seconds, elapsed = 0.0, 0.0
-    for line in tqdm(lines, desc="speaking", unit="sentence"):
-        spoken_seconds, taken = voice.speak(line, speed=1.0, seed=args.seed)
-        seconds, elapsed = seconds + spoken_seconds, elapsed + taken
+    started, total = time.perf_counter(), 0.0
+    spoken = voice.speak(lines, speed=1.0, seed=args.seed, together=args.batch_size)
+    for line, seconds in tqdm(spoken, desc="speaking", total=len(lines), unit="sentence"):
+        total += seconds
         with atomic_write(line.output.with_suffix(".txt")) as temporary:
             temporary.write_text(line.text + "\n", encoding="utf-8")
-    return voice.sources, elapsed / seconds
+    return voice.sources, (time.perf_counter() - started) / total
 
 
 if __name__ == "__main__":

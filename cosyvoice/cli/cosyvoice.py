@@ -1,13 +1,14 @@
 """The public API: a model folder in, speech out. Names and signatures are upstream's."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from cosyvoice.cli.frontend import FRONTEND_PARTS, CosyVoiceFrontEnd, Prompt
-from cosyvoice.cli.model import CosyVoiceModel, Weights
+from cosyvoice.cli.model import CosyVoiceModel, Weights, check_speed
+from cosyvoice.utils.command import Draws
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 from cosyvoice.utils.frames import TOKEN_RATE_HZ
@@ -171,12 +172,28 @@ class CosyVoice:
         stream: bool,
         speed: float,
     ) -> Speech:
+        for piece in self.split(tts_text, text_frontend):
+            yield from self.model.tts(**inputs(piece), stream=stream, speed=speed)
+
+    def split(self, tts_text: str, text_frontend: bool = True) -> list[str]:
+        """The pieces that a text is spoken in. Raises InputError where it has nothing to speak."""
         pieces = self.frontend.text_normalize(tts_text, split=True, text_frontend=text_frontend)
         pieces = [piece for piece in pieces if has_words(piece)]
         if not pieces:
             raise InputError(f"nothing to speak in the text {tts_text!r}; give it words or numbers")
-        for piece in pieces:
-            yield from self.model.tts(**inputs(piece), stream=stream, speed=speed)
+        return pieces
+
+    def speak_together(
+        self, pieces: Sequence[str], spk_id: str, draws: Sequence[Draws], speed: float = 1.0
+    ) -> Iterator[Tensor]:
+        """The speech (1, samples) of each of several pieces of `split` with a stored voice; faster than one by one.
+
+        draws: where each piece has its random numbers from. All pieces are written before the first is heard.
+        """
+        check_speed(speed)
+        inputs = [self.frontend.frontend_sft(piece, spk_id=spk_id) for piece in pieces]
+        texts, embedding = [entry["text"] for entry in inputs], inputs[0]["llm_embedding"]
+        yield from self.model.tts_together(texts, embedding, draws, speed)
 
 
 def _check_folder(model_dir: Path) -> None:

@@ -1,6 +1,6 @@
 """Speech tokens to a waveform, all at once or chunk by chunk while the language model is still writing."""
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from cosyvoice.hifigan.generator import HiFTGenerator
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.transformer.precision import check_precision
 from cosyvoice.utils.checkpoint import load_strict, read_state_dict
+from cosyvoice.utils.command import Draws
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import MEL_HOP_SAMPLES, OVERLAP_TOKENS, mel_frames
 
@@ -123,6 +124,22 @@ class CosyVoiceModel:
                 token = torch.tensor([chunk], device=self.device)
                 speech = self.token2wav(token, *voice, session, finalize=is_last, speed=speed)
                 yield {"tts_speech": speech.cpu().clone()}  # a copy, which the caller may change in place
+
+    def tts_together(
+        self, texts: Sequence[Tensor], embedding: Tensor, draws: Sequence[Draws], speed: float = 1.0
+    ) -> Iterator[Tensor]:
+        """The speech (1, samples) of several texts (1, N) in the voice of `embedding` (1, 192), on the CPU.
+
+        The language model writes them side by side; each draws from its own `draws`, in the order of `tts`.
+        """
+        embedding = embedding.to(self.device)
+        written = self.llm.inference_together([text.to(self.device) for text in texts], embedding, draws)
+        prompt = [x.to(self.device) for x in (NO_TOKENS, NO_MEL)]
+        for tokens, own_draws in zip(written, draws, strict=True):
+            token = torch.tensor([tokens], device=self.device)
+            with own_draws:
+                speech = self.token2wav(token, *prompt, embedding, self.new_session(), finalize=True, speed=speed)
+            yield speech.cpu()
 
     @torch.inference_mode()
     def token2wav(

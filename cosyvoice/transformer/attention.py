@@ -1,5 +1,6 @@
 """Multi-head self-attention with relative positions, and the cache that makes decoding incremental."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +17,26 @@ class AttentionCache:
     The three buffers hold `capacity` rows and are enlarged by doubling; rows in use are views, never copies.
     """
 
-    keys: Tensor  # (1, H, capacity, D), rows 0..length-1 in use
-    values: Tensor  # (1, H, capacity, D)
+    keys: Tensor  # (B, H, capacity, D), rows 0..length-1 in use
+    values: Tensor  # (B, H, capacity, D)
     positions: Tensor  # (1, H, capacity, D), projected distances capacity-1 .. 0: the last T rows serve T keys
     length: int = 0
 
     @property
     def capacity(self) -> int:
         return self.keys.size(2)
+
+    @classmethod
+    def joined(cls, caches: "Sequence[AttentionCache]") -> "AttentionCache":
+        """One cache of several sequences (one item each), which all end at its `length`; rows before them are zero."""
+        largest = max(caches, key=lambda cache: cache.capacity)
+        length = max(cache.length for cache in caches)
+        keys, values = (largest.keys.new_zeros(len(caches), *largest.keys.shape[1:]) for _ in range(2))
+        for item, cache in enumerate(caches):
+            rows = slice(length - cache.length, length)
+            keys[item, :, rows] = cache.keys[0, :, : cache.length]
+            values[item, :, rows] = cache.values[0, :, : cache.length]
+        return cls(keys, values, largest.positions, length)
 
 
 def position_scores(query: Tensor, positions: Tensor, num_keys: int) -> Tensor:
@@ -92,7 +105,8 @@ class RelPositionMultiHeadedAttention(nn.Module):
     def step(self, x: Tensor, mask: Tensor | None, cache: AttentionCache) -> Tensor:
         """Attend from N new frames to all frames so far, and remember them in `cache`.
 
-        x: (1, N, C). mask: (1, N, T) with T = cache.length + N, or None where all T are visible. Returns (1, N, C).
+        x: (B, N, C). mask: (1 or B, 1 or N, T) with T = cache.length + N, or None where all T are visible. Returns
+        (B, N, C).
         """
         end = cache.length + x.size(1)
         if end > cache.capacity:

@@ -1,9 +1,10 @@
 """The attention stacks behind the text encoder, the language model and the flow's token encoder."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from cosyvoice.transformer.attention import AttentionCache, RelPositionMultiHeadedAttention
@@ -150,14 +151,22 @@ class BaseEncoder(nn.Module):
         """An empty cache, one part a block, for `forward_chunk`."""
         return [layer.self_attn.new_cache(INITIAL_CACHE_FRAMES) for layer in self.encoders]
 
-    def forward_chunk(self, xs: Tensor, cache: list[AttentionCache]) -> Tensor:
-        """Encode the next N frames of one growing sequence causally, reusing all that `cache` holds.
+    def joined_cache(self, caches: Sequence[list[AttentionCache]]) -> tuple[list[AttentionCache], Tensor]:
+        """One cache of B sequences from theirs, in which all end together, and where each begins: (B,)."""
+        lengths = torch.tensor([cache[0].length for cache in caches], device=caches[0][0].keys.device)
+        return [AttentionCache.joined(layers) for layers in zip(*caches, strict=True)], lengths.max() - lengths
 
-        xs: (1, N, input_size). The cache is extended. Returns (1, N, output_size), equal to the same frames of
-        `forward` over the whole sequence in a causal stack.
+    def forward_chunk(self, xs: Tensor, cache: list[AttentionCache], starts: Tensor | None = None) -> Tensor:
+        """Encode the next N frames of growing sequences causally, reusing all that `cache` holds.
+
+        xs: (B, N, input_size). starts: (B,), where each sequence begins in a joined cache. The cache is extended.
+        Returns (B, N, output_size), equal to the same frames of `forward` over the whole sequence in a causal stack.
         """
         new, total = xs.size(1), cache[0].length + xs.size(1)
         mask = None if new == 1 else subsequent_mask(total, xs.device)[None, total - new :]  # (1, N, T)
+        if starts is not None:
+            begun = torch.arange(total, device=xs.device) >= starts[:, None, None]  # (B, 1, T)
+            mask = begun if mask is None else begun & mask
         x = self.embed(xs)
         for layer, layer_cache in zip(self.encoders, cache, strict=True):
             x = layer.step(x, mask, layer_cache)
