@@ -1,6 +1,6 @@
 # make test    run the tests
 # make demo    the whole job on examples/raw_audio: prepare, train, merge, speak
-# make bench   measure decoding
+# make bench   measure decoding, synthesis, training, preparation and start-up
 # make eval    install the judges of tools/evaluate.py, and judge the voice that make demo left
 # Each first makes .venv (make venv). PYTHON=python3.12 picks another interpreter for it.
 
@@ -37,6 +37,10 @@ demo: venv
 
 bench: venv
 	$(PY) bench/decode.py
+	$(PY) bench/synthesis.py
+	$(PY) bench/train_steps.py
+	$(PY) bench/preparation.py
+	$(PY) bench/start_up.py
 
 $(JUDGES): requirements-eval.txt $(INSTALLED)
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-eval.txt

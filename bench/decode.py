@@ -13,22 +13,18 @@ import argparse
 import copy
 import json
 import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from measuring import CONFIGS, READ_BYTES, add_measuring, build, step_weights, timed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cosyvoice.llm.llm import TransformerLM
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-CONFIG = ROOT / "examples" / "libritts" / "cosyvoice" / "conf" / "cosyvoice.yaml"
 BYTES_PER_WEIGHT = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-READ_BYTES = 2**27  # more than any cache holds
 WARM_UP = 2  # rounds that are not counted
 
 
@@ -38,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    plain = build(args.model_dir)
+    plain = build(args.model_dir or CONFIGS["300m"], "llm")
     with torch.inference_mode():
         weights = step_weights(plain)
         prefix, tokens = sentence(plain, args.compared)
@@ -61,18 +57,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", default=precisions, choices=BYTES_PER_WEIGHT, metavar="NAME",
                         help=f"of {', '.join(BYTES_PER_WEIGHT)} (default: {' '.join(precisions)})")  # fmt: skip
     parser.add_argument("--tokens", type=int, nargs="+", default=places, help="places compared (default: 50 500 1000)")
-    parser.add_argument("--repeats", type=int, default=20, help="steps timed at each place (default: 20)")
     parser.add_argument("--compared", type=int, default=60, help="tokens of the sentence for the error (default: 60)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--seed", type=int, default=1986, help="seed of the weights (default: 1986)")
+    add_measuring(parser, 20, "steps timed at each place")
     return parser.parse_args(argv)
-
-
-def build(model_dir: Path | None) -> "TransformerLM":
-    from cosyvoice.utils.checkpoint import load_part
-    from cosyvoice.utils.model_yaml import load_model_yaml
-
-    return load_part(model_dir, "llm") if model_dir else load_model_yaml(CONFIG, parts=("llm",))["llm"].eval()
 
 
 def prepared(plain: "TransformerLM", precision: str) -> "TransformerLM":
@@ -80,12 +67,6 @@ def prepared(plain: "TransformerLM", precision: str) -> "TransformerLM":
     model = copy.deepcopy(plain, memo={id(plain.text_encoder): plain.text_encoder})
     model.prepare_decoding(precision)
     return model
-
-
-def step_weights(llm: "TransformerLM") -> int:
-    """How many weights of blocks and head one step reads: all linear ones but those that project distances."""
-    named = [*llm.llm.encoders.named_parameters(), *llm.llm_decoder.named_parameters()]
-    return sum(weight.numel() for name, weight in named if weight.dim() == 2 and "pos" not in name)
 
 
 def sentence(llm: "TransformerLM", count: int) -> "tuple[Tensor, list[int]]":
@@ -134,12 +115,6 @@ def time_steps(
                 reads.append(read)
                 seconds[name][place].append(step)
     return seconds, reads
-
-
-def timed(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def figures(seconds: dict[int, list[float]], limit: float) -> dict[str, Any]:

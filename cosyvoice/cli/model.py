@@ -114,8 +114,8 @@ class CosyVoiceModel:
         check_speed(speed, stream)
         voice = [x.to(self.device) for x in (flow_prompt_speech_token, prompt_speech_feat, flow_embedding)]
         tokens = self._tokens(text, prompt_text, llm_prompt_speech_token, llm_embedding, source_speech_token)
-        if stream:
-            tokens = prefetch(tokens)
+        if stream and self.device.type == "cuda":
+            tokens = prefetch(tokens)  # on a CPU it would only take the first chunk's cores
         session = self.new_session()
         with closing(tokens):  # a consumer that leaves early stops the language model
             for chunk, is_last in self._chunks(tokens) if stream else [(list(tokens), True)]:

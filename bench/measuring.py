@@ -1,0 +1,191 @@
+"""What the scripts of this folder share: the models they measure, the machine's limits, timing, and rows."""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cosyvoice.llm.llm import TransformerLM
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+CONFIGS = {
+    "300m": ROOT / "examples" / "libritts" / "cosyvoice" / "conf" / "cosyvoice.yaml",
+    "mini": ROOT / "examples" / "mini" / "cosyvoice.yaml",
+}
+BYTES_PER_FLOAT32 = 4
+READ_BYTES = 2**27  # more than any cache holds
+MATRIX_ROWS = 2048  # of the square matrices whose product shows the peak
+LIMIT_RUNS = 5
+ENOUGH_SECONDS = 30.0  # what has taken this long is not repeated further
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device, and what it can do at most as measured before everything else."""
+
+    device: str  # cpu or cuda
+    threads: int
+    bytes_per_second: float  # read
+    flops_per_second: float  # of a float32 matrix product
+
+
+# Options
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Add what `sources` reads."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model-dir", type=Path, help="model folder (default: random weights)")
+    group.add_argument("--sizes", nargs="+", default=list(CONFIGS), choices=CONFIGS, metavar="NAME",
+                       help=f"of random weights: {', '.join(CONFIGS)} (default: all)")  # fmt: skip
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+
+
+def add_measuring(parser: argparse.ArgumentParser, repeats: int, repeated_what: str = "runs timed at most") -> None:
+    parser.add_argument("--repeats", type=positive, default=repeats, help=f"{repeated_what} (default: {repeats})")
+    parser.add_argument("--threads", type=positive, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--seed", type=int, default=1986, help="seed of all random draws (default: 1986)")
+
+
+def positive(text: str) -> int:
+    """The type of an option that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1 is needed")
+    return number
+
+
+# Models
+
+
+def sources(args: argparse.Namespace) -> dict[str, Path]:
+    """What `build` takes, by the name that rows give it."""
+    if args.model_dir:
+        return {args.model_dir.name: args.model_dir}
+    return {f"random {size}": CONFIGS[size] for size in args.sizes}
+
+
+def build(source: Path, part: str) -> "nn.Module":
+    """`llm`, `flow` or `hift` of a model folder, or with random weights in the sizes of a .yaml file, in eval mode."""
+    from cosyvoice.utils.checkpoint import load_part
+    from cosyvoice.utils.model_yaml import load_model_yaml
+
+    return load_part(source, part) if source.is_dir() else load_model_yaml(source, parts=(part,))[part].eval()
+
+
+def step_weights(llm: "TransformerLM") -> int:
+    """How many weights of blocks and head one step reads: all linear ones but those that project distances."""
+    named = [*llm.llm.encoders.named_parameters(), *llm.llm_decoder.named_parameters()]
+    return sum(weight.numel() for name, weight in named if weight.dim() == 2 and "pos" not in name)
+
+
+# Limits
+
+
+def measure_machine(args: argparse.Namespace) -> Machine:
+    """Measure and show the limits of device and threads in `args`; torch uses these threads and the seed from now on.
+
+    Raises InputError where CUDA is asked for and missing.
+    """
+    import torch
+
+    from utils import pick_device
+
+    device = pick_device(args.device).type
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    memory = torch.ones(READ_BYTES // BYTES_PER_FLOAT32, device=device)
+    left, right = torch.randn(2, MATRIX_ROWS, MATRIX_ROWS, device=device)
+    seconds = []
+    for work in (memory.sum, lambda: left @ right):
+        work()  # not counted: wakes threads and loads kernels
+        seconds.append(min(timed(work, device) for _ in range(LIMIT_RUNS)))  # the least: other load is no limit
+    machine = Machine(device, args.threads, READ_BYTES / seconds[0], 2 * MATRIX_ROWS**3 / seconds[1])
+    read, product = machine.bytes_per_second / 1e9, machine.flops_per_second / 1e9
+    print(f"{device}, {args.threads} threads: reading {read:.1f} GB/s, float32 matrix products {product:.0f} GFLOP/s")
+    row = {"gb_per_second": read, "gflop_per_second": product}
+    print(json.dumps({"bench": "machine", "device": device, "threads": args.threads, **row}), flush=True)
+    return machine
+
+
+def count_flops(work: Callable[[], Any]) -> int:
+    """Floating-point operations of the matrix products and convolutions in `work`, which runs once."""
+    from torch.ops import aten
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    # torch knows the fused attention of GPUs only. After the shapes come options that change no number.
+    forward, backward = (lambda *x, **_: sdpa_flop_count(*x[:3])), (lambda *x, **_: sdpa_backward_flop_count(*x[:4]))
+    fused_on_cpu = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=fused_on_cpu) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+# Times
+
+
+def timed(work: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds until the device has done the work."""
+    start = clock(device)
+    work()
+    return clock(device) - start
+
+
+def clock(device: str) -> float:
+    """Seconds, read when a GPU has done all that it was given."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def repeated(work: Callable[[], Any], repeats: int, device: str = "cpu") -> list[float]:
+    """Seconds of each of `repeats` runs; of fewer, at least one, where these take long."""
+    seconds = [timed(work, device)]
+    while len(seconds) < repeats and sum(seconds) < ENOUGH_SECONDS:
+        seconds.append(timed(work, device))
+    return seconds
+
+
+# Rows
+
+
+def show(
+    machine: Machine, labels: dict[str, Any], seconds: list[float], limit_seconds: float | None, **figures: float
+) -> None:
+    """Print one measurement, as a row of a table and as a line of JSON.
+
+    labels: first `bench`, the script; then `what` was measured, and with what. limit_seconds: the least time that the
+    machine needs for it, where that is known. figures: what else follows.
+    """
+    median, least, most = statistics.median(seconds), min(seconds), max(seconds)
+    times: dict[str, Any] = {"runs": len(seconds), "seconds": [median, least, most]}
+    columns = [f"{median:8.3f} s ({least:.3f} to {most:.3f}, runs {len(seconds)})"]
+    if limit_seconds is not None:
+        times |= {"limit_seconds": limit_seconds, "of_limit": limit_seconds / median}
+        columns.append(f"of limit {limit_seconds / median:.1%}")
+    columns += [f"{words(name)} {value:.3g}" for name, value in figures.items()]
+    names = [value if isinstance(value, str) else f"{value} {words(name)}" for name, value in labels.items()]
+    print(f"{'  '.join(names[1:]):50}", *columns, sep="  ")
+    place = {"device": machine.device, "threads": machine.threads}
+    print(json.dumps({**labels, **place, **times, **figures}), flush=True)
+
+
+def words(name: str) -> str:
+    return name.replace("_", " ")

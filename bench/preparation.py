@@ -1,0 +1,74 @@
+"""Clips that prepare_joint_data.py prepares in a second.
+
+    python bench/preparation.py
+
+On the recordings in examples/raw_audio, each time into an empty folder, with as many clips at a time as threads.
+Without `--model-dir` the two ONNX encoders are small and have random weights: what takes time then is all the rest,
+reading, resampling, features, text, and writing. There is no share of a limit, because nothing counts the encoders'
+floating-point operations. The row follows as a line of JSON.
+"""
+
+import argparse
+import io
+import statistics
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from measuring import ROOT, add_device, add_measuring, measure_machine, repeated, show
+
+RECORDINGS = ROOT / "examples" / "raw_audio"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    machine = measure_machine(args)
+    from clips import find_recordings
+
+    recordings = [recording.audio for recording in find_recordings(RECORDINGS)]
+    with TemporaryDirectory() as temporary:
+        model_dir = args.model_dir or random_encoders(Path(temporary), args.seed)
+        prepare(model_dir, args)  # not counted: imports, and the text grammars
+        seconds = repeated(lambda: prepare(model_dir, args), args.repeats)
+    encoders = model_dir.name if args.model_dir else "random encoders"
+    labels = {"bench": "preparation", "model": encoders, "what": RECORDINGS.name, "clips": len(recordings)}
+    median, speech_seconds = statistics.median(seconds), sum(map(duration, recordings))
+    figures = {"clips_per_second": len(recordings) / median, "real_time_factor": median / speech_seconds}
+    show(machine, labels, seconds, None, **figures)
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-dir", type=Path, help="model folder (default: small encoders with random weights)")
+    add_device(parser)
+    add_measuring(parser, 3)
+    return parser.parse_args(argv)
+
+
+def random_encoders(folder: Path, seed: int) -> Path:
+    from tools.random_model import make_random_model
+
+    return make_random_model(folder, seed)
+
+
+def prepare(model_dir: Path, args: argparse.Namespace) -> None:
+    """All recordings, with what the command prints left out."""
+    from prepare_joint_data import main as prepare_joint_data
+
+    with TemporaryDirectory() as data_dir, redirect_stdout(io.StringIO()):
+        folders = ["--model-dir", str(model_dir), "--input-dir", str(RECORDINGS), "--data-dir", data_dir]
+        prepare_joint_data([*folders, "--workers", str(args.threads), "--device", args.device])
+
+
+def duration(recording: Path) -> float:
+    import soundfile
+
+    return soundfile.info(recording).duration
+
+
+if __name__ == "__main__":
+    from cosyvoice.utils.command import run
+
+    run(main)

@@ -1,0 +1,180 @@
+"""Clips a second and peak of memory of one optimiser step in each training mode.
+
+    python bench/train_steps.py
+
+At the sizes of CosyVoice-300M and CosyVoice-mini with random weights; `--model-dir` measures a model of your own. A
+step is one batch through the trainer, with the adapters and the precision of config.py: losses, gradients, their
+clipping, and the optimiser. A clip has 30 text tokens and 145 speech tokens, or some times as many, of which the flow
+sees a window of `max_feat_len` frames. A share of the limit is the time that the floating-point operations of losses
+and gradients take at the speed of a large float32 matrix product, over the time taken; a GPU, which trains in half
+precision, may pass it. Each measurement has a process of its own, and with it a peak of memory of its own: on a CPU
+that of the process, on CUDA that of its tensors. Each row follows as a line of JSON.
+"""
+
+import argparse
+import logging
+import resource
+import statistics
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from measuring import (
+    Machine,
+    add_device,
+    add_measuring,
+    add_models,
+    build,
+    clock,
+    count_flops,
+    measure_machine,
+    positive,
+    show,
+    sources,
+)
+
+from config import MODES, settings_for
+from speaking import SPEAKER_DIMENSIONS
+
+if TYPE_CHECKING:
+    from dataset import Clip
+    from llm_flow_model import JointModel
+
+TEXT_TOKENS, SPEECH_TOKENS = 30, 145  # 2.9 s: exactly the flow's window
+IDS = 256  # of text and speech tokens: every model has that many
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as fresh_process:
+        machine = fresh_process.submit(measure_machine, args).result()
+        for name, source in sources(args).items():
+            for case in cases(args):
+                fresh_process.submit(measure, machine, name, source, case, args.repeats, args.seed).result()
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_models(parser)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, metavar="NAME",
+                        help=f"of {', '.join(MODES)} (default: all)")  # fmt: skip
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 2], metavar="N",
+                        help="clips a step; all but the first only in the first mode (default: 1 2)")  # fmt: skip
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[1, 2], metavar="N",
+                        help="of clips, in 2.9 s; all but the first only in the first mode (default: 1 2)")  # fmt: skip
+    add_device(parser)
+    add_measuring(parser, 3, "steps timed")
+    return parser.parse_args(argv)
+
+
+def cases(args: argparse.Namespace) -> list[tuple[str, int, int]]:
+    """Mode, batch size and length of each measurement; from the first of each, one varies at a time."""
+    (mode, *modes), (size, *sizes), (length, *lengths) = args.modes, args.batch_sizes, args.lengths
+    return [
+        (mode, size, length),
+        *((other, size, length) for other in modes),
+        *((mode, other, length) for other in sizes),
+        *((mode, size, other) for other in lengths),
+    ]
+
+
+def measure(machine: Machine, name: str, source: Path, case: tuple[str, int, int], repeats: int, seed: int) -> None:
+    """Train for a few steps in this process, and show how long one takes."""
+    import torch
+
+    mode, batch_size, length = case
+    torch.set_num_threads(machine.threads)
+    torch.manual_seed(seed)
+    model = joint_model(source, mode, seed)
+    clips = [random_clip(length)] * batch_size
+    limit = count_gradient_flops(model, clips) / machine.flops_per_second
+    seconds = time_steps(model, clips, machine.device, repeats)
+    figures = {"clips_per_second": batch_size / statistics.median(seconds), "peak_gb": peak_bytes(machine.device) / 1e9}
+    labels = {"bench": "train_steps", "model": name, "what": mode, "clips": batch_size}
+    show(machine, labels | {"speech_tokens": len(clips[0].speech_token)}, seconds, limit, **figures)
+
+
+def joint_model(source: Path, mode: str, seed: int) -> "JointModel":
+    """The model as train_joint.py trains it, but each batch is one optimiser step."""
+    import torch
+
+    from llm_flow_model import JointModel
+
+    config = settings_for(source) | {"training_mode": mode, "accumulate_grad_batches": 1}
+    parts = {part: build(source, part) for part in MODES[mode]}
+    return JointModel(parts, config, seed, torch.randn(SPEAKER_DIMENSIONS), origin={}).train()
+
+
+def random_clip(length: int) -> "Clip":
+    import torch
+
+    from cosyvoice.cli.model import MEL_BINS
+    from cosyvoice.utils.frames import mel_frames
+    from dataset import Clip
+
+    text, speech = (torch.randint(0, IDS, (length * count,)) for count in (TEXT_TOKENS, SPEECH_TOKENS))
+    mel, embedding = torch.randn(mel_frames(len(speech)), MEL_BINS), torch.randn(SPEAKER_DIMENSIONS)
+    return Clip("clip", "speaker", text, speech, mel, embedding)
+
+
+def count_gradient_flops(model: "JointModel", clips: "list[Clip]") -> int:
+    """Of one batch's losses and gradients."""
+    from dataset import collate
+
+    def add_gradients() -> None:
+        losses = model.losses(collate(clips), model.active())
+        sum(losses[f"{part}_loss"] for part in model.active()).backward()
+
+    flops = count_flops(add_gradients)
+    model.zero_grad()
+    return flops
+
+
+def time_steps(model: "JointModel", clips: "list[Clip]", device: str, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` steps, after one that is not counted."""
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import LambdaCallback
+    from torch.utils.data import DataLoader
+
+    from dataset import collate
+    from llm_flow_model import HALF_TYPES
+    from training import compute_precision
+
+    if device == "cuda" and model.config["precision"] in HALF_TYPES:
+        model.keep_base_in(HALF_TYPES[model.config["precision"]])
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    ends: list[float] = []
+    trainer = pl.Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        precision=compute_precision(model.config, device),
+        max_epochs=1,
+        gradient_clip_val=model.config["gradient_clip_val"],
+        callbacks=[LambdaCallback(on_train_batch_end=lambda *_: ends.append(clock(device)))],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with warnings.catch_warnings(action="ignore"):  # about all that training.py wants otherwise, and no log
+        trainer.fit(model, DataLoader(clips * (1 + repeats), len(clips), collate_fn=collate))
+    return [end - start for start, end in pairwise(ends)]
+
+
+def peak_bytes(device: str) -> int:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts it in kilobytes
+
+
+if __name__ == "__main__":
+    from cosyvoice.utils.command import run
+
+    run(main)
