@@ -150,25 +150,26 @@ def collate(clips: list[Clip]) -> dict[str, Tensor]:
     }
 
 
-def crop_windows(batch: dict[str, Tensor], max_frames: int) -> dict[str, Tensor]:
-    """Cut tokens and mel of every clip together, at a random place, to windows of one common length.
+def crop_windows(batch: dict[str, Tensor], max_frames: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Cut tokens and mel of every clip together, at a random place, to a window of at most `max_frames`.
 
-    The length is `max_frames` or the shortest clip's: equal windows need no padding, which would change the flow's
-    group norms. Draws from torch's generator.
+    Yields a batch for each length of window, with the numbers of its clips: all that are long enough come together, and
+    nothing is padded, which would change the flow's group norms. Draws from torch's generator.
     """
-    shortest = int(batch["speech_token_len"].min())
-    count = max(1, min(whole_tokens(max_frames), shortest))
-    frames = mel_frames(count)
-    tokens, mels = [], []
-    for i, length in enumerate(batch["speech_token_len"].tolist()):
-        start = int(torch.randint(0, length - count + 1, ()))
-        first = mel_frames(start)
-        tokens.append(batch["speech_token"][i, start : start + count])
-        mels.append(batch["speech_feat"][i, first : first + frames])
+    most = max(1, whole_tokens(max_frames))
+    lengths = batch["speech_token_len"].tolist()
     device = batch["speech_token"].device
-    return {
-        "speech_token": torch.stack(tokens),
-        "speech_token_len": torch.full((len(tokens),), count, device=device),
-        "speech_feat": torch.stack(mels),
-        "speech_feat_len": torch.full((len(tokens),), frames, device=device),
-    }
+    for count in sorted({min(most, length) for length in lengths}):
+        frames, tokens, mels = mel_frames(count), [], []
+        clips = [i for i, length in enumerate(lengths) if min(most, length) == count]
+        for i in clips:
+            start = int(torch.randint(0, lengths[i] - count + 1, ()))
+            first = mel_frames(start)
+            tokens.append(batch["speech_token"][i, start : start + count])
+            mels.append(batch["speech_feat"][i, first : first + frames])
+        yield clips, {
+            "speech_token": torch.stack(tokens),
+            "speech_token_len": torch.full((len(clips),), count, device=device),
+            "speech_feat": torch.stack(mels),
+            "speech_feat_len": torch.full((len(clips),), frames, device=device),
+        }

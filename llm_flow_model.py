@@ -96,12 +96,12 @@ class JointModel(pl.LightningModule):
     # Losses
 
     def losses(self, batch: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-        """The unweighted losses of the named parts, and the LLM's accuracy, all 0-d."""
+        """The unweighted losses of the named parts, averaged over the clips, and the LLM's accuracy, all 0-d."""
         embedding = self.training_embeddings(len(batch["text_token"]))
         result = {}
         if "llm" in names:
-            output = self.parts["llm"](batch | {"embedding": embedding}, self.device)
-            result |= {"llm_loss": output["loss"], "llm_acc": output["acc"]}
+            clip_losses, accuracy = self.parts["llm"].clip_losses(batch | {"embedding": embedding}, self.device)
+            result |= {"llm_loss": clip_losses.mean(), "llm_acc": accuracy}
         if "flow" in names:
             result["flow_loss"] = self.flow_loss(batch, embedding)
         return result
@@ -112,19 +112,22 @@ class JointModel(pl.LightningModule):
         return self.speaker_embedding.expand(size, -1) * kept.to(self.device)
 
     def flow_loss(self, batch: dict[str, Tensor], embedding: Tensor) -> Tensor:
-        window = crop_windows(batch, self.config["max_feat_len"])
-        frames = window["speech_feat"].size(1)
-        prompted = torch.rand(len(embedding)) < self.config["flow_prompt_ratio"]
-        longest = int(MAX_PREFIX_SHARE * frames)
-        prefixes = [int(torch.randint(0, longest + 1, ())) if given else 0 for given in prompted]
-        return self.parts["flow"].loss(
-            window["speech_token"],
-            window["speech_token_len"],
-            window["speech_feat"],
-            window["speech_feat_len"],
-            embedding,
-            prefixes,
-        )
+        loss = torch.zeros((), device=self.device)
+        for clips, window in crop_windows(batch, self.config["max_feat_len"]):
+            frames = window["speech_feat"].size(1)
+            prompted = torch.rand(len(clips)) < self.config["flow_prompt_ratio"]
+            longest = int(MAX_PREFIX_SHARE * frames)
+            prefixes = [int(torch.randint(0, longest + 1, ())) if given else 0 for given in prompted]
+            window_loss = self.parts["flow"].loss(
+                window["speech_token"],
+                window["speech_token_len"],
+                window["speech_feat"],
+                window["speech_feat_len"],
+                embedding[clips],
+                prefixes,
+            )
+            loss = loss + window_loss * len(clips) / len(embedding)
+        return loss
 
     # Steps
 

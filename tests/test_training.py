@@ -1,6 +1,7 @@
 """Training on a handful of made-up clips: what is trained, resuming, stopping, merging."""
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import train_joint
 from config import JOINT_TRAINING_CONFIG, with_changes
+from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
 from cosyvoice.utils.checkpoint import load_part, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import mel_frames
@@ -230,6 +232,33 @@ def test_more_epochs_go_on_at_their_place_in_the_longer_schedule(train, tmp_path
     assert train("--epochs", "2", "--resume", "auto", *one_step) == 0
     after = read_run(tmp_path / "output/joint_joint_last.ckpt").adapters
     assert not torch.equal(next(iter(before["llm"].values())), next(iter(after["llm"].values())))
+
+
+def test_clips_computed_together_weigh_as_each_alone(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of one batch are the means of those of its clips, of equal lengths or not, in both parts."""
+    without_dropout = {name: JOINT_TRAINING_CONFIG[name] | {"lora_dropout": 0.0} for name in ("llm_lora", "flow_lora")}
+    config = JOINT_TRAINING_CONFIG | without_dropout | {"zero_embedding_ratio": 0.0}
+    parts = {part: load_part(model_dir, part) for part in ("llm", "flow")}
+    model = JointModel(parts, config, 0, torch.ones(192), {}).train()
+
+    def draw(decoder: ConditionalCFM, x1: Tensor) -> TrainingDraw:
+        """Numbers that follow from the mel alone."""
+        t = x1.mean(dim=(1, 2), keepdim=True).sigmoid()
+        return TrainingDraw(t, x1.flip(2), t.flatten() < 2)
+
+    monkeypatch.setattr(ConditionalCFM, "draw_training", draw)
+    several = [*clips(3), *(replace(clip, mel=clip.mel.flip(0)) for clip in clips(2))]
+
+    def gradients(*batches: list[Clip]) -> list[Tensor]:
+        model.zero_grad()
+        for batch in batches:
+            losses = model.losses(collate(batch), ["llm", "flow"])
+            ((losses["llm_loss"] + losses["flow_loss"]) / len(batches)).backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+    together, alone = gradients(several), gradients(*([clip] for clip in several))
+    assert any(gradient.abs().max() > 1e-4 for gradient in alone)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
 
 
 def test_staged_training_names_the_files_of_both_runs(train, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -88,6 +88,28 @@ class TransformerLM(nn.Module):
         `embedding` (B, 192). Returns `loss` (nats, mean over all speech and end tokens of the batch) and `acc`; in
         training with guided attention also `loss_guide`, its term, which is to be added to `loss`.
         """
+        scores, classes, _, extra = self.predictions(batch, device)
+        loss = self.criterion_ce(scores.unsqueeze(0), classes.unsqueeze(0))
+        if not self.criterion_ce.normalize_length:
+            loss = loss / len(batch["text_token"])
+        return {"loss": loss, "acc": th_accuracy(scores, classes.unsqueeze(0), IGNORE_ID), **extra}
+
+    def clip_losses(self, batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        """What `forward` would give as the loss of each clip alone, (B,), and the accuracy over all of them."""
+        scores, classes, clips, _ = self.predictions(batch, device)
+        token_losses = self.criterion_ce.each(scores, classes)
+        losses = token_losses.new_zeros(len(batch["text_token"])).index_add(0, clips, token_losses)
+        if self.criterion_ce.normalize_length:
+            losses = losses / clips.bincount()
+        return losses, th_accuracy(scores, classes.unsqueeze(0), IGNORE_ID)
+
+    def predictions(
+        self, batch: dict[str, Tensor], device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Of all N speech and end tokens: scores (N, V), the tokens (N,), their items of the batch (N,).
+
+        The last is empty, or holds `loss_guide`; see `forward`, also for the batch.
+        """
         text, text_lengths = batch["text_token"].to(device), batch["text_token_len"].to(device)
         speech, speech_lengths = batch["speech_token"].to(device), batch["speech_token_len"].to(device)
         text_embeddings = self.encode(text, text_lengths)
@@ -105,11 +127,7 @@ class TransformerLM(nn.Module):
         else:
             lm_output, _ = self.llm(lm_input, lm_lengths)
         counted = target != IGNORE_ID  # the head is applied only where a token is asked
-        scores = self.llm_decoder(lm_output[counted]).float()
-        loss = self.criterion_ce(scores.unsqueeze(0), target[counted].unsqueeze(0))
-        if not self.criterion_ce.normalize_length:
-            loss = loss / target.size(0)
-        return {"loss": loss, "acc": th_accuracy(scores, target[counted].unsqueeze(0), IGNORE_ID), **extra}
+        return self.llm_decoder(lm_output[counted]).float(), target[counted], counted.nonzero()[:, 0], extra
 
     def corrupted(self, speech: Tensor) -> Tensor:
         """(B, S) ids, the share `input_corruption` of them drawn anew."""

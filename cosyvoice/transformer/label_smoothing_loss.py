@@ -22,16 +22,16 @@ class LabelSmoothingLoss(nn.Module):
         """x: (B, T, V) scores. target: (B, T) class ids, `padding_idx` where nothing is asked. Returns a 0-d tensor."""
         counted = target != self.padding_idx
         divisor = int(counted.sum()) if self.normalize_length else target.size(0)
-        return self.sum_over(x[counted], target[counted]) / divisor
+        return self.each(x[counted], target[counted]).sum() / divisor
 
-    def sum_over(self, scores: Tensor, classes: Tensor) -> Tensor:
-        """The summed divergence of N predictions. scores: (N, V). classes: (N,)."""
+    def each(self, scores: Tensor, classes: Tensor) -> Tensor:
+        """The divergences of N predictions, (N,). scores: (N, V). classes: (N,)."""
         log_p = scores.log_softmax(dim=-1)
         log_p_target = log_p.gather(1, classes.unsqueeze(1)).squeeze(1)  # (N,)
         if self.smoothing == 0:
-            return -log_p_target.sum()
+            return -log_p_target
         confidence = torch.tensor(1 - self.smoothing, dtype=log_p.dtype, device=log_p.device)
         share = torch.tensor(self.smoothing / (self.size - 1), dtype=log_p.dtype, device=log_p.device)
         negative_entropy = confidence * confidence.log() + self.smoothing * share.log()
         cross_entropy = -confidence * log_p_target - share * (log_p.sum(dim=-1) - log_p_target)
-        return (cross_entropy + negative_entropy).sum()
+        return cross_entropy + negative_entropy
