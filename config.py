@@ -70,7 +70,10 @@ MODEL_SETTINGS: dict[str, dict[str, Any]] = {
 
 def settings_for(model_dir: Path) -> dict[str, Any]:
     """JOINT_TRAINING_CONFIG with what this base model needs otherwise."""
-    return copy.deepcopy(JOINT_TRAINING_CONFIG) | MODEL_SETTINGS.get(model_dir.resolve().name, {})
+    config = copy.deepcopy(JOINT_TRAINING_CONFIG)
+    for name, value in MODEL_SETTINGS.get(model_dir.resolve().name, {}).items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    return config
 
 
 def _number(kind: type, low: float, high: float, above: bool = False) -> tuple[str, Callable[[Any], bool]]:
