@@ -1,5 +1,5 @@
 # make test    run the tests
-# make demo    the whole job on examples/raw_audio: prepare, train, merge, speak
+# make demo    the whole job on examples/raw_audio with CosyVoice-mini: prepare, train, merge, speak
 # make bench   measure decoding, synthesis, training, preparation and start-up
 # make eval    install the judges of tools/evaluate.py, and judge the voice that make demo left
 # Each first makes .venv (make venv). PYTHON=python3.12 picks another interpreter for it.
@@ -21,19 +21,17 @@ $(INSTALLED): requirements.txt constraints.txt
 test: venv
 	$(PY) -m pytest
 
-FOLDERS := --model-dir demo/model --output-dir demo/output
+MINI := pretrained_models/CosyVoice-mini
+FOLDERS := --model-dir $(MINI) --output-dir demo/output
 SENTENCE := This sentence is spoken without any reference audio.
 
 demo: venv
-	$(PY) tools/random_model.py --output demo/model --seed 1986
-	$(PY) prepare_joint_data.py --input-dir examples/raw_audio --model-dir demo/model --data-dir demo/data
-	$(PY) train_joint.py --mode joint --epochs 3 --data-dir demo/data $(FOLDERS)
+	$(PY) prepare_joint_data.py --input-dir examples/raw_audio --speaker rms --model-dir $(MINI) --data-dir demo/data
+	$(PY) train_joint.py --mode joint --data-dir demo/data $(FOLDERS)
 	$(PY) merge_joint_weights.py $(FOLDERS)
 	$(PY) inference_joint.py --text "$(SENTENCE)" --output demo/output/demo.wav $(FOLDERS)
 	@echo
-	@echo "The whole job ran, on a base model of random weights: what it speaks is noise."
-	@echo "For a voice, use CosyVoice-300M; README.md says where to get it."
-	@echo "$(CURDIR)/demo/output/demo.wav"
+	@echo "Listen to the new voice: $(CURDIR)/demo/output/demo.wav"
 
 bench: venv
 	$(PY) bench/decode.py

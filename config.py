@@ -61,9 +61,15 @@ JOINT_TRAINING_CONFIG: dict[str, Any] = {
 # What a base model needs otherwise, by the name of its folder.
 MODEL_SETTINGS: dict[str, dict[str, Any]] = {
     MINI_NAME: {
-        "learning_rate": 1e-3,
-        "accumulate_grad_batches": 4,
-        "max_epochs": 25,
+        # the more its LLM learns from a few clips, the worse it reads: one gentle epoch
+        "llm_lora": {"lora_alpha": 0.5},
+        "llm_loss_threshold": 2.9,
+        "flow_lora": {"lora_r": 32, "lora_alpha": 64},
+        "learning_rate": 4e-3,
+        "batch_size": 4,
+        "accumulate_grad_batches": 1,
+        "early_stopping_patience": 20,
+        "max_epochs": 75,
     },
 }
 
@@ -194,7 +200,7 @@ def find_model_dir(given: str | Path | None) -> Path:
     for folder in (*places, mini):
         if (folder / "cosyvoice.yaml").is_file():
             if folder == mini:
-                print(f"no {MODEL_NAMES[0]} found: using {MINI_NAME}, which speaks English, modestly (see README.md)")
+                print(f"no {MODEL_NAMES[0]} found: using {MINI_NAME}, which speaks English modestly (docs/mini.md)")
             return folder
     looked = ", ".join(str(parent / "pretrained_models") for parent in _search_roots())
     raise InputError(f"no model folder {MODEL_NAMES[0]} in {looked}; name one with --model-dir, or {_DOWNLOAD}")

@@ -1,5 +1,6 @@
-"""CosyVoice-mini: how its folder is made, and when it is used."""
+"""CosyVoice-mini: how its folder is made, what ships, and when it is used."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -15,9 +16,42 @@ from cosyvoice.utils.file_utils import save_tensors
 from cosyvoice.utils.model_yaml import load_model_yaml
 from examples.mini import make_model_dir, resynthesise, voice_folders
 from tools.kaldi_folder import write_table
-from tools.random_model import make_random_model
 
+SHIPPED = PROJECT_DIR / "pretrained_models" / MINI_NAME
 RECIPE = PROJECT_DIR / "examples" / "mini"
+LARGEST_BYTES = 25_000_000
+SENTENCE = "The old man walks to the market."
+
+
+def test_the_shipped_folder_is_whole_and_of_the_recipe_beside_it() -> None:
+    sums = dict(reversed(line.split()) for line in (SHIPPED / "SHA256SUMS").read_text().splitlines())
+    assert {path.name for path in SHIPPED.iterdir()} == {*sums, "SHA256SUMS"}
+    for name, digest in sums.items():
+        assert hashlib.sha256((SHIPPED / name).read_bytes()).hexdigest() == digest, name
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= LARGEST_BYTES
+    assert (SHIPPED / "cosyvoice.yaml").read_bytes() == (RECIPE / "cosyvoice.yaml").read_bytes()
+    assert (SHIPPED / "README.md").read_bytes() == (RECIPE / "model_card.md").read_bytes()
+
+
+def test_the_shipped_model_speaks_a_sentence_of_the_right_length() -> None:
+    cosyvoice = CosyVoice(str(SHIPPED))
+    assert cosyvoice.list_available_spks() == ["slt", "awb", "kal16", "ked"]
+    torch.manual_seed(0)
+    (piece,) = cosyvoice.inference_sft(SENTENCE, "slt")
+    seconds = piece["tts_speech"].size(1) / cosyvoice.sample_rate
+    assert 1 < seconds < 4 and 0.01 < piece["tts_speech"].std() < 0.5
+
+
+def test_recordings_pass_through_the_shipped_models_later_parts(tmp_path: Path) -> None:
+    clip = PROJECT_DIR / "examples" / "raw_audio" / "001"
+    for suffix in (".wav", ".txt"):
+        shutil.copy(clip.with_suffix(suffix), tmp_path)
+    seconds = soundfile.info(clip.with_suffix(".wav")).duration
+    for through in ("mel", "tokens"):
+        options = ["--src_dir", str(tmp_path), "--des_dir", str(tmp_path / through), "--model-dir", str(SHIPPED)]
+        resynthesise.main([*options, "--through", through])
+        assert soundfile.info(tmp_path / through / "001.wav").duration == pytest.approx(seconds, abs=0.05)
+        assert (tmp_path / through / "001.txt").read_text() == clip.with_suffix(".txt").read_text()
 
 
 def trained(folder: Path) -> Path:
@@ -47,20 +81,6 @@ def test_a_model_folder_is_made_from_what_the_recipe_leaves(tmp_path: Path) -> N
     (work_dir / "campplus.onnx").unlink()
     with pytest.raises(InputError, match="campplus.onnx does not exist; run the stages"):
         make_model_dir.main([*options, "f2"])
-
-
-def test_recordings_pass_through_a_models_later_parts(tmp_path: Path) -> None:
-    clip, model = PROJECT_DIR / "examples" / "raw_audio" / "001", make_random_model(tmp_path / "model", seed=3)
-    (tmp_path / "clips").mkdir()
-    for suffix in (".wav", ".txt"):
-        shutil.copy(clip.with_suffix(suffix), tmp_path / "clips")
-    seconds = soundfile.info(clip.with_suffix(".wav")).duration
-    for through in ("mel", "tokens"):
-        folders = {"--src_dir": tmp_path / "clips", "--des_dir": tmp_path / through, "--model-dir": model}
-        options = [str(word) for option in folders.items() for word in option]
-        resynthesise.main([*options, "--through", through])
-        assert soundfile.info(tmp_path / through / "001.wav").duration == pytest.approx(seconds, abs=0.05)
-        assert (tmp_path / through / "001.txt").read_text() == clip.with_suffix(".txt").read_text()
 
 
 def test_a_folder_for_each_speaker(tmp_path: Path) -> None:
