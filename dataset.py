@@ -158,10 +158,11 @@ def crop_windows(batch: dict[str, Tensor], max_frames: int) -> Iterator[tuple[li
     """
     most = max(1, whole_tokens(max_frames))
     lengths = batch["speech_token_len"].tolist()
+    counts = [min(most, length) for length in lengths]
     device = batch["speech_token"].device
-    for count in sorted({min(most, length) for length in lengths}):
+    for count in sorted(set(counts)):
         frames, tokens, mels = mel_frames(count), [], []
-        clips = [i for i, length in enumerate(lengths) if min(most, length) == count]
+        clips = [i for i, own in enumerate(counts) if own == count]
         for i in clips:
             start = int(torch.randint(0, lengths[i] - count + 1, ()))
             first = mel_frames(start)

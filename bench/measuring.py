@@ -54,9 +54,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_measuring(parser: argparse.ArgumentParser, repeats: int, repeated_what: str = "runs timed at most") -> None:
+    from utils import add_seed
+
     parser.add_argument("--repeats", type=positive, default=repeats, help=f"{repeated_what} (default: {repeats})")
     parser.add_argument("--threads", type=positive, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--seed", type=int, default=1986, help="seed of all random draws (default: 1986)")
+    add_seed(parser)
 
 
 def positive(text: str) -> int:

@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -142,18 +143,19 @@ def test_a_failed_language_model_raises(voice: CosyVoice, stream: bool) -> None:
         list(voice.inference_sft(TEXT, "anna", stream=stream))
 
 
+def endless(stopped: threading.Event, *_: Any) -> Iterator[int]:
+    """Tokens without end; `stopped` tells that nobody asks for more."""
+    try:
+        while True:
+            time.sleep(0.001)
+            yield 7
+    finally:
+        stopped.set()
+
+
 def test_leaving_a_stream_stops_the_language_model(voice: CosyVoice) -> None:
     stopped = threading.Event()
-
-    def endless_tokens(*args: Any) -> Iterator[int]:
-        try:
-            while True:
-                time.sleep(0.001)
-                yield 7
-        finally:
-            stopped.set()
-
-    voice.model.llm.inference = endless_tokens
+    voice.model.llm.inference = partial(endless, stopped)
     stream = voice.inference_sft(TEXT, "anna", stream=True)
     next(stream)
     stream.close()
@@ -235,6 +237,16 @@ def test_prefetch_runs_ahead_and_keeps_order() -> None:
     assert next(ahead) == 0
     assert made_all.wait(timeout=10)  # with one item consumed
     assert list(ahead) == list(range(1, 100))
+
+
+def test_leaving_what_is_prefetched_stops_its_thread() -> None:
+    stopped = threading.Event()
+    ahead = prefetch(endless(stopped))
+    assert next(ahead) == 7
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+    ahead.close()
+    assert stopped.is_set()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_the_model_chooses_a_device_that_exists(voice: CosyVoice) -> None:

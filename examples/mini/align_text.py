@@ -11,7 +11,7 @@ translation"), which is trained on all their texts at once.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,8 +62,13 @@ def letter_numbers(text: str) -> "np.ndarray":
     return np.array([known.get(byte, len(LETTERS)) for byte in text.lower().encode("utf-8")])
 
 
-def align(pairs: "Sequence[tuple[np.ndarray, np.ndarray]]", progress) -> "list[np.ndarray]":
-    """For each (letters (T,), phones (P,)) the number of the letter that each phone belongs to, (P,), never falling."""
+def align(
+    pairs: "Sequence[tuple[np.ndarray, np.ndarray]]", progress: Callable[[Iterable[int]], Iterable[int]]
+) -> "list[np.ndarray]":
+    """For each (letters (T,), phones (P,)) the number of the letter that each phone belongs to, (P,), never falling.
+
+    progress: wraps the numbers of the passes and shows how far they are.
+    """
     import numpy as np
 
     sounds = 1 + max(phones.max() for _, phones in pairs)
