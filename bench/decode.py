@@ -6,7 +6,8 @@ At the sizes of CosyVoice-300M with random weights; `--model-dir` measures a mod
 once, whatever its place; only the cached keys, values and positions grow. Before each step the machine's reading is
 measured, and all precisions and places take turns, so that other load falls on all alike. `of limit` is the time in
 which the machine reads the weights of blocks and head, over the time taken at the first place. The error is that of
-log-probabilities along a sentence that float32 wrote, fed token by token. Each row follows as a line of JSON.
+log-probabilities along a sentence that float32 wrote, fed token by token. Each row follows as a line of JSON. On a GPU
+(`--device cuda`) there is float32 alone.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measuring import CONFIGS, READ_BYTES, add_measuring, build, step_weights, timed
+from measuring import BYTES_PER_FLOAT32, CONFIGS, READ_BYTES, add_device, add_measuring, build, step_weights, timed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cosyvoice.llm.llm import TransformerLM
 
 BYTES_PER_WEIGHT = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+CPU_PRECISIONS = ("float32", "float16", "int8")
 WARM_UP = 2  # rounds that are not counted
 
 
@@ -32,32 +34,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     import torch
 
+    from cosyvoice.transformer.precision import check_precision
+    from utils import pick_device
+
+    device = pick_device(args.device).type
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    plain = build(args.model_dir or CONFIGS["300m"], "llm")
+    plain = build(args.model_dir or CONFIGS["300m"], "llm").to(device)
     with torch.inference_mode():
         weights = step_weights(plain)
         prefix, tokens = sentence(plain, args.compared)
-        models = {name: prepared(plain, name) for name in args.precisions}
-        seconds, read_seconds = time_steps(models, args.tokens, args.repeats)
+        precisions = args.precisions or (("float32",) if device == "cuda" else CPU_PRECISIONS)
+        for name in precisions:
+            check_precision(name, torch.device(device))
+        models = {name: prepared(plain, name) for name in precisions}
+        seconds, read_seconds = time_steps(models, args.tokens, args.repeats, device)
         bytes_per_second = READ_BYTES / statistics.median(read_seconds)
-        print(f"{args.threads} threads, {weights:,} weights a step, reading at {bytes_per_second / 1e9:.1f} GB/s")
+        place = {"device": device, "threads": args.threads}
+        reading = f"reading at {bytes_per_second / 1e9:.1f} GB/s"
+        print(f"{device}, {args.threads} threads, {weights:,} weights a step, {reading}")
         expected = log_probabilities(plain, prefix, tokens)
         for name, model in models.items():
             limit = weights * BYTES_PER_WEIGHT[name] / bytes_per_second
             errors = compare(log_probabilities(model, prefix, tokens), expected)
-            show({"precision": name, "threads": args.threads, **figures(seconds[name], limit), **errors})
+            show({"precision": name, **place, **figures(seconds[name], limit), **errors})
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    places, precisions = (50, 500, 1000), ("float32", "float16", "int8")
+    places = (50, 500, 1000)
     parser.add_argument("--model-dir", type=Path, help="model folder (default: random weights, 300M sizes)")
-    parser.add_argument("--precisions", nargs="+", default=precisions, choices=BYTES_PER_WEIGHT, metavar="NAME",
-                        help=f"of {', '.join(BYTES_PER_WEIGHT)} (default: {' '.join(precisions)})")  # fmt: skip
+    parser.add_argument("--precisions", nargs="+", choices=BYTES_PER_WEIGHT, metavar="NAME",
+                        help=f"of {', '.join(BYTES_PER_WEIGHT)} (default: {' '.join(CPU_PRECISIONS)})")  # fmt: skip
     parser.add_argument("--tokens", type=int, nargs="+", default=places, help="places compared (default: 50 500 1000)")
     parser.add_argument("--compared", type=int, default=60, help="tokens of the sentence for the error (default: 60)")
+    add_device(parser)
     add_measuring(parser, 20, "steps timed at each place")
     return parser.parse_args(argv)
 
@@ -73,9 +85,10 @@ def sentence(llm: "TransformerLM", count: int) -> "tuple[Tensor, list[int]]":
     """What is read first, (1, L, C), and the tokens that follow by the model's own sampling."""
     import torch
 
-    text = torch.randint(0, llm.text_embedding.num_embeddings, (1, 20))
-    none, speaker = text[:, :0], torch.randn(1, llm.spk_embed_affine_layer.in_features)
-    length, zero = torch.tensor([text.size(1)]), torch.tensor([0])
+    device = llm.llm_embedding.weight.device
+    text = torch.randint(0, llm.text_embedding.num_embeddings, (1, 20)).to(device)
+    none, speaker = text[:, :0], torch.randn(1, llm.spk_embed_affine_layer.in_features).to(device)
+    length, zero = torch.tensor([[text.size(1)], [0]], device=device)
     ratio = count / text.size(1)  # the least tokens and the most
     tokens = llm.inference(text, length, none, zero, none, zero, speaker, 25, ratio, ratio)
     return llm.inference_prefix(text, none, none, speaker), list(tokens)
@@ -85,9 +98,8 @@ def log_probabilities(llm: "TransformerLM", prefix: "Tensor", tokens: list[int])
     """(N + 1, V): of the token after the prefix and after each of the N tokens."""
     import torch
 
-    cache = llm.llm.new_cache()
-    inputs = [prefix, *(llm.speech_embedding.weight[token].view(1, 1, -1) for token in tokens)]
-    return torch.stack([llm.next_log_probabilities(lm_input, cache) for lm_input in inputs])
+    steps = llm.following(prefix, len(tokens))
+    return torch.stack([next(steps).cpu(), *(steps.send(token).cpu() for token in tokens)])
 
 
 def compare(found: "Tensor", expected: "Tensor") -> dict[str, float]:
@@ -96,21 +108,24 @@ def compare(found: "Tensor", expected: "Tensor") -> dict[str, float]:
 
 
 def time_steps(
-    models: "dict[str, TransformerLM]", places: Sequence[int], repeats: int
+    models: "dict[str, TransformerLM]", places: Sequence[int], repeats: int, device: str
 ) -> tuple[dict[str, dict[int, list[float]]], list[float]]:
     """Seconds of single steps by precision and frames cached, and of reading `READ_BYTES`, in turns."""
     import torch
 
     width = next(iter(models.values())).speech_embedding.embedding_dim
-    memory, lm_input, reads = torch.ones(READ_BYTES // 4), torch.randn(1, 1, width), []
-    caches = {(name, place): models[name].llm.new_cache() for name in models for place in places}
-    for (name, place), cache in caches.items():
-        models[name].next_log_probabilities(torch.randn(1, place, width), cache)
+    memory, reads = torch.ones(READ_BYTES // BYTES_PER_FLOAT32, device=device), []
+    sequences = {}
+    for name, model in models.items():
+        for place in places:
+            prefix = torch.randn(1, place, width, device=device)
+            sequences[name, place] = model.following(prefix, WARM_UP + repeats)
+            next(sequences[name, place])
     seconds: dict[str, dict[int, list[float]]] = {name: {place: [] for place in places} for name in models}
     for repeat in range(WARM_UP + repeats):
-        for (name, place), cache in caches.items():
-            read = timed(memory.sum)
-            step = timed(lambda: models[name].next_log_probabilities(lm_input, cache))  # noqa: B023
+        for (name, place), steps in sequences.items():
+            read = timed(memory.sum, device)
+            step = timed(lambda: steps.send(0), device)  # noqa: B023
             if repeat >= WARM_UP:
                 reads.append(read)
                 seconds[name][place].append(step)

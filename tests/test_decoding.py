@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.llm.llm import TransformerLM
+from cosyvoice.transformer.decoding import LEAST_CAPTURED_FRAMES, CapturedStepsPool
 from cosyvoice.transformer.precision import LINEARS, MANY_FRAMES, check_precision
 from cosyvoice.utils.command import Draws, seed_all
 from cosyvoice.utils.errors import InputError
@@ -54,6 +55,47 @@ def test_a_second_sentence_decodes_like_the_first(plain: TransformerLM, frames: 
     first = log_probabilities(llm, frames)
     assert llm.llm.encoders[0].self_attn.positions.size(2) >= FRAMES
     assert torch.equal(log_probabilities(llm, frames), first)
+
+
+def with_captured_steps(llm: TransformerLM) -> TransformerLM:
+    """What `prepare_decoding` makes on a GPU; on a CPU the steps are computed instead of replayed."""
+    llm = prepared(llm, "float32")
+    llm.captured = CapturedStepsPool(llm.llm, llm.speech_embedding, llm.llm_decoder)
+    return llm
+
+
+@torch.inference_mode()
+def test_steps_for_a_graph_are_the_same_mathematics(plain: TransformerLM, frames: Tensor) -> None:
+    """Also in a cache that another sequence has filled before."""
+    llm, sent = with_captured_steps(plain), torch.arange(FRAMES) % plain.speech_token_size
+    found, expected = (model.following(frames[:, :20], FRAMES) for model in (llm, prepared(plain, "float32")))
+    for _ in range(2):
+        torch.testing.assert_close(next(found), next(expected), atol=1e-5, rtol=1e-5)
+        for token in sent.tolist():
+            torch.testing.assert_close(found.send(token), expected.send(token), atol=1e-5, rtol=1e-5)
+        found.close()
+        found, expected = (model.following(frames[:, 30:35], FRAMES) for model in (llm, prepared(plain, "float32")))
+
+
+@torch.inference_mode()
+def test_sequences_at_the_same_time_have_steps_of_their_own(plain: TransformerLM, frames: Tensor) -> None:
+    llm = with_captured_steps(plain)
+    alone = llm.following(frames[:, :20], 10)
+    expected = [next(alone), *(alone.send(token) for token in (1, 2, 3))]
+    alone.close()
+    first, other = (llm.following(part, 10) for part in (frames[:, :20], frames[:, 20:50]))
+    found = [next(first)]
+    next(other)
+    for token in (1, 2, 3):
+        found.append(first.send(token))
+        other.send(token + 1)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    first.close()
+    other.close()
+    assert len(llm.captured.idle) == 2
+    with llm.captured.lent(2 * LEAST_CAPTURED_FRAMES + 1) as longer:
+        assert longer.capacity == 4 * LEAST_CAPTURED_FRAMES
+    assert llm.captured.idle == [longer]  # it serves shorter ones too
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,6 +1,6 @@
 """The language model from text to speech tokens (CosyVoice, Du et al., 2024, section 3.2)."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.llm.guided_attention import AttentionGuide
-from cosyvoice.transformer.decoding import prepare_stack
+from cosyvoice.transformer.decoding import CapturedStepsPool, prepare_stack
 from cosyvoice.transformer.encoder import ConformerEncoder, TransformerEncoder
 from cosyvoice.transformer.label_smoothing_loss import LabelSmoothingLoss
 from cosyvoice.transformer.precision import LINEARS
@@ -70,6 +70,7 @@ class TransformerLM(nn.Module):
         self.speech_embedding = nn.Embedding(speech_token_size, llm_input_size)
         self.spk_embed_affine_layer = nn.Linear(spk_embed_dim, llm_input_size)
         self.sampling = sampling
+        self.captured: CapturedStepsPool | None = None
 
     def encode(self, text: Tensor, text_lengths: Tensor) -> Tensor:
         """text: (B, T) ids, text_lengths: (B,). Returns (B, T, C), the text as the language model reads it."""
@@ -166,6 +167,8 @@ class TransformerLM(nn.Module):
         convert = LINEARS[precision]
         prepare_stack(self.llm, convert)
         self.llm_decoder = convert(self.llm_decoder)
+        if self.llm_embedding.weight.is_cuda:
+            self.captured = CapturedStepsPool(self.llm, self.speech_embedding, self.llm_decoder)
 
     @torch.inference_mode()
     def inference(
@@ -190,15 +193,15 @@ class TransformerLM(nn.Module):
         if text.size(1) == 0:
             raise InputError("there is no text to speak: give at least one word")
         min_tokens, max_tokens = (int(text.size(1) * ratio) for ratio in (min_token_text_ratio, max_token_text_ratio))
-        lm_input = self.inference_prefix(text, prompt_text, prompt_speech_token, embedding)
-        cache, tokens = self.llm.new_cache(), []
+        following = self.following(self.inference_prefix(text, prompt_text, prompt_speech_token, embedding), max_tokens)
+        log_p, tokens = next(following), []
         while len(tokens) < max_tokens:
-            token = self.choose(self.next_log_probabilities(lm_input, cache), tokens, min_tokens, sampling)
+            token = self.choose(log_p, tokens, min_tokens, sampling)
             if token == self.speech_token_size:
                 return
             tokens.append(token)
             yield token
-            lm_input = self.speech_embedding.weight[token].view(1, 1, -1)
+            log_p = following.send(token)
 
     @torch.inference_mode()
     def inference_together(
@@ -231,8 +234,26 @@ class TransformerLM(nn.Module):
             lm_output = self.llm.forward_chunk(self.speech_embedding.weight[last].unsqueeze(1), cache, starts)
             scores = self.llm_decoder(lm_output[:, -1]).float().log_softmax(dim=-1)
 
+    def following(self, prefix: Tensor, max_tokens: int) -> Generator[Tensor, int, None]:
+        """Log-probabilities (V,) of what follows `prefix` (1, L, C), then of what follows each token that is sent.
+
+        They may lie where those before lay. At most `max_tokens` are sent.
+        """
+        if self.captured is None:
+            cache = self.llm.new_cache()
+            lm_input = prefix
+            while True:
+                token = yield self.next_log_probabilities(lm_input, cache)
+                lm_input = self.speech_embedding.weight[token].view(1, 1, -1)
+        with self.captured.lent(prefix.size(1) + max_tokens) as steps:
+            log_p = self.next_log_probabilities(prefix, steps.cache)
+            while True:
+                token = yield log_p
+                log_p = steps.after(token)
+
     def choose(self, log_p: Tensor, tokens: Sequence[int], min_tokens: int, sampling: int) -> int:
         """The token that follows `tokens`, which do not end before there are `min_tokens`. log_p: (V,)."""
+        log_p = log_p.cpu()  # a sampler asks many small questions
         if len(tokens) < min_tokens:
             log_p[self.speech_token_size] = -torch.inf
         return self.sampling(log_p, tokens, sampling)

@@ -118,11 +118,22 @@ class RelPositionMultiHeadedAttention(nn.Module):
         positions = cache.positions[:, :, cache.capacity - end :]
         return self.attend(query, cache.keys[:, :, :end], cache.values[:, :, :end], positions, mask)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        order: Tensor | None = None,
+    ) -> Tensor:
+        """order: (T,), for each key the row of `positions` with its distance, where they are not in step."""
         query = query.unflatten(-1, (self.h, self.d_k))  # (B, N, C) -> (B, N, H, D)
         content_query = (query + self.pos_bias_u).transpose(1, 2)
         position_query = (query + self.pos_bias_v).transpose(1, 2) * self.d_k**-0.5
         bias = position_scores(position_query, positions, key.size(2))  # (B, H, N, T)
+        if order is not None:
+            bias = bias.index_select(-1, order)
         if mask is not None:
             bias = bias.masked_fill(~mask.unsqueeze(1), -torch.inf)
         dropout = self.dropout_rate if self.training else 0.0

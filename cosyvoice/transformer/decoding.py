@@ -5,12 +5,18 @@ layers of the blocks change their form; norms, softmax and cache stay in float32
 a hundredth of the weights, and rounding it to 8 bits would cost more than all the others.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
-from cosyvoice.transformer.attention import RelPositionMultiHeadedAttention
+from cosyvoice.transformer.attention import AttentionCache, RelPositionMultiHeadedAttention
 from cosyvoice.transformer.encoder import INITIAL_CACHE_FRAMES, TransformerEncoder
 from cosyvoice.transformer.precision import Convert, stacked
+
+LEAST_CAPTURED_FRAMES = 1024  # most sentences, so that one graph serves them
+WARM_UP_STEPS = 3  # in which libraries choose kernels and allocate workspaces, which no capture may do
 
 
 class DecodingAttention(RelPositionMultiHeadedAttention):
@@ -34,6 +40,16 @@ class DecodingAttention(RelPositionMultiHeadedAttention):
             self.positions = super().grown_positions(self.positions, capacity)
         return self.positions[:, :, -capacity:]
 
+    def step_at(self, x: Tensor, place: Tensor, seen: Tensor, order: Tensor, cache: AttentionCache) -> Tensor:
+        """`step` for one frame (1, 1, C) that becomes row `place` (1,) of a cache, whose rows all take part.
+
+        seen: (1, 1, T), the rows up to it. order: (T,), see `attend`.
+        """
+        query, key, value = self.project(x)
+        cache.keys.index_copy_(2, place, self.split_heads(key))
+        cache.values.index_copy_(2, place, self.split_heads(value))
+        return self.attend(query, cache.keys, cache.values, cache.positions, seen, order)
+
 
 @torch.no_grad()
 def prepare_stack(stack: TransformerEncoder, convert: Convert) -> None:
@@ -42,3 +58,93 @@ def prepare_stack(stack: TransformerEncoder, convert: Convert) -> None:
         block.self_attn = DecodingAttention(block.self_attn, convert)
         block.feed_forward.w_1 = convert(block.feed_forward.w_1)
         block.feed_forward.w_2 = convert(block.feed_forward.w_2)
+
+
+class CapturedSteps:
+    """Decoding steps of one sequence at a time as a CUDA graph: captured at the first step, then replayed.
+
+    The hundreds of small kernels of a step take longer to launch than to run. A graph repeats the same kernels on the
+    same memory, so the cache keeps its size and place, and what differs between steps, the token and the row that it
+    takes in the cache, is read from the device's memory. On a CPU each step is computed, to the same numbers.
+    """
+
+    def __init__(self, stack: TransformerEncoder, embedding: nn.Embedding, head: nn.Module, capacity: int) -> None:
+        """stack: after `prepare_stack`. embedding: of the tokens. head: from the stack's output to scores (V,).
+
+        capacity: the most frames of a sequence.
+        """
+        self.stack, self.embedding, self.head = stack, embedding, head
+        self.cache = [layer.self_attn.new_cache(capacity) for layer in stack.encoders]
+        device = embedding.weight.device
+        self.rows = torch.arange(capacity, device=device)
+        self.token, self.place = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def capacity(self) -> int:
+        return len(self.rows)
+
+    def clear(self) -> None:
+        """Begin another sequence: `stack.forward_chunk` may read its first frames into `cache`."""
+        for layer_cache in self.cache:
+            layer_cache.length = 0
+
+    def after(self, token: int) -> Tensor:
+        """The log-probabilities (V,) of what follows `token`, which becomes part of the sequence.
+
+        They lie where those of the next step will.
+        """
+        self.token.fill_(token)
+        self.place.fill_(self.cache[0].length)
+        for layer_cache in self.cache:
+            layer_cache.length += 1
+        if self.token.device.type == "cpu":
+            return self.compute()
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        return self.log_p
+
+    def compute(self) -> Tensor:
+        seen = (self.rows <= self.place).view(1, 1, -1)
+        nearest = self.capacity - 1  # the row of distance 0
+        order = (self.rows + nearest - self.place).clamp(max=nearest)
+        x = self.stack.embed(self.embedding(self.token).unsqueeze(0))
+        for layer, layer_cache in zip(self.stack.encoders, self.cache, strict=True):
+            x = layer.feed(x + layer.self_attn.step_at(layer.normed(x, 0), self.place, seen, order, layer_cache))
+        return self.head(self.stack.after_norm(x)[0, -1]).float().log_softmax(dim=-1)
+
+    def capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_STEPS):
+                self.compute()  # writes what the replay will write
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        # other threads, such as the flow of a stream, may go on allocating memory
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.log_p = self.compute()
+
+
+class CapturedStepsPool:
+    """`CapturedSteps` that are used again, and as many as sequences are being written at a time."""
+
+    def __init__(self, stack: TransformerEncoder, embedding: nn.Embedding, head: nn.Module) -> None:
+        self.parts = (stack, embedding, head)
+        self.idle: list[CapturedSteps] = []
+
+    @contextmanager
+    def lent(self, frames: int) -> Iterator[CapturedSteps]:
+        """Steps for a new sequence of at most so many frames."""
+        while self.idle:
+            steps = self.idle.pop()
+            if steps.capacity >= frames:
+                break
+        else:
+            steps = CapturedSteps(*self.parts, capacity=max(LEAST_CAPTURED_FRAMES, 1 << (frames - 1).bit_length()))
+        steps.clear()
+        try:
+            yield steps
+        finally:
+            self.idle.append(steps)
