@@ -106,6 +106,21 @@ class JointModel(pl.LightningModule):
             result["flow_loss"] = self.flow_loss(batch, embedding)
         return result
 
+    def kept_bytes(self, batch: dict[str, Tensor]) -> int:
+        """Bytes that training on `batch` keeps until its gradients are there, beside the weights."""
+        kept = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            losses = self.losses(batch, self.active())  # as long as they are there, so is what they keep
+        weights = {weight.untyped_storage().data_ptr() for weight in self.parameters()}
+        del losses
+        return sum(size for place, size in kept.items() if place not in weights)
+
     def training_embeddings(self, size: int) -> Tensor:
         """(B, 192): the speaker's vector, or zeros for a small share of the clips while training."""
         kept = torch.rand(size, 1) >= (self.config["zero_embedding_ratio"] if self.training else 0.0)

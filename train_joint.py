@@ -7,6 +7,7 @@ Watch it with `tensorboard --logdir output/joint_logs`. At the end the best weig
 
 import argparse
 import hashlib
+import re
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,12 +36,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how = parser.add_argument_group("settings (default: config.py)")
     how.add_argument("--epochs", type=int, help="most epochs")
     how.add_argument("--batch-size", type=int, help="clips a batch")
+    how.add_argument("--memory", type=memory_size, metavar="8GB", help="put as many clips of a step in one pass as fit")
     how.add_argument("--lr", type=float, help="highest learning rate")
     how.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any other setting")
     add_folders(parser, "model", "data", "output")
     add_device(parser)
     add_seed(parser)
     return parser.parse_args(argv)
+
+
+def memory_size(text: str) -> int:
+    """The type of `--memory`: bytes of `8GB` or `6000MB`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|MB)", text, re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text} is no size like 8GB or 6000MB")
+    return int(float(found[1]) * {"GB": 10**9, "MB": 10**6}[found[2].upper()])
 
 
 def changes(args: argparse.Namespace) -> list[str]:
@@ -75,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if resumed and finished(resumed, config):
         trained = resumed
     else:
-        model, loaders = build(args, config, model_dir, clips, origin)
+        model, loaders = build(args, config, model_dir, clips, origin, device)
         if resumed:
             loaders[0].sampler.skip = resumed.state["batches_done"] * resumed.config["batch_size"]
         describe(model, loaders, device)
@@ -154,7 +164,12 @@ def data_fingerprint(clips: "Sequence[Clip]") -> str:
 
 
 def build(
-    args: argparse.Namespace, config: dict[str, Any], model_dir: Path, clips: "list[Clip]", origin: dict[str, Any]
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    model_dir: Path,
+    clips: "list[Clip]",
+    origin: dict[str, Any],
+    device: str,
 ) -> "tuple[JointModel, tuple[DataLoader, DataLoader | None]]":
     """The model with new adapters (or those of `--init`), and the loaders of training and held-out clips."""
     from torch.utils.data import DataLoader
@@ -171,9 +186,22 @@ def build(
     model = JointModel(parts, config, args.seed, speaker_embedding(train), origin)
     if args.init:
         start_from(args.init, model, model_dir)
+    if args.memory:
+        fill_memory(model, clips, args.memory, device)
     size = config["batch_size"]
     train_loader = DataLoader(train, size, sampler=EpochOrder(len(train), args.seed), collate_fn=collate)
     return model, (train_loader, DataLoader(held_out, size, collate_fn=collate) if held_out else None)
+
+
+def fill_memory(model: "JointModel", clips: "list[Clip]", memory: int, device: str) -> None:
+    """Give the model's settings as many clips a pass as fit; a step has as many as before."""
+    from training import clips_a_pass
+
+    config = model.config
+    size = clips_a_pass(model, clips, memory, device)
+    passes = config["batch_size"] * config["accumulate_grad_batches"] // size
+    config |= {"batch_size": size, "accumulate_grad_batches": passes}
+    print(f"{memory / 1e9:g} GB: batch_size={size}, accumulate_grad_batches={passes}")
 
 
 def start_from(checkpoint: Path, model: "JointModel", model_dir: Path) -> None:

@@ -5,7 +5,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -17,10 +17,14 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from cosyvoice.utils.file_utils import atomic_write, copy_file
+from dataset import Clip, collate
 from llm_flow_model import HALF_TYPES, JointModel
 from voice import last_checkpoint
 
 KEPT_CHECKPOINTS = 3
+ADAPTER_BYTES = 16  # a parameter, its gradient and the optimiser's two averages, in float32
+PROCESS_BYTES = 500_000_000  # libraries, and on a GPU their workspaces
+PASSING_SHARE = 1.3  # of what is kept for gradients, with what is there for a moment only
 
 
 class Interrupted(Exception):
@@ -134,6 +138,25 @@ def compute_precision(config: dict[str, Any], device: str) -> str:
     """The precision to compute in: a CPU gains nothing from float16."""
     wanted = config["precision"]
     return "32-true" if device == "cpu" and wanted == "16-mixed" else wanted
+
+
+def clips_a_pass(model: JointModel, clips: Sequence[Clip], memory: int, device: str) -> int:
+    """How many clips fit into one pass in `memory` bytes, at least one, and a divisor of the clips of a step.
+
+    Judged by what the longest clip keeps in float32; in half precision it is less. Fewer passes of more clips give
+    the same gradient.
+    """
+    config = model.config
+    longest = max(clips, key=lambda clip: len(clip.text_token) + len(clip.speech_token))
+    half = device == "cuda" and config["precision"] in HALF_TYPES
+    weights = sum(
+        weight.numel() * (ADAPTER_BYTES if weight.requires_grad else 2 if half else 4) for weight in model.parameters()
+    )
+    model.train()
+    room = memory - PROCESS_BYTES - weights
+    most = max(1, int(room / (PASSING_SHARE * model.kept_bytes(collate([longest])))))
+    clips_a_step = config["batch_size"] * config["accumulate_grad_batches"]
+    return max(size for size in range(1, clips_a_step + 1) if clips_a_step % size == 0 and size <= most)
 
 
 @contextmanager

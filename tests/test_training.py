@@ -19,7 +19,7 @@ from dataset import Clip, collate, speaker_embedding
 from llm_flow_model import JointModel
 from lora import LoRALinear, adapter_state, inject, merged
 from tools.random_model import make_random_model
-from training import CheckpointKeeper
+from training import ADAPTER_BYTES, PASSING_SHARE, PROCESS_BYTES, CheckpointKeeper, clips_a_pass
 from voice import newest_voice, read_run
 
 FAST = ["batch_size=1", "accumulate_grad_batches=4", "max_feat_len=40", "learning_rate=0.01"]
@@ -112,6 +112,49 @@ def test_modes_write_what_they_train(train, tmp_path: Path, model_dir: Path, mod
     assert speakers["ann"]["embedding"].shape == (1, 192)
     assert len(list(output.glob(f"joint_{mode}_epoch*.ckpt"))) == 2
     assert list((output / "joint_logs" / mode).rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize(("text", "expected"), [("8GB", 8 * 10**9), ("0.5 gb", 5 * 10**8), ("6000MB", 6 * 10**9)])
+def test_a_memory_size(text: str, expected: int) -> None:
+    assert train_joint.memory_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["8", "GB", "-1GB", "8 GiB"])
+def test_no_memory_size(train, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train("--memory", text)
+    assert stop.value.code == 2 and "8GB" in capsys.readouterr().err
+
+
+def joint_model(model_dir: Path) -> JointModel:
+    config = with_changes(JOINT_TRAINING_CONFIG, [*FAST, "batch_size=2", "accumulate_grad_batches=6"])
+    parts = {part: load_part(model_dir, part) for part in ("llm", "flow")}
+    return JointModel(parts, config, 0, torch.randn(192), origin={})
+
+
+def test_more_memory_takes_more_clips_at_once(model_dir: Path) -> None:
+    """Twice the clip keeps twice as much; 12 clips a step are divided evenly, one at a time where nothing fits."""
+    torch.manual_seed(0)
+    model, made = joint_model(model_dir), clips(10)
+    model.train()
+    one, two = (model.kept_bytes(collate(made[-1:] * count)) for count in (1, 2))
+    assert one > sum(len(made[-1].speech_token) * 4 * 2 * width for width in (128, 80))  # at the very least
+    assert 1.9 < two / one < 2.1
+    weights = sum(weight.numel() * (ADAPTER_BYTES if weight.requires_grad else 4) for weight in model.parameters())
+    found = [
+        clips_a_pass(model, made, round(PROCESS_BYTES + weights + PASSING_SHARE * one * room), "cpu")
+        for room in (-1.0, 0.5, 1.1, 3.2, 5.5, 6.5, 100.0)
+    ]
+    assert found == [1, 1, 1, 3, 4, 6, 12]
+
+
+def test_memory_changes_how_many_passes_a_step_has(
+    train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--memory", "64GB", "--epochs", "1") == 0
+    assert "64 GB: batch_size=4, accumulate_grad_batches=1\n" in capsys.readouterr().out
+    config = read_run(tmp_path / "output" / "joint_joint_last.ckpt").config
+    assert (config["batch_size"], config["accumulate_grad_batches"]) == (4, 1)
 
 
 def test_resuming_after_an_epoch_equals_not_having_stopped(train, tmp_path: Path, monkeypatch) -> None:
