@@ -52,6 +52,7 @@ JOINT_TRAINING_CONFIG: dict[str, Any] = {
     "batch_size": 1,  # clips
     "accumulate_grad_batches": 16,  # batches an optimiser step
     "max_feat_len": 250,  # mel frames (2.9 s) of a clip that the flow sees at once; the LLM always hears whole clips
+    "recompute": False,  # compute blocks again for their gradients, slower, but in a fraction of the memory
     "precision": "16-mixed",  # 32-true, bf16-mixed or 16-mixed; a CPU computes the last in 32-true
     "validation_ratio": 0.1,  # share of the clips held out to choose the best weights
     "zero_embedding_ratio": 0.1,  # share of clips trained with a zero speaker vector, so that the weights alone speak
@@ -128,6 +129,7 @@ _RULES = {
     "batch_size": _number(int, 1, 4096),
     "accumulate_grad_batches": _number(int, 1, 4096),
     "max_feat_len": _number(int, 32, 100_000),
+    "recompute": ("True or False", lambda value: isinstance(value, bool)),
     "precision": _choice("32-true", "bf16-mixed", "16-mixed"),
     "validation_ratio": _number(float, 0, 0.5),
     "zero_embedding_ratio": _number(float, 0, 1),

@@ -2,20 +2,26 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cosyvoice.flow.flow import MAX_PREFIX_SHARE
+from cosyvoice.transformer.encoder_layer import EncoderLayer
 from cosyvoice.utils.command import VALIDATION, seed_all
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.scheduler import learning_rate_factor
 from dataset import crop_windows
 from lora import adapter_state, adapters, inject, load_adapters
+from matcha.models.components.decoder import ResnetBlock1D
+from matcha.models.components.transformer import BasicTransformerBlock
 from voice import CHECKPOINT_KEY
 
+RECOMPUTED = (EncoderLayer, ResnetBlock1D, BasicTransformerBlock)  # what LLM and Flow consist of
 DIVERGED = "training stopped, the last good checkpoint is kept; lower --lr, or use --set precision=32-true"
 HALF_TYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
@@ -65,6 +71,10 @@ class JointModel(pl.LightningModule):
         for name, part in parts.items():
             lora = config[f"{name}_lora"]
             inject(part, lora["target_modules"], lora["lora_r"], lora["lora_alpha"], lora["lora_dropout"])
+        if config["recompute"]:
+            for block in self.parts.modules():
+                if isinstance(block, RECOMPUTED):
+                    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def train(self, mode: bool = True) -> "JointModel":
         """Only the adapters' dropout is ever on."""

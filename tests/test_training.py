@@ -17,7 +17,7 @@ from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import mel_frames
 from dataset import Clip, collate, speaker_embedding
 from llm_flow_model import JointModel
-from lora import LoRALinear, adapter_state, inject, merged
+from lora import LoRALinear, adapter_state, adapters, inject, merged
 from tools.random_model import make_random_model
 from training import ADAPTER_BYTES, PASSING_SHARE, PROCESS_BYTES, CheckpointKeeper, clips_a_pass
 from voice import newest_voice, read_run
@@ -126,8 +126,8 @@ def test_no_memory_size(train, text: str, capsys: pytest.CaptureFixture[str]) ->
     assert stop.value.code == 2 and "8GB" in capsys.readouterr().err
 
 
-def joint_model(model_dir: Path) -> JointModel:
-    config = with_changes(JOINT_TRAINING_CONFIG, [*FAST, "batch_size=2", "accumulate_grad_batches=6"])
+def joint_model(model_dir: Path, *changes: str) -> JointModel:
+    config = with_changes(JOINT_TRAINING_CONFIG, [*FAST, "batch_size=2", "accumulate_grad_batches=6", *changes])
     parts = {part: load_part(model_dir, part) for part in ("llm", "flow")}
     return JointModel(parts, config, 0, torch.randn(192), origin={})
 
@@ -146,6 +146,24 @@ def test_more_memory_takes_more_clips_at_once(model_dir: Path) -> None:
         for room in (-1.0, 0.5, 1.1, 3.2, 5.5, 6.5, 100.0)
     ]
     assert found == [1, 1, 1, 3, 4, 6, 12]
+
+
+def test_recomputed_blocks_give_the_same_gradients_in_less_memory(model_dir: Path) -> None:
+    """With the adapters' dropout on, which has to drop the same again."""
+    batch, found = collate(clips(10)[-2:]), []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = joint_model(model_dir, f"recompute={recompute}").train()
+        for layer in adapters(model):
+            nn.init.normal_(layer.lora_B, std=0.1)
+        torch.manual_seed(1)
+        kept = model.kept_bytes(batch)
+        torch.manual_seed(1)
+        sum(model.losses(batch, model.active())[f"{part}_loss"] for part in ("llm", "flow")).backward()
+        found.append((kept, {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}))
+    (most, expected), (least, gradients) = found
+    assert least < 0.5 * most
+    torch.testing.assert_close(gradients, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_memory_changes_how_many_passes_a_step_has(
