@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny
+from models import tiny, tiny_model_dir
 from parity import PARITY_DIR
 from torch import Tensor, nn
 
-from cosyvoice.utils.checkpoint import fingerprint_file, load_strict, read_state_dict
+from cosyvoice.utils.checkpoint import fingerprint_file, load_part, load_strict, read_state_dict
 from cosyvoice.utils.errors import InputError
 
 
@@ -31,6 +31,17 @@ def mismatch(module: nn.Module, state: dict[str, Tensor]) -> str:
     message = str(caught.value)
     assert message.startswith("part.pt does not fit") and "\n" not in message and len(message) < 1500
     return message
+
+
+@pytest.mark.parametrize("part", ["llm", "flow", "hift"])
+def test_loading_draws_no_random_weights(tmp_path: Path, part: str) -> None:
+    folder = tiny_model_dir(tmp_path)
+    before = torch.get_rng_state()
+    module = load_part(folder, part)
+    assert torch.equal(torch.get_rng_state(), before)
+    state = read_state_dict(folder / f"{part}.pt")
+    assert all(torch.equal(tensor, state[name].float()) for name, tensor in module.state_dict().items())
+    assert not torch.equal(nn.Linear(2, 2).weight, nn.Linear(2, 2).weight)  # elsewhere they are drawn as ever
 
 
 @pytest.mark.parametrize("as_zip", [True, False])

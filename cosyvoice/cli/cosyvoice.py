@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cosyvoice.cli.frontend import FRONTEND_PARTS, CosyVoiceFrontEnd, Prompt
 from cosyvoice.cli.model import CosyVoiceModel, Weights, check_speed
+from cosyvoice.utils.checkpoint import NoRandomInit
 from cosyvoice.utils.command import Draws
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
@@ -54,11 +55,12 @@ class CosyVoice:
             raise InputError("load_jit, load_trt and trt_concurrent are not supported here; leave them out")
         self.model_dir = Path(model_dir)
         _check_folder(self.model_dir)
-        parts = load_model_yaml(
-            self.model_dir / "cosyvoice.yaml",
-            parts=(*FRONTEND_PARTS, *MODEL_PARTS, "text_split"),
-            defaults={"text_split": None},  # folders of upstream have none
-        )
+        with NoRandomInit():
+            parts = load_model_yaml(
+                self.model_dir / "cosyvoice.yaml",
+                parts=(*FRONTEND_PARTS, *MODEL_PARTS, "text_split"),
+                defaults={"text_split": None},  # folders of upstream have none
+            )
         if parts["flow"].input_frame_rate != TOKEN_RATE_HZ:
             raise InputError(f"{model_dir} is not a {TOKEN_RATE_HZ} Hz model; use CosyVoice-300M, -SFT or -Instruct")
         self.sample_rate = parts["sample_rate"]
