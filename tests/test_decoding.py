@@ -1,6 +1,7 @@
 """Prepared weights of language model and flow: float32 is the same mathematics, the others stay close to it."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -145,8 +146,10 @@ def test_a_prepared_model_speaks(plain: TransformerLM, precision: str) -> None:
     assert 6 <= len(tokens) <= 60 and all(0 <= token < llm.speech_token_size for token in tokens)
 
 
-def test_texts_written_together_get_the_tokens_that_each_gets_alone(plain: TransformerLM) -> None:
+@pytest.mark.parametrize("takes", [1, 3])
+def test_texts_written_together_get_the_tokens_that_each_gets_alone(plain: TransformerLM, takes: int) -> None:
     llm, none, speaker = prepared(plain, "float32"), torch.zeros(1, 0, dtype=torch.int64), torch.randn(1, 192)
+    llm.takes = takes
     texts, empty = [torch.arange(length).unsqueeze(0) for length in (5, 2, 9)], torch.tensor([0])
     alone = []
     for number, text in enumerate(texts):
@@ -155,6 +158,42 @@ def test_texts_written_together_get_the_tokens_that_each_gets_alone(plain: Trans
         alone.append(list(llm.inference(text, length, none, empty, none, empty, speaker)))
     together = llm.inference_together(texts, speaker, [Draws(number) for number in range(3)])
     assert together == alone and len({len(tokens) for tokens in alone}) == 3
+
+
+@torch.inference_mode()
+def test_the_likeliest_take_is_spoken(plain: TransformerLM) -> None:
+    """Three takes are what three texts with shared draws get; a teacher-forced pass tells how likely each is."""
+    llm, text, speaker = prepared(plain, "float32"), torch.arange(4).unsqueeze(0), torch.randn(1, 192)
+    length, bounds, found = torch.tensor([4]), (8, 80), []
+    for seed in range(6):
+        seed_all(seed)
+        prefix = llm.inference_prefix(text, text[:, :0], text[:, :0], speaker)
+        takes = llm.likeliest([prefix] * 3, [bounds] * 3, [nullcontext()] * 3, sampling=25, takes=1)
+        merits = []
+        for tokens in takes:
+            sizes = {"text_token_len": length, "speech_token_len": torch.tensor([len(tokens)])}
+            batch = {"text_token": text, "speech_token": torch.tensor([tokens]), "embedding": speaker} | sizes
+            ended = len(tokens) < bounds[1]
+            scores, classes, *_ = plain.predictions(batch, CPU)
+            count = len(tokens) + ended
+            merits.append((ended, -nn.functional.cross_entropy(scores[:count], classes[:count]).item()))
+        best = max(range(3), key=merits.__getitem__)
+        seed_all(seed)
+        assert llm.likeliest([prefix], [bounds], [nullcontext()], sampling=25, takes=3) == [takes[best]]
+        found.append(best)
+    assert len({*found}) > 1
+
+
+@pytest.mark.parametrize("ending", [0, 1])
+def test_a_take_that_does_not_end_is_not_spoken(
+    plain: TransformerLM, monkeypatch: pytest.MonkeyPatch, ending: int
+) -> None:
+    llm = prepared(plain, "float32")
+    chosen = iter([7, 7, *((llm.speech_token_size, 7) if ending == 0 else (7, llm.speech_token_size)), 7])
+    monkeypatch.setattr(llm, "choose", lambda *_: next(chosen))
+    prefix = torch.randn(1, 5, llm.llm_embedding.embedding_dim)
+    with torch.inference_mode():
+        assert llm.likeliest([prefix], [(0, 3)], [nullcontext()], sampling=25, takes=2) == [[7]]
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,8 @@ class CosyVoiceModel:
         """
         check_speed(speed, stream)
         voice = [x.to(self.device) for x in (flow_prompt_speech_token, prompt_speech_feat, flow_embedding)]
-        tokens = self._tokens(text, prompt_text, llm_prompt_speech_token, llm_embedding, source_speech_token)
+        takes = 1 if stream else None  # a stream cannot wait for the end of several
+        tokens = self._tokens(text, prompt_text, llm_prompt_speech_token, llm_embedding, source_speech_token, takes)
         if stream and self.device.type == "cuda":
             tokens = prefetch(tokens)  # on a CPU it would only take the first chunk's cores
         session = self.new_session()
@@ -189,13 +190,14 @@ class CosyVoiceModel:
         prompt_speech_token: Tensor,
         embedding: Tensor,
         source_speech_token: Tensor,
+        takes: int | None,
     ) -> Generator[int, None, None]:
         """The tokens to speak: those of a source recording, else what the language model writes."""
         if source_speech_token.shape[1] > 0:
             yield from source_speech_token[0].tolist()
             return
         sequences = (x.to(self.device) for x in (text, prompt_text, prompt_speech_token))
-        yield from self.llm.inference(*_with_lengths(*sequences), embedding.to(self.device))
+        yield from self.llm.inference(*_with_lengths(*sequences), embedding.to(self.device), takes=takes)
 
     def _chunks(self, tokens: Iterator[int]) -> Iterator[tuple[list[int], bool]]:
         """Cut tokens into chunks that share `token_overlap_len` with the next; the flag marks the last."""

@@ -1,7 +1,7 @@
 """The language model from text to speech tokens (CosyVoice, Du et al., 2024, section 3.2)."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class TransformerLM(nn.Module):
     keeps base models in evaluation mode and so never meets them. `input_corruption` is the share of input speech
     tokens that are replaced by random ones, so that the model learns to go on after its own mistakes.
     `guided_attention` holds the arguments of `AttentionGuide`.
+
+    `takes` helps a model that loses its way now and then: of so many takes of a text the likeliest is spoken.
     """
 
     SOS, TASK = 0, 1  # rows of llm_embedding
@@ -49,8 +51,12 @@ class TransformerLM(nn.Module):
         spk_embed_dim: int = 192,
         input_corruption: float = 0.0,
         guided_attention: Mapping[str, Any] | None = None,
+        takes: int = 1,
     ) -> None:
         super().__init__()
+        if type(takes) is not int or takes < 1:
+            raise InputError(f"takes is a whole number of at least 1, not {takes}")
+        self.takes = takes
         if not isinstance(input_corruption, int | float) or not 0 <= input_corruption < 1:
             raise InputError(f"input_corruption is a share from 0 to below 1, not {input_corruption}")
         self.input_corruption = input_corruption
@@ -183,17 +189,24 @@ class TransformerLM(nn.Module):
         sampling: int = 25,
         max_token_text_ratio: float = MAX_TOKEN_TEXT_RATIO,
         min_token_text_ratio: float = MIN_TOKEN_TEXT_RATIO,
+        takes: int | None = None,
     ) -> Iterator[int]:
         """Yield speech tokens one by one until the end token, or until `max_token_text_ratio` per text token.
 
         text: (1, T). prompt_text: (1, P), prompt_speech_token: (1, Q), both may be empty. embedding: (1, 192), or
         (0, 192) for no speaker position at all. The end token is forbidden below `min_token_text_ratio` per text token.
+        takes: instead of the model's own number; with more than one, all are finished before the first token comes.
         Raises InputError for empty text.
         """
         if text.size(1) == 0:
             raise InputError("there is no text to speak: give at least one word")
         min_tokens, max_tokens = (int(text.size(1) * ratio) for ratio in (min_token_text_ratio, max_token_text_ratio))
-        following = self.following(self.inference_prefix(text, prompt_text, prompt_speech_token, embedding), max_tokens)
+        prefix = self.inference_prefix(text, prompt_text, prompt_speech_token, embedding)
+        if (takes or self.takes) > 1:
+            bounds = [(min_tokens, max_tokens)]
+            yield from self.likeliest([prefix], bounds, [nullcontext()], sampling, takes or self.takes)[0]
+            return
+        following = self.following(prefix, max_tokens)
         log_p, tokens = next(following), []
         while len(tokens) < max_tokens:
             token = self.choose(log_p, tokens, min_tokens, sampling)
@@ -212,27 +225,51 @@ class TransformerLM(nn.Module):
         texts: (1, T) each. embedding: (1, 192). draws: entered while a token of that text is drawn. Each text gets the
         tokens that `inference` would yield for it, up to rounding.
         """
-        none, caches, scores = texts[0][:, :0], [], []
-        for text in texts:
+        none = texts[0][:, :0]
+        prefixes = [self.inference_prefix(text, none, none, embedding) for text in texts]
+        bounds = [(MIN_TOKEN_TEXT_RATIO * text.size(1), MAX_TOKEN_TEXT_RATIO * text.size(1)) for text in texts]
+        return self.likeliest(prefixes, bounds, draws, sampling, self.takes)
+
+    def likeliest(
+        self,
+        prefixes: Sequence[Tensor],
+        bounds: Sequence[tuple[int, int]],
+        draws: Sequence[AbstractContextManager],
+        sampling: int,
+        takes: int,
+    ) -> list[list[int]]:
+        """The tokens after each prefix (1, L, C): of all takes that end, those of the highest mean log-probability.
+
+        bounds: least and most tokens of each. draws: as in `inference_together`, one for all takes of a prefix.
+        """
+        caches, scores = [], []
+        for prefix in prefixes:
             caches.append(self.llm.new_cache())
-            prefix = self.inference_prefix(text, none, none, embedding)
             scores.append(self.next_log_probabilities(prefix, caches[-1]))
-        cache, starts = self.llm.joined_cache(caches)
-        tokens: list[list[int]] = [[] for _ in texts]
-        unfinished = set(range(len(texts)))
+        owners = [i for i in range(len(prefixes)) for _ in range(takes)]  # of each row that is written
+        cache, starts = self.llm.joined_cache([caches[i] for i in owners])
+        scores = torch.stack([scores[i] for i in owners]).cpu()
+        tokens: list[list[int]] = [[] for _ in owners]
+        likelihood, ended, unfinished = [0.0] * len(owners), [False] * len(owners), set(range(len(owners)))
         while True:
-            for i in sorted(unfinished):
-                with draws[i]:
-                    token = self.choose(scores[i], tokens[i], MIN_TOKEN_TEXT_RATIO * texts[i].size(1), sampling)
-                if token != self.speech_token_size:
-                    tokens[i].append(token)
-                if token == self.speech_token_size or len(tokens[i]) == MAX_TOKEN_TEXT_RATIO * texts[i].size(1):
-                    unfinished.remove(i)
+            for row in sorted(unfinished):
+                least, most = bounds[owners[row]]
+                with draws[owners[row]]:
+                    token = self.choose(scores[row], tokens[row], least, sampling)
+                likelihood[row] += float(scores[row, token])
+                ended[row] = token == self.speech_token_size
+                if not ended[row]:
+                    tokens[row].append(token)
+                if ended[row] or len(tokens[row]) >= most:
+                    unfinished.remove(row)
             if not unfinished:
-                return tokens
-            last = [written[-1] for written in tokens]  # a finished one goes on unheard
+                break
+            last = [(written or [0])[-1] for written in tokens]  # a finished one goes on unheard
             lm_output = self.llm.forward_chunk(self.speech_embedding.weight[last].unsqueeze(1), cache, starts)
-            scores = self.llm_decoder(lm_output[:, -1]).float().log_softmax(dim=-1)
+            scores = self.llm_decoder(lm_output[:, -1]).float().log_softmax(dim=-1).cpu()
+        merit = [(ended[row], likelihood[row] / (len(tokens[row]) + ended[row])) for row in range(len(owners))]
+        rows = [max(range(i * takes, (i + 1) * takes), key=merit.__getitem__) for i in range(len(prefixes))]
+        return [tokens[row] for row in rows]
 
     def following(self, prefix: Tensor, max_tokens: int) -> Generator[Tensor, int, None]:
         """Log-probabilities (V,) of what follows `prefix` (1, L, C), then of what follows each token that is sent.
