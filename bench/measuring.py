@@ -25,7 +25,7 @@ BYTES_PER_FLOAT32 = 4
 READ_BYTES = 2**27  # more than any cache holds
 MATRIX_ROWS = 2048  # of the square matrices whose product shows the peak
 LIMIT_RUNS = 5
-ENOUGH_SECONDS = 30.0  # what has taken this long is not repeated further
+ENOUGH_SECONDS = 10.0  # what has taken this long is not repeated further
 
 
 @dataclass(frozen=True)
