@@ -132,6 +132,24 @@ def test_static_batches() -> None:
         processor.batch([], batch_type="greedy")
 
 
+def test_without_a_mel_lengths_are_those_of_the_speech_tokens() -> None:
+    samples = [
+        {
+            "utt": str(tokens),
+            "text_token": [1],
+            "speech_token": list(range(tokens)),
+            "speech": torch.zeros(1, tokens),
+            "utt_embedding": torch.zeros(192),
+            "spk_embedding": torch.zeros(192),
+        }
+        for tokens in (30, 10, 20, 40)
+    ]
+    runs = list(processor.batch(processor.sort(samples), "dynamic", max_frames_in_batch=60))
+    assert [[sample["utt"] for sample in run] for run in runs] == [["10", "20"], ["30"], ["40"]]
+    first, *_ = processor.padding(runs, use_spk_embedding=False)
+    assert first["speech_token"].shape == (2, 20) and "speech_feat" not in first
+
+
 def test_filter_averages_channels_and_leaves_out_what_is_no_audio(caplog: pytest.LogCaptureFixture) -> None:
     tokens = {"text_token": [1] * 5, "speech_token": [1]}
     samples = [

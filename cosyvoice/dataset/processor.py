@@ -198,7 +198,7 @@ def shuffle(data: Iterable[Sample], shuffle_size: int = 10000, mode: str = "trai
 
 
 def sort(data: Iterable[Sample], sort_size: int = 500, mode: str = "train") -> Iterator[Sample]:
-    """Sorts runs of `sort_size` samples by mel length, so that a batch holds similar lengths."""
+    """Sorts runs of `sort_size` samples by frames, so that a batch holds similar lengths."""
     for buffer in _runs(data, sort_size):
         yield from sorted(buffer, key=_frames)
 
@@ -210,7 +210,10 @@ def batch(
     max_frames_in_batch: int = 12000,
     mode: str = "train",
 ) -> Iterator[list[Sample]]:
-    """Lists of samples: `batch_size` of them (static), or what `max_frames_in_batch` admits (dynamic)."""
+    """Lists of samples: `batch_size` of them (static), or what `max_frames_in_batch` admits (dynamic).
+
+    Frames are those of the mel spectrogram, or the speech tokens of samples without one.
+    """
     if batch_type == "static":
         return _runs(data, batch_size)
     if batch_type == "dynamic":
@@ -223,10 +226,10 @@ def padding(
 ) -> Iterator[dict[str, Any]]:
     """Lists of samples -> dicts of zero-padded tensors, the longest waveform first.
 
-    `utts`, `text`: lists (B). `text_token`, `speech_token` (B, L) int64, `speech_feat` (B, T, M), each with
-    its lengths `<name>_len` (B,) int32. `utt_embedding`, `spk_embedding` (B, 192); `embedding` is the
-    speaker's where `use_spk_embedding`, else the utterance's. `gan` adds `speech` (B, samples) and
-    `pitch_feat` (B, T); `text_place` (B, S) is there where the samples have it.
+    `utts`, `text`: lists (B). `text_token`, `speech_token` (B, L) int64, each with its lengths `<name>_len`
+    (B,) int32. `utt_embedding`, `spk_embedding` (B, 192); `embedding` is the speaker's where
+    `use_spk_embedding`, else the utterance's. `speech_feat` (B, T, M) and `text_place` (B, S), with their
+    lengths, are there where the samples have them. `gan` adds `speech` (B, samples) and `pitch_feat` (B, T).
     """
     for samples in data:
         samples = sorted(samples, key=lambda sample: -sample["speech"].size(1))
@@ -235,12 +238,12 @@ def padding(
             "text": [sample.get("text") for sample in samples],
             **_padded("text_token", _token_tensors(samples, "text_token")),
             **_padded("speech_token", _token_tensors(samples, "speech_token")),
-            **_padded("speech_feat", [sample["speech_feat"] for sample in samples]),
             "utt_embedding": torch.stack([sample["utt_embedding"] for sample in samples]),
             "spk_embedding": torch.stack([sample["spk_embedding"] for sample in samples]),
         }
-        if "text_place" in samples[0]:
-            padded |= _padded("text_place", [sample["text_place"] for sample in samples])
+        for name in ("speech_feat", "text_place"):
+            if name in samples[0]:
+                padded |= _padded(name, [sample[name] for sample in samples])
         if gan:
             padded |= _padded("speech", [sample["speech"].squeeze(0) for sample in samples])
             padded |= _padded("pitch_feat", [sample["pitch_feat"] for sample in samples])
@@ -249,7 +252,7 @@ def padding(
 
 
 def _frames(sample: Sample) -> int:
-    return sample["speech_feat"].size(0)
+    return len(sample["speech_feat" if "speech_feat" in sample else "speech_token"])
 
 
 def _runs(data: Iterable[Sample], size: int) -> Iterator[list[Sample]]:

@@ -15,17 +15,18 @@ export OMP_NUM_THREADS=1 # the vocoder and the other two networks share two core
 
 stage=${stage:-0}
 stop_stage=${stop_stage:-7}
-work_dir=${work_dir:-data/mini}                              # about 4 GB
+work_dir=${work_dir:-data/mini}                              # about 5 GB
 model_dir=${model_dir:-pretrained_models/CosyVoice-mini}
 seed=${seed:-1986}
 num_jobs=${num_jobs:-2}
 
 config=examples/mini/cosyvoice.yaml
-# Four people, to learn to speak from; and many pseudo-speakers, so that a voice never heard before is nothing new.
+# Four people, to learn to speak from; more of their sentences, to learn to read from; and many pseudo-speakers, so that
+# a voice never heard before is nothing new.
 base_voices=(slt awb kal16 ked)
-corpora=(voices speakers)
-declare -A trained_on=([llm]="voices" [flow]="voices speakers" [hifigan]="speakers")
-declare -A averaged=([llm]=2 [flow]=1 [hifigan]=3) # epochs: those at whose learning rate little moves any more
+corpora=(voices texts speakers)
+declare -A trained_on=([llm]="voices texts" [flow]="voices speakers" [hifigan]="speakers")
+declare -A averaged=([llm]=1 [flow]=1 [hifigan]=3) # epochs: those at whose learning rate little moves any more
 
 asks_for() { # the number of a stage
     [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]
@@ -50,13 +51,15 @@ if asks_for 0; then
         --utterances 1250 --dev_utterances 15 --num_processes "$num_jobs" --seed "$seed"
     python examples/mini/make_corpus.py --des_dir "$work_dir/speakers" --variants 7 \
         --utterances 75 --dev_utterances 2 --num_processes "$num_jobs" --seed $((seed + 1))
+    python examples/mini/make_corpus.py --des_dir "$work_dir/texts" --voices "${base_voices[@]}" \
+        --utterances 2500 --num_processes "$num_jobs" --seed $((seed + 2))
 fi
 
 if asks_for 1; then
     echo "Stage 1: speech tokenizer, speaker encoder, letters of each token"
     python examples/mini/train_tokenizer.py --data "$work_dir/speakers/train" "$work_dir/voices/train" \
         --dev "$work_dir/speakers/dev" --output "$work_dir/speech_tokenizer_v1.onnx" --seed "$seed"
-    python examples/mini/align_text.py --dirs "$work_dir/voices/train" "$work_dir/voices/dev"
+    python examples/mini/align_text.py --dirs "$work_dir"/voices/{train,dev} "$work_dir"/texts/{train,dev}
     python examples/mini/train_speaker_encoder.py --data "$work_dir/speakers/train" --dev "$work_dir/speakers/dev" \
         --output "$work_dir/campplus.onnx" --seed "$seed"
 fi
