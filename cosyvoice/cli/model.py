@@ -113,8 +113,7 @@ class CosyVoiceModel:
         """
         check_speed(speed, stream)
         voice = [x.to(self.device) for x in (flow_prompt_speech_token, prompt_speech_feat, flow_embedding)]
-        takes = 1 if stream else None  # a stream cannot wait for the end of several
-        tokens = self._tokens(text, prompt_text, llm_prompt_speech_token, llm_embedding, source_speech_token, takes)
+        tokens = self._tokens(text, prompt_text, llm_prompt_speech_token, llm_embedding, source_speech_token, stream)
         if stream and self.device.type == "cuda":
             tokens = prefetch(tokens)  # on a CPU it would only take the first chunk's cores
         session = self.new_session()
@@ -190,14 +189,16 @@ class CosyVoiceModel:
         prompt_speech_token: Tensor,
         embedding: Tensor,
         source_speech_token: Tensor,
-        takes: int | None,
+        stream: bool,
     ) -> Generator[int, None, None]:
         """The tokens to speak: those of a source recording, else what the language model writes."""
         if source_speech_token.shape[1] > 0:
             yield from source_speech_token[0].tolist()
             return
         sequences = (x.to(self.device) for x in (text, prompt_text, prompt_speech_token))
-        yield from self.llm.inference(*_with_lengths(*sequences), embedding.to(self.device), takes=takes)
+        # a stream cannot wait for the end of several takes
+        write = self.llm.inference if stream or self.llm.takes == 1 else self.llm.best_take
+        yield from write(*_with_lengths(*sequences), embedding.to(self.device))
 
     def _chunks(self, tokens: Iterator[int]) -> Iterator[tuple[list[int], bool]]:
         """Cut tokens into chunks that share `token_overlap_len` with the next; the flag marks the last."""

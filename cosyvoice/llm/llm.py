@@ -189,24 +189,15 @@ class TransformerLM(nn.Module):
         sampling: int = 25,
         max_token_text_ratio: float = MAX_TOKEN_TEXT_RATIO,
         min_token_text_ratio: float = MIN_TOKEN_TEXT_RATIO,
-        takes: int | None = None,
     ) -> Iterator[int]:
         """Yield speech tokens one by one until the end token, or until `max_token_text_ratio` per text token.
 
         text: (1, T). prompt_text: (1, P), prompt_speech_token: (1, Q), both may be empty. embedding: (1, 192), or
         (0, 192) for no speaker position at all. The end token is forbidden below `min_token_text_ratio` per text token.
-        takes: instead of the model's own number; with more than one, all are finished before the first token comes.
         Raises InputError for empty text.
         """
-        if text.size(1) == 0:
-            raise InputError("there is no text to speak: give at least one word")
-        min_tokens, max_tokens = (int(text.size(1) * ratio) for ratio in (min_token_text_ratio, max_token_text_ratio))
-        prefix = self.inference_prefix(text, prompt_text, prompt_speech_token, embedding)
-        if (takes or self.takes) > 1:
-            bounds = [(min_tokens, max_tokens)]
-            yield from self.likeliest([prefix], bounds, [nullcontext()], sampling, takes or self.takes)[0]
-            return
-        following = self.following(prefix, max_tokens)
+        min_tokens, max_tokens = self.bounds(text, min_token_text_ratio, max_token_text_ratio)
+        following = self.following(self.inference_prefix(text, prompt_text, prompt_speech_token, embedding), max_tokens)
         log_p, tokens = next(following), []
         while len(tokens) < max_tokens:
             token = self.choose(log_p, tokens, min_tokens, sampling)
@@ -217,18 +208,37 @@ class TransformerLM(nn.Module):
             log_p = following.send(token)
 
     @torch.inference_mode()
+    def best_take(
+        self,
+        text: Tensor,
+        text_len: Tensor,
+        prompt_text: Tensor,
+        prompt_text_len: Tensor,
+        prompt_speech_token: Tensor,
+        prompt_speech_token_len: Tensor,
+        embedding: Tensor,
+        sampling: int = 25,
+    ) -> list[int]:
+        """The likeliest of `takes` takes, each of which is what `inference` might yield; arguments as there.
+
+        Raises InputError for empty text.
+        """
+        bounds = self.bounds(text)
+        prefix = self.inference_prefix(text, prompt_text, prompt_speech_token, embedding)
+        return self.likeliest([prefix], [bounds], [nullcontext()], sampling, self.takes)[0]
+
+    @torch.inference_mode()
     def inference_together(
         self, texts: Sequence[Tensor], embedding: Tensor, draws: Sequence[AbstractContextManager], sampling: int = 25
     ) -> list[list[int]]:
         """The tokens of several texts in one voice, written side by side: a step reads each weight once for them all.
 
         texts: (1, T) each. embedding: (1, 192). draws: entered while a token of that text is drawn. Each text gets the
-        tokens that `inference` would yield for it, up to rounding.
+        tokens that `best_take` would give it, up to rounding.
         """
         none = texts[0][:, :0]
         prefixes = [self.inference_prefix(text, none, none, embedding) for text in texts]
-        bounds = [(MIN_TOKEN_TEXT_RATIO * text.size(1), MAX_TOKEN_TEXT_RATIO * text.size(1)) for text in texts]
-        return self.likeliest(prefixes, bounds, draws, sampling, self.takes)
+        return self.likeliest(prefixes, [self.bounds(text) for text in texts], draws, sampling, self.takes)
 
     def likeliest(
         self,
@@ -287,6 +297,14 @@ class TransformerLM(nn.Module):
             while True:
                 token = yield log_p
                 log_p = steps.after(token)
+
+    def bounds(
+        self, text: Tensor, min_ratio: float = MIN_TOKEN_TEXT_RATIO, max_ratio: float = MAX_TOKEN_TEXT_RATIO
+    ) -> tuple[int, int]:
+        """The least and most speech tokens that `text` (1, T) may get. Raises InputError for empty text."""
+        if text.size(1) == 0:
+            raise InputError("there is no text to speak: give at least one word")
+        return int(text.size(1) * min_ratio), int(text.size(1) * max_ratio)
 
     def choose(self, log_p: Tensor, tokens: Sequence[int], min_tokens: int, sampling: int) -> int:
         """The token that follows `tokens`, which do not end before there are `min_tokens`. log_p: (V,)."""
