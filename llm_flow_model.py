@@ -126,9 +126,8 @@ class JointModel(pl.LightningModule):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            losses = self.losses(batch, self.active())  # as long as they are there, so is what they keep
+            self.losses(batch, self.active())
         weights = {weight.untyped_storage().data_ptr() for weight in self.parameters()}
-        del losses
         return sum(size for place, size in kept.items() if place not in weights)
 
     def training_embeddings(self, size: int) -> Tensor:

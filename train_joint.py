@@ -188,7 +188,7 @@ def build(
         start_from(args.init, model, model_dir)
     if args.memory:
         fill_memory(model, clips, args.memory, device)
-    size = config["batch_size"]
+    size = model.config["batch_size"]
     train_loader = DataLoader(train, size, sampler=EpochOrder(len(train), args.seed), collate_fn=collate)
     return model, (train_loader, DataLoader(held_out, size, collate_fn=collate) if held_out else None)
 

@@ -195,10 +195,12 @@ class CosyVoiceModel:
         if source_speech_token.shape[1] > 0:
             yield from source_speech_token[0].tolist()
             return
-        sequences = (x.to(self.device) for x in (text, prompt_text, prompt_speech_token))
-        # a stream cannot wait for the end of several takes
-        write = self.llm.inference if stream or self.llm.takes == 1 else self.llm.best_take
-        yield from write(*_with_lengths(*sequences), embedding.to(self.device))
+        sequences = [x.to(self.device) for x in (text, prompt_text, prompt_speech_token)]
+        embedding = embedding.to(self.device)
+        if stream or self.llm.takes == 1:  # a stream cannot wait for the end of several takes
+            yield from self.llm.inference(*_with_lengths(*sequences), embedding)
+        else:
+            yield from self.llm.best_take(*sequences, embedding)
 
     def _chunks(self, tokens: Iterator[int]) -> Iterator[tuple[list[int], bool]]:
         """Cut tokens into chunks that share `token_overlap_len` with the next; the flag marks the last."""

@@ -198,26 +198,18 @@ class TransformerLM(nn.Module):
         """
         min_tokens, max_tokens = self.bounds(text, min_token_text_ratio, max_token_text_ratio)
         following = self.following(self.inference_prefix(text, prompt_text, prompt_speech_token, embedding), max_tokens)
-        log_p, tokens = next(following), []
+        tokens: list[int] = []
+        token = None  # starts `following`
         while len(tokens) < max_tokens:
-            token = self.choose(log_p, tokens, min_tokens, sampling)
+            token = self.choose(following.send(token), tokens, min_tokens, sampling)
             if token == self.speech_token_size:
                 return
             tokens.append(token)
             yield token
-            log_p = following.send(token)
 
     @torch.inference_mode()
     def best_take(
-        self,
-        text: Tensor,
-        text_len: Tensor,
-        prompt_text: Tensor,
-        prompt_text_len: Tensor,
-        prompt_speech_token: Tensor,
-        prompt_speech_token_len: Tensor,
-        embedding: Tensor,
-        sampling: int = 25,
+        self, text: Tensor, prompt_text: Tensor, prompt_speech_token: Tensor, embedding: Tensor, sampling: int = 25
     ) -> list[int]:
         """The likeliest of `takes` takes, each of which is what `inference` might yield; arguments as there.
 
@@ -260,28 +252,28 @@ class TransformerLM(nn.Module):
         cache, starts = self.llm.joined_cache([caches[i] for i in owners])
         scores = torch.stack([scores[i] for i in owners]).cpu()
         tokens: list[list[int]] = [[] for _ in owners]
-        likelihood, ended, unfinished = [0.0] * len(owners), [False] * len(owners), set(range(len(owners)))
+        likelihood = [0.0] * len(owners)
+        merits: dict[int, tuple[bool, float]] = {}  # of finished rows: whether it ended, and its mean log-probability
         while True:
-            for row in sorted(unfinished):
+            for row in [row for row in range(len(owners)) if row not in merits]:
                 least, most = bounds[owners[row]]
                 with draws[owners[row]]:
                     token = self.choose(scores[row], tokens[row], least, sampling)
                 likelihood[row] += float(scores[row, token])
-                ended[row] = token == self.speech_token_size
-                if not ended[row]:
+                ended = token == self.speech_token_size
+                if not ended:
                     tokens[row].append(token)
-                if ended[row] or len(tokens[row]) >= most:
-                    unfinished.remove(row)
-            if not unfinished:
+                if ended or len(tokens[row]) >= most:
+                    merits[row] = ended, likelihood[row] / (len(tokens[row]) + ended)
+            if len(merits) == len(owners):
                 break
             last = [(written or [0])[-1] for written in tokens]  # a finished one goes on unheard
             lm_output = self.llm.forward_chunk(self.speech_embedding.weight[last].unsqueeze(1), cache, starts)
             scores = self.llm_decoder(lm_output[:, -1]).float().log_softmax(dim=-1).cpu()
-        merit = [(ended[row], likelihood[row] / (len(tokens[row]) + ended[row])) for row in range(len(owners))]
-        rows = [max(range(i * takes, (i + 1) * takes), key=merit.__getitem__) for i in range(len(prefixes))]
+        rows = [max(range(i * takes, (i + 1) * takes), key=merits.__getitem__) for i in range(len(prefixes))]
         return [tokens[row] for row in rows]
 
-    def following(self, prefix: Tensor, max_tokens: int) -> Generator[Tensor, int, None]:
+    def following(self, prefix: Tensor, max_tokens: int) -> Generator[Tensor, int | None, None]:
         """Log-probabilities (V,) of what follows `prefix` (1, L, C), then of what follows each token that is sent.
 
         They may lie where those before lay. At most `max_tokens` are sent.

@@ -26,8 +26,15 @@ TEXT_ROWS_25HZ = (60510, 60515)
 COSYVOICE2_NAMES = re.compile(r"^(llm\.model\.|encoder\.up_|encoder\.pre_lookahead|ups\.2\.)")
 COSYVOICE2_ROWS = {"speech_embedding.weight": 6564, "input_embedding.weight": 6561}
 
-# They draw inside, where no mode sees it.
-RANDOM_INITS = (init.uniform_, init.normal_, init.kaiming_uniform_, init.kaiming_normal_)
+# What fills weights with random numbers; those of `init` draw inside, where no mode sees it.
+RANDOM_INITS = (
+    Tensor.uniform_,
+    Tensor.normal_,
+    init.uniform_,
+    init.normal_,
+    init.kaiming_uniform_,
+    init.kaiming_normal_,
+)
 
 # What reading a damaged file ends in, by where the damage lies.
 DAMAGE = (
@@ -108,7 +115,7 @@ class NoRandomInit(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in (Tensor.uniform_, Tensor.normal_) or func in RANDOM_INITS:
+        if func in RANDOM_INITS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
