@@ -10,7 +10,16 @@ from cosyvoice.dataset import processor
 from cosyvoice.utils.errors import InputError
 from examples.mini import align_text
 from examples.mini.make_corpus import Speaker, Utterance, make_utterances
-from examples.mini.sentences import JUDGED, Exclusion, Grammar, draw_sentences, polish, read_sentences
+from examples.mini.sentences import (
+    JUDGED,
+    Exclusion,
+    Grammar,
+    draw_examples,
+    draw_sentences,
+    polish,
+    read_examples,
+    read_sentences,
+)
 from examples.mini.voices import HELD_OUT, VOICES, Flite, apply_effects
 from tools.kaldi_folder import write_table
 
@@ -64,6 +73,33 @@ def test_articles_and_capitals(drawn: str, written: str) -> None:
 def test_a_missing_file_of_judged_sentences_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="must not be trained on"):
         read_sentences([tmp_path / "none.txt"])
+
+
+def test_wordnet_gives_what_can_be_read_aloud(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data.noun does not exist.* wordnet-base"):
+        read_examples(tmp_path)
+    for part in ("noun", "verb", "adj"):
+        (tmp_path / f"data.{part}").write_text("  1 a line of the licence\n")
+    senses = [
+        'to such a degree; "he is so very tall"; "Why do you stay?"; "so long"; "the U.S. is so big"',
+        'up to now; "in 1990 it was not yet there"; "not yet, my dear caf\u00e9"; "I, so far, do not"',
+        'equally; "he is so very tall"',
+    ]
+    (tmp_path / "data.adv").write_text("".join(f"0001 02 r 01 so 0 | {s}\n" for s in senses), encoding="latin-1")
+    assert read_examples(tmp_path) == ["He is so very tall.", "I, so far, do not.", "Why do you stay?"]
+
+
+def test_each_example_is_drawn_once() -> None:
+    examples = [f"The {word} is here." for word in "abcdefgh"]
+    drawn = draw_examples(3, Exclusion([]), examples)
+    sentences = []
+    with pytest.raises(InputError, match="no more than 8 examples"):
+        sentences.extend(drawn)
+    spoken = " ".join(sentences).replace(". ", ".|").split("|")
+    assert len(set(spoken)) == len(spoken) >= 7 and set(spoken) <= set(examples)
+    assert {len(sentence.split()) for sentence in sentences} == {4, 8}
+    assert next(draw_examples(3, Exclusion([]), examples)) == sentences[0]
+    assert next(draw_examples(3, Exclusion([sentences[0]]), examples)) == sentences[1]
 
 
 def test_the_held_out_voice_is_refused() -> None:

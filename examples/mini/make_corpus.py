@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dev_utterances", type=int, default=10, help="held out, per speaker (default: %(default)s)")
     parser.add_argument("--voices", nargs="+", help="names of voices (default: all eight)")
     parser.add_argument("--variants", type=int, default=0, help="pseudo-speakers per voice (default: %(default)s)")
+    parser.add_argument("--sentences", choices=("grammar", "wordnet"), default="grammar", help="default: %(default)s")
     parser.add_argument("--num_processes", type=int, default=2, help="engines at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1986, help="of sentences and variants (default: %(default)s)")
     options = parser.parse_args(argv)
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = options.des_dir.absolute()
     speakers = make_speakers(options.voices, options.variants, options.seed)
     total = len(speakers) * (options.dev_utterances + options.utterances)
-    utterances = make_utterances(speakers, total, options.seed)
+    utterances = make_utterances(speakers, total, options.seed, options.sentences)
     failures = synthesise(utterances, folder / "wav", options.num_processes)
     held_out = len(speakers) * options.dev_utterances  # first, so that more utterances leave the same ones held out
     for split, part in {"dev": utterances[:held_out], "train": utterances[held_out:]}.items():
@@ -99,11 +100,13 @@ def make_speakers(voices: Sequence[str] | None, variants: int, seed: int) -> lis
     return speakers
 
 
-def make_utterances(speakers: Sequence[Speaker], total: int, seed: int) -> list[Utterance]:
-    """The speakers in turn, each time with the next sentence."""
-    from examples.mini.sentences import JUDGED, Exclusion, draw_sentences, read_sentences
+def make_utterances(speakers: Sequence[Speaker], total: int, seed: int, source: str = "grammar") -> list[Utterance]:
+    """The speakers in turn, each time with the next sentence, of the grammar's or of "wordnet"'s."""
+    from examples.mini.sentences import JUDGED, Exclusion, draw_examples, draw_sentences, read_examples, read_sentences
 
-    sentences = islice(draw_sentences(seed, Exclusion(read_sentences(JUDGED))), total)
+    exclusion = Exclusion(read_sentences(JUDGED))
+    drawn = draw_examples(seed, exclusion, read_examples()) if source == "wordnet" else draw_sentences(seed, exclusion)
+    sentences = islice(drawn, total)
     return [Utterance(speakers[number % len(speakers)], text) for number, text in enumerate(sentences)]
 
 

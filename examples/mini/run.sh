@@ -21,18 +21,19 @@ seed=${seed:-1986}
 num_jobs=${num_jobs:-2}
 
 config=examples/mini/cosyvoice.yaml
-# Four people, to learn to speak from; more of their sentences, to learn to read from; and many pseudo-speakers, so that
-# a voice never heard before is nothing new.
+# Four people, to learn to speak from; more of their sentences, to learn to read from, those of wordnet for its many
+# words; and many pseudo-speakers, so that a voice never heard before is nothing new.
 base_voices=(slt awb kal16 ked)
-corpora=(voices texts speakers)
-declare -A trained_on=([llm]="voices texts" [flow]="voices speakers" [hifigan]="speakers")
+corpora=(voices texts wordnet speakers)
+declare -A trained_on=([llm_grammar]="voices texts" [llm]="voices texts wordnet"
+    [flow]="voices speakers" [hifigan]="speakers")
 declare -A averaged=([llm]=1 [flow]=1 [hifigan]=3) # epochs: those at whose learning rate little moves any more
 
 asks_for() { # the number of a stage
     [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]
 }
 
-train() { # the name of a network
+train() { # the name of the run, the network, options
     local list split corpus
     for split in train dev; do
         list=$work_dir/$1.$split.list
@@ -40,9 +41,9 @@ train() { # the name of a network
             cat "$work_dir/$corpus/$split/parquet/data.list"
         done >"$list"
     done
-    python cosyvoice/bin/train.py --config $config --model "$1" --seed "$seed" --resume auto \
+    python cosyvoice/bin/train.py --config $config --model "$2" --seed "$seed" --resume auto \
         --train_data "$work_dir/$1.train.list" --cv_data "$work_dir/$1.dev.list" \
-        --model_dir "$work_dir/exp/$1" --tensorboard_dir "$work_dir/tensorboard/$1" --ddp.dist_backend gloo
+        --model_dir "$work_dir/exp/$1" --tensorboard_dir "$work_dir/tensorboard/$1" --ddp.dist_backend gloo "${@:3}"
 }
 
 if asks_for 0; then
@@ -53,13 +54,15 @@ if asks_for 0; then
         --utterances 75 --dev_utterances 2 --num_processes "$num_jobs" --seed $((seed + 1))
     python examples/mini/make_corpus.py --des_dir "$work_dir/texts" --voices "${base_voices[@]}" \
         --utterances 2500 --num_processes "$num_jobs" --seed $((seed + 2))
+    python examples/mini/make_corpus.py --des_dir "$work_dir/wordnet" --voices "${base_voices[@]}" --sentences wordnet \
+        --utterances 4000 --dev_utterances 15 --num_processes "$num_jobs" --seed $((seed + 3))
 fi
 
 if asks_for 1; then
     echo "Stage 1: speech tokenizer, speaker encoder, letters of each token"
     python examples/mini/train_tokenizer.py --data "$work_dir/speakers/train" "$work_dir/voices/train" \
         --dev "$work_dir/speakers/dev" --output "$work_dir/speech_tokenizer_v1.onnx" --seed "$seed"
-    python examples/mini/align_text.py --dirs "$work_dir"/voices/{train,dev} "$work_dir"/texts/{train,dev}
+    python examples/mini/align_text.py --dirs "$work_dir"/{voices,texts,wordnet}/{train,dev}
     python examples/mini/train_speaker_encoder.py --data "$work_dir/speakers/train" --dev "$work_dir/speakers/dev" \
         --output "$work_dir/campplus.onnx" --seed "$seed"
 fi
@@ -85,11 +88,13 @@ done
 
 if asks_for 5; then
     echo "Stage 5: train hifigan, and llm and flow beside it"
-    train hifigan &
+    train hifigan hifigan &
     vocoder=$!
     trap 'kill "$vocoder" 2>/dev/null' EXIT
-    train llm
-    train flow
+    # simple sentences first; then all, with a second course of the learning rate
+    train llm_grammar llm
+    train llm llm --checkpoint "$(ls "$work_dir"/exp/llm_grammar/epoch_*_whole.pt | tail -n 1)" --max_epoch 3
+    train flow flow
     wait "$vocoder"
     trap - EXIT
 fi

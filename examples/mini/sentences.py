@@ -1,11 +1,12 @@
-"""Distinct English sentences from a grammar of our own, none of which is a judged sentence."""
+"""Distinct English sentences, of a grammar of our own or WordNet's examples, none of which is a judged sentence."""
 
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from cosyvoice.utils.errors import InputError
+from examples.mini.voices import PACKAGES
 
 FOLDER = Path(__file__).parent
 GRAMMAR_FILE = FOLDER / "grammar.txt"
@@ -14,8 +15,13 @@ START = "sentence"
 RUN_WORDS = 5  # a sentence that shares so many words in a row with a judged one counts as that one
 MAX_WORDS = 22  # longer ones take the engines' voices out of breath, and memory in training
 MAX_ATTEMPTS = 1000  # sentences drawn for one new; far fewer are needed while the grammar is not exhausted
+WORDNET = Path("/usr/share/wordnet")  # where Debian's wordnet-base puts it
+EXAMPLE_WORDS = range(4, 15)  # shorter ones are no sentences; two of these go into one utterance
+TWO_AT_ONCE = 0.5  # share of the utterances that have two examples, since most are short
 
 SYMBOL = re.compile(r"<(\w+)>")
+EXAMPLE = re.compile(r'"([^"]+)"')
+PLAIN = re.compile(r"(?!.*[A-Z]{2})[A-Za-z'-]+(?:[,;:]? [A-Za-z'-]+)*[.?!]?")  # no figures, no abbreviations
 ARTICLE = re.compile(r"\b([Aa])(?= (?:hour|honest|[aeio]|u(?!ni|se|su)))")  # a uniform, a useful, a usual
 
 
@@ -98,5 +104,37 @@ def draw_sentences(seed: int, exclusion: Exclusion, grammar: Grammar | None = No
 
 def polish(sentence: str) -> str:
     """A capital at the start, also behind a quotation mark, and "an" before a vowel."""
-    sentence = ARTICLE.sub(r"\1n", sentence)
+    return capitalize(ARTICLE.sub(r"\1n", sentence))
+
+
+def capitalize(sentence: str) -> str:
     return re.sub(r"\w", lambda letter: letter[0].upper(), sentence, count=1)
+
+
+def read_examples(folder: Path = WORDNET) -> list[str]:
+    """WordNet's examples of how its words are used (Fellbaum 1998), as sentences: ten times the grammar's words.
+
+    Raises InputError where WordNet is not installed.
+    """
+    examples = set()
+    for part in ("noun", "verb", "adj", "adv"):
+        file = folder / f"data.{part}"
+        if not file.is_file():
+            raise InputError(f"{file} does not exist; {PACKAGES}")
+        for line in file.read_text(encoding="latin-1").splitlines():
+            examples.update(EXAMPLE.findall(line.partition(" | ")[2]))
+    good = (text for text in examples if PLAIN.fullmatch(text) and len(text.split()) in EXAMPLE_WORDS)
+    return sorted({capitalize(text if text[-1] in ".?!" else f"{text}.") for text in good})
+
+
+def draw_examples(seed: int, exclusion: Exclusion, examples: Sequence[str]) -> Iterator[str]:
+    """Examples in an order of their own for each seed, alone or two at once. Raises InputError when all are drawn."""
+    draw = random.Random(seed)
+    left = draw.sample(examples, len(examples))
+    while len(left) > 1:
+        sentence = left.pop()
+        if draw.random() < TWO_AT_ONCE:
+            sentence = f"{sentence} {left.pop()}"
+        if sentence not in exclusion and len(sentence.split()) <= MAX_WORDS:
+            yield sentence
+    raise InputError(f"there are no more than {len(examples)} examples; ask for fewer sentences")

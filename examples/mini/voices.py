@@ -12,7 +12,7 @@ from cosyvoice.utils.errors import InputError
 
 PACKAGES = (
     "sudo apt-get install flite festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts "
-    "festlex-cmu festlex-poslex espeak-ng sox"
+    "festlex-cmu festlex-poslex espeak-ng sox wordnet-base"
 )
 HELD_OUT = "rms"  # the voice that few-shot training is shown on: no model may know it before
 
