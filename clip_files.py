@@ -1,6 +1,8 @@
 """Prepared clips on disk: the columns of the parquet files, and how a run's files replace those before."""
 
+import hashlib
 import shutil
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,10 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cosyvoice.utils.checkpoint import fingerprint_file
+from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write
 
 CLIPS_PER_FILE = 100
+ENCODERS = ("speech_tokenizer_v1.onnx", "campplus.onnx")
 UNFINISHED = ".unfinished"  # folder of the rows that an interrupted run had made
+
+_saving = threading.Lock()  # two copies of a recording are one file
 
 SCHEMA = pa.schema(
     {
@@ -32,8 +39,21 @@ SCHEMA = pa.schema(
         "peak_dbfs": pa.float32(),  # 0 is full scale
         "silence_share": pa.float32(),  # of the frames of 20 ms: 40 dB or more below the loudest
         "content_hash": pa.string(),  # SHA-256 of what the row was made from
+        "encoders": pa.string(),  # `encoders_of` the model folder that it was made with
     }
 )
+
+
+def encoders_of(model_dir: Path) -> str:
+    """What tells apart models whose tokens and vectors mean different things: a SHA-256 of the encoders' files.
+
+    Raises InputError where one is missing.
+    """
+    for path in (model_dir / name for name in ENCODERS):
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; copy it from the CosyVoice-300M download")
+    hashes = [fingerprint_file(model_dir / name) for name in ENCODERS]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def with_column(table: pa.Table, name: str, values: Sequence[Any]) -> pa.Table:
@@ -59,7 +79,7 @@ def known_rows(data_dir: Path) -> dict[str, pa.Table]:
 def save_unfinished(row: pa.Table, data_dir: Path) -> None:
     """Keep a new row at once, so that a run that is interrupted can be taken up again."""
     content_hash = row["content_hash"][0].as_py()  # names of recordings can be too long for one more suffix
-    with atomic_write(data_dir / UNFINISHED / f"{content_hash}.parquet") as path:
+    with _saving, atomic_write(data_dir / UNFINISHED / f"{content_hash}.parquet") as path:
         pq.write_table(row, path)
 
 

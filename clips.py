@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from clip_files import SCHEMA, with_column
+from clip_files import SCHEMA, encoders_of, with_column
 from cosyvoice.cli.frontend import FRONTEND_PARTS, CosyVoiceFrontEnd
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, read_wav, resample
 from cosyvoice.utils.checkpoint import fingerprint_file
@@ -104,6 +104,7 @@ class ClipMaker:
         self.known = known
         how = [ROW_VERSION, str(self.frontend.normalizer.wetext)]
         self._made_with = " ".join(how + [fingerprint_file(model_dir / name) for name in MODEL_FILES]).encode()
+        self._encoders = encoders_of(model_dir)
         self._text_lock = threading.Lock()  # nothing promises that the text grammars may be shared
 
     def make(self, recording: Recording) -> Outcome:
@@ -118,6 +119,7 @@ class ClipMaker:
                 _recall(outcome, self.known[content_hash], recording)
             else:
                 origin = {"wav": str(recording.audio), "audio_data": audio_data, "content_hash": content_hash}
+                origin["encoders"] = self._encoders
                 columns = self._columns(outcome, recording.audio, text_data)
                 outcome.row = pa.Table.from_pylist([origin | columns], SCHEMA)
         except (InputError, OSError) as error:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from clip_files import SCHEMA
+from clip_files import SCHEMA, encoders_of
 from cosyvoice.utils.common import pad_list
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import MEL_HOP_SAMPLES, SAMPLE_RATE_HZ, TOKEN_RATE_HZ, mel_frames
 
-COLUMNS = ["utt", "spk", "utt_embedding", "text_token", "speech_token", "speech_feat", "speech_feat_shape"]
+COLUMNS = ["utt", "spk", "utt_embedding", "text_token", "speech_token", "speech_feat", "speech_feat_shape", "encoders"]
 FEWEST_CLIPS_TO_SPLIT = 8  # below, every clip is trained on
 FEWEST_HELD_OUT = 2
 
@@ -33,21 +34,29 @@ class Clip:
     embedding: Tensor  # (192,) float32, L2-normalised
 
 
-def load_clips(data_dir: Path) -> list[Clip]:
+def load_clips(data_dir: Path, model_dir: Path) -> list[Clip]:
     """All clips of a folder, in the order of their names.
 
-    Raises InputError where there is no parquet file, an unreadable one, or one that something else wrote.
+    Raises InputError where there is no parquet file, an unreadable one, one that something else wrote, or one that
+    was prepared with the encoders of another model than this.
     """
     files = sorted(path for path in data_dir.glob("*.parquet") if not path.name.startswith("."))  # a killed run's
     if not files:
         raise InputError(f"{data_dir} holds no parquet file; run prepare_joint_data.py first")
-    clips = [clip for file in files for clip in read_clips(file)]
+    clips, made_with = [], set()
+    for file in files:
+        rows = read_rows(file)
+        clips += map(to_clip, rows)
+        made_with.update(row["encoders"] for row in rows)
     if not clips:
         raise InputError(f"the parquet files in {data_dir} hold no clip; run prepare_joint_data.py again")
+    if made_with != {encoders_of(model_dir)}:
+        other = f"the clips in {data_dir} were prepared with another model than {model_dir}"
+        raise InputError(f"{other}; run prepare_joint_data.py again, or give that model with --model-dir")
     return sorted(clips, key=lambda clip: clip.utt)
 
 
-def read_clips(file: Path) -> list[Clip]:
+def read_rows(file: Path) -> list[dict[str, Any]]:
     try:
         with pq.ParquetFile(file) as parquet:
             strange = [name for name in COLUMNS if SCHEMA.field(name) not in parquet.schema_arrow]
@@ -58,10 +67,10 @@ def read_clips(file: Path) -> list[Clip]:
     if strange:
         problem = f"its columns {', '.join(strange)} are missing or of another type"
         raise InputError(f"{file} is not from prepare_joint_data.py: {problem}; move it away and run that again")
-    return [to_clip(row) for row in rows]
+    return rows
 
 
-def to_clip(row: dict) -> Clip:
+def to_clip(row: dict[str, Any]) -> Clip:
     """Tokens and mel are cut to their common duration, so that both always end together."""
     mel = torch.tensor(row["speech_feat"], dtype=torch.float32).view(*row["speech_feat_shape"])
     tokens = torch.tensor(row["speech_token"])

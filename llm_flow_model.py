@@ -174,7 +174,7 @@ class JointModel(pl.LightningModule):
         self.log_dict(losses, on_step=True, on_epoch=True, batch_size=clips)
         self.log("train_loss", total, on_step=True, on_epoch=True, prog_bar=True, batch_size=clips)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=clips)
-        return total * self.group_correction(batch_idx)
+        return total * self.group_share(clips, batch_idx)
 
     def finite(self, name: str, loss: Tensor) -> float:
         """The value of a 0-d loss. Raises InputError, before anything is saved, where it is not finite."""
@@ -183,11 +183,14 @@ class JointModel(pl.LightningModule):
             raise InputError(f"the {name} loss became {value} in epoch {self.epoch_number}: {DIVERGED}")
         return value
 
-    def group_correction(self, batch_idx: int) -> float:
-        """The trainer divides by a whole group even where an epoch's last group is smaller; undo that."""
-        size = self.config["accumulate_grad_batches"]
-        batches = self.trainer.num_training_batches
-        return size / min(size, batches - batch_idx // size * size)
+    def group_share(self, clips: int, batch_idx: int) -> float:
+        """What makes each clip of an optimiser step count the same, also where an epoch's last batches are smaller.
+
+        The trainer divides the sum of the batches' means by the number of batches in a whole group.
+        """
+        passes, whole = self.config["accumulate_grad_batches"], self.config["batch_size"]
+        before = batch_idx // passes * passes * whole  # clips of the epoch's earlier steps
+        return clips * passes / min(passes * whole, len(self.trainer.train_dataloader.dataset) - before)
 
     def on_validation_start(self) -> None:
         self.validation_sums = dict.fromkeys(self.active(), 0.0)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import find_input_dir, find_model_dir
-from cosyvoice.utils.command import run
+from cosyvoice.utils.command import check_least, run
 from cosyvoice.utils.errors import InputError
-from utils import add_device, add_folders, check_positive, check_writable, in_parallel, repeated
+from utils import add_device, add_folders, check_writable, in_parallel, repeated
 
 if TYPE_CHECKING:
     from clips import ClipMaker, Outcome, Recording
@@ -49,7 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_device(work)
     options = parser.parse_args(argv)
-    check_positive("--workers", options.workers)
+    check_least("--workers", options.workers)
     if not options.speaker.strip():
         raise InputError("--speaker is empty; give the speaker a name")
     return options

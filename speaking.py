@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosyvoice.utils.command import Draws
+from cosyvoice.utils.command import Draws, check_least
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
-from utils import check_positive, pick_device
+from utils import pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ class ReadyVoice:
 
 def open_voice(args: argparse.Namespace, model_dir: Path) -> ReadyVoice:
     """The voice that the options of `add_voice` name, or the newest of the output folder, loaded."""
-    check_positive("--batch-size", args.batch_size)
+    check_least("--batch-size", args.batch_size)
     voice = choose_voice(args, model_dir)
     speaker, embedding = speaker_vector(args, voice, model_dir)
     cosyvoice = load_voice(voice, model_dir, args.device, args.precision)

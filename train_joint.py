@@ -8,6 +8,7 @@ Watch it with `tensorboard --logdir output/joint_logs`. At the end the best weig
 import argparse
 import hashlib
 import re
+import shlex
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,18 @@ if TYPE_CHECKING:
     from dataset import Clip
     from llm_flow_model import JointModel
     from voice import Run
+
+
+# What a resumed run may do otherwise: when it ends, and what a step costs in memory.
+MAY_CHANGE = (
+    "max_epochs",
+    "llm_loss_threshold",
+    "flow_loss_threshold",
+    "early_stopping_patience",
+    "max_feat_len",
+    "recompute",
+    "precision",
+)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -70,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from training import Interrupted, fit
     from voice import base_fingerprints, last_checkpoint, read_run
 
-    clips = load_clips(args.data_dir)
+    clips = load_clips(args.data_dir, model_dir)
     origin = {
         "mode": config["training_mode"],
         "run": uuid.uuid4().hex,
@@ -80,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     resumed = find_resumed(args, origin, model_dir)
     if resumed:
         config = with_changes(resumed.config, changes(args))
-        check_kept(resumed, config)
+        check_kept(resumed, config, args.memory)
         origin["run"], args.seed = resumed.state["run"], resumed.state["seed"]
     if resumed and finished(resumed, config):
         trained = resumed
@@ -115,7 +128,7 @@ def find_resumed(args: argparse.Namespace, origin: dict[str, Any], model_dir: Pa
     last = last_checkpoint(args.output_dir, origin["mode"])
     if args.resume is None:
         if last.is_file():
-            print(f"{last} of an earlier run will be replaced after the first epoch (--resume auto continues it)")
+            print(f"the end of the first epoch will replace {last} and its epochs (--resume auto continues that run)")
         return None
     if args.resume == "auto" and not last.is_file():
         print(f"there is no {last} yet: starting from the beginning")
@@ -130,12 +143,13 @@ def find_resumed(args: argparse.Namespace, origin: dict[str, Any], model_dir: Pa
     return run
 
 
-def check_kept(run: "Run", config: dict[str, Any]) -> None:
-    """Raises InputError for other values of settings that adapters and optimiser were made with."""
-    kept = ("learning_rate", "weight_decay", "llm_lora", "flow_lora")
-    changed = [name for name in kept if config[name] != run.config[name]]
+def check_kept(run: "Run", config: dict[str, Any], memory: int | None) -> None:
+    """Raises InputError for other values of settings that the run's place and weights follow from."""
+    changed = [name for name in config if name not in MAY_CHANGE and config[name] != run.config[name]]
     if changed:
         raise InputError(f"--resume keeps the {' and '.join(changed)} of {run.path}; leave that as it was")
+    if memory:
+        raise InputError(f"--resume keeps the batch_size of {run.path}; leave --memory out")
 
 
 def finished(run: "Run", config: dict[str, Any]) -> bool:
@@ -207,7 +221,7 @@ def fill_memory(model: "JointModel", clips: "list[Clip]", memory: int, device: s
 def start_from(checkpoint: Path, model: "JointModel", model_dir: Path) -> None:
     """Copy the adapters that a checkpoint of any mode shares with the model."""
     from lora import load_adapters
-    from voice import read_run
+    from voice import read_run, scale_of
 
     run = read_run(checkpoint)
     shared = [part for part in run.parts if part in model.parts]
@@ -215,7 +229,9 @@ def start_from(checkpoint: Path, model: "JointModel", model_dir: Path) -> None:
         raise InputError(f"{checkpoint} (--mode {run.mode}) shares no part with this mode; leave --init out")
     run.check_base(model.origin["base"], model_dir)
     for part in shared:
-        load_adapters(model.parts[part], run.adapters[part])
+        change = run.scale(part) / scale_of(model.config[f"{part}_lora"])  # 1, unless lora_alpha is another now
+        state = run.adapters[part]
+        load_adapters(model.parts[part], {n: t * change if n.endswith("lora_B") else t for n, t in state.items()})
         print(f"{part}: starting from {checkpoint}")
 
 
@@ -259,7 +275,7 @@ def both_files(run: "Run", output_dir: Path) -> str:
         return ""
     newest = max(earlier, key=lambda path: path.stat().st_mtime)
     files = own | {newest.name.partition("_")[0]: newest}
-    return "".join(f" --{part} {files[part]}" for part in MODES["joint"])
+    return "".join(f" --{part} {shlex.quote(str(files[part]))}" for part in MODES["joint"])
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ class CheckpointKeeper(Checkpoint):
         self.interrupted = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, model: JointModel, *step: Any) -> None:
+        if self.interrupted and self.fresh and self.last.is_file():
+            raise KeyboardInterrupt  # less than an epoch is lost, and the earlier run is not
         done = step[-1] + 1  # batches of this epoch
         between_steps = done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches
         if self.interrupted and between_steps:

@@ -57,11 +57,6 @@ def pick_device(name: str) -> "torch.device":
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check_positive(option: str, number: int) -> None:
-    if number < 1:
-        raise InputError(f"{option} {number}: at least 1 is needed")
-
-
 def check_writable(folder: Path) -> None:
     """Raise InputError, before any work, where results could not be written."""
     from cosyvoice.utils.file_utils import atomic_write

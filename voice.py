@@ -53,8 +53,7 @@ class Run:
     adapters: dict[str, dict[str, Tensor]]  # by part, as they were when the checkpoint was written
 
     def scale(self, part: str) -> float:
-        lora = self.config[f"{part}_lora"]
-        return lora["lora_alpha"] / lora["lora_r"]
+        return scale_of(self.config[f"{part}_lora"])
 
     def best(self, part: str) -> dict[str, Tensor]:
         """The adapters of the part's best epoch; raises InputError before the first epoch has ended."""
@@ -69,6 +68,11 @@ class Run:
             if self.state["base"][part] != fingerprints[part]:
                 other = f"{self.path} was trained on another base model than {model_dir / part}.pt"
                 raise InputError(f"{other}; give the folder it was trained on with --model-dir")
+
+
+def scale_of(lora: dict[str, Any]) -> float:
+    """The factor of an adapter's update, by the part's LoRA settings."""
+    return lora["lora_alpha"] / lora["lora_r"]
 
 
 def read_run(path: Path) -> Run:

@@ -29,7 +29,7 @@ from llm_flow_model import JointModel
 from lora import adapters
 from tools.random_model import make_random_model
 from training import CheckpointKeeper
-from voice import last_checkpoint, read_run, read_sidecar
+from voice import read_sidecar
 
 COMMANDS = {"prepare": prepare_joint_data, "train": train_joint, "merge": merge_joint_weights}
 DEFAULTS = {
@@ -213,6 +213,8 @@ MISTAKES = [
     ("train", "--mode flow_only --resume auto --model-dir {root}/attn", "another base model", "--model-dir"),
     ("train", "--mode flow_only --resume auto --lr 0.1 --epochs 2", "keeps the learning_rate of", "leave that"),
     ("train", "--mode flow_only --resume auto --set flow_lora.lora_r=2", "keeps the flow_lora of", "leave that"),
+    ("train", "--mode flow_only --resume auto --batch-size 2", "keeps the batch_size of", "leave that"),
+    ("train", "--mode flow_only --resume auto --memory 8GB", "keeps the batch_size of", "leave --memory out"),
     ("train", f"--mode flow_only --init {FLOW_LAST} --set flow_lora.lora_r=2", "adapters do not fit", "of their own"),
     # settings and options
     (
@@ -260,6 +262,17 @@ def test_a_mistake_is_one_line_with_its_remedy(
     assert not (places["root"] / "ran").exists()
 
 
+def test_a_full_graphics_card_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def fill(_argv: None) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmuch advice")
+
+    monkeypatch.setattr(sys, "argv", ["train_joint.py"])
+    with pytest.raises(SystemExit) as left:
+        run(fill)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and "2.00 GiB. See 'CUDA out of memory' in README.md" in line
+
+
 # Single clips: a row in the report, and the rest goes on (the common faults are in test_prepare.py)
 
 
@@ -288,7 +301,7 @@ def test_more_faults_of_single_clips(places: dict[str, Path], tmp_path: Path) ->
     assert lines.keys() == expected.keys()
     for utt, words in expected.items():
         assert words in lines[utt]["reason"] and lines[utt]["kept"] == ("no" if words else "yes"), utt
-    assert [clip.utt for clip in load_clips(tmp_path / "data")] == [long_name]
+    assert [clip.utt for clip in load_clips(tmp_path / "data", places["model"])] == [long_name]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
@@ -308,7 +321,7 @@ def scratch(places: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_training(scratch: dict[str, Path], capsys) -> None:
-    held_out = split_clips(load_clips(scratch["data"]), 0.1, SEED)[1][0].utt
+    held_out = split_clips(load_clips(scratch["data"], scratch["model"]), 0.1, SEED)[1][0].utt
     table = pq.read_table(scratch["data"] / "clips-00000.parquet", partitioning=None)
     mels = {row["utt"]: row["speech_feat"] for row in table.to_pylist()}
     mels[held_out] = [np.nan] * len(mels[held_out])
@@ -335,12 +348,11 @@ def test_adapters_that_are_not_finite_are_not_saved(
     assert not list(scratch["output"].glob(".*"))
 
 
-def test_a_new_run_stopped_in_its_first_epoch_replaces_the_old_one(
+def test_a_new_run_stopped_in_its_first_epoch_leaves_the_old_one(
     scratch: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Its later epochs must not be ranked with those of the run before."""
-    last = last_checkpoint(scratch["output"], "flow_only")
-    old, noticed = read_run(last).state["run"], CheckpointKeeper.on_train_batch_end
+    """It was perhaps a forgotten --resume."""
+    before, noticed = files(scratch["output"]), CheckpointKeeper.on_train_batch_end
 
     def press_ctrl_c(self: CheckpointKeeper, trainer, model, *step) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -348,12 +360,10 @@ def test_a_new_run_stopped_in_its_first_epoch_replaces_the_old_one(
 
     monkeypatch.setattr(CheckpointKeeper, "on_train_batch_end", press_ctrl_c)
     assert command("train", "--mode flow_only --set accumulate_grad_batches=1", scratch) == EXIT_INTERRUPTED
-    assert read_run(last).state["run"] != old
-    assert not list(scratch["output"].glob("joint_flow_only_epoch*"))
-    folders = [f"--{name}-dir {scratch[name]}" for name in ("model", "data", "output")]
-    assert f"--mode flow_only --resume auto {' '.join(folders)}\n" in capsys.readouterr().out
-    assert command("merge", "", scratch) == 2
-    assert "no epoch of" in capsys.readouterr().err
+    left = files(scratch["output"])
+    assert {path: left[path] for path in before} == before
+    assert all("joint_logs" in path.parts for path in left.keys() - before.keys())
+    assert "replace" in (said := capsys.readouterr()).out and "what was finished is kept" in said.err
 
 
 def test_a_finished_run_resumed_into_another_folder_is_merged_there(scratch: dict[str, Path]) -> None:

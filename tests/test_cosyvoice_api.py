@@ -113,6 +113,8 @@ def test_a_stored_prompt_speaks_like_the_prompt(voice: CosyVoice, prompt: Tensor
     [from_store] = again.inference_zero_shot(TEXT, "", "", zero_shot_spk_id="bert")
     assert torch.equal(from_prompt["tts_speech"], from_store["tts_speech"])
     assert list(again.inference_sft(TEXT, "bert"))
+    with pytest.raises(InputError, match="'anna' is stored without a prompt; use inference_sft"):
+        list(again.inference_zero_shot(TEXT, "", "", zero_shot_spk_id="anna"))
 
 
 def test_a_failed_save_keeps_the_old_voices(

@@ -104,6 +104,11 @@ def test_a_resumed_epoch_leaves_out_what_was_seen(corpus: Path) -> None:
     assert list(loader) == whole
 
 
+def test_a_list_may_name_folders_with_blanks(corpus: Path) -> None:
+    corpus.write_text("my corpus/0\nmy corpus/1\n")
+    assert dataset(corpus).files == ["my corpus/0", "my corpus/1"]
+
+
 def test_mistakes(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="7 parquet file.* for 8 processes"):
         dataset(corpus).set_share(0, 8)

@@ -118,8 +118,19 @@ def test_features_are_the_models_own(model_dir: Path, raw: Path) -> None:
 
 def test_training_reads_the_data(model_dir: Path, raw: Path) -> None:
     add(raw, "1.wav", tone(1.5))
-    clip = load_clips(prepare(model_dir, raw))[0]
+    clip = load_clips(prepare(model_dir, raw), model_dir)[0]
     assert clip.mel.shape[1] == 80 and len(clip.speech_token) == pytest.approx(75, abs=2)
+
+
+def test_data_of_another_model_is_refused(model_dir: Path, raw: Path, tmp_path: Path) -> None:
+    """Its tokens would be numbers that this model reads as other sounds, without a word."""
+    add(raw, "1.wav", tone(1.5))
+    data = prepare(model_dir, raw)
+    for name in clip_files.ENCODERS:
+        other = shutil.copytree(model_dir, tmp_path / f"without {name}")
+        (other / name).write_bytes((model_dir / name).read_bytes() + b"0")
+        with pytest.raises(InputError, match="prepared with another model"):
+            load_clips(data, other)
 
 
 def test_a_bad_clip_is_reported_and_the_rest_goes_on(

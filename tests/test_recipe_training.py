@@ -214,8 +214,13 @@ def test_mistakes_are_said_before_training(
     recipe: Recipe, finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished("llm")
-    with pytest.raises(InputError, match="--resume auto continues it"):
+    with pytest.raises(InputError, match="is of an earlier run; give another --model_dir"):
         recipe.train("llm", "llm")
+    with pytest.raises(InputError, match="has done 2 epochs, not 1"):
+        recipe.train("llm", "llm", "--resume", "auto", "--max_epoch", "1")
+    for option, least in (("max_epoch", 1), ("seed", 0), ("num_workers", 0), ("prefetch", 1)):
+        with pytest.raises(InputError, match=f"--{option} {least - 1}: at least {least} is needed"):
+            recipe.train("llm", "wrong", f"--{option}={least - 1}")
     with pytest.raises(InputError, match="deepspeed is not installed"):
         recipe.train("llm", "deep", "--train_engine", "deepspeed")
     with pytest.raises(InputError, match="model llm, not flow"):

@@ -52,7 +52,7 @@ def train(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Runs train_joint.py's main on made-up clips; returns its exit code."""
 
     def run(*options: str, output: str = "output", count: int = 10, made: list[Clip] | None = None) -> int:
-        monkeypatch.setattr("dataset.load_clips", lambda folder: made or clips(count))
+        monkeypatch.setattr("dataset.load_clips", lambda *folders: made or clips(count))
         folders = ["--model-dir", str(model_dir), "--output-dir", str(tmp_path / output), "--device", "cpu"]
         return train_joint.main([*folders, "--set", *FAST, *options])
 
@@ -237,13 +237,26 @@ def test_training_lowers_the_loss(train, tmp_path: Path) -> None:
     assert history[-1]["train"] < history[0]["train"]
 
 
+def test_each_clip_of_a_step_counts_the_same(train, tmp_path: Path) -> None:
+    """Seven clips: a step of four, and one of two and one more."""
+    exact = ["--set", "llm_lora.lora_dropout=0", "zero_embedding_ratio=0"]
+    for size in (1, 2):
+        options = [*exact, f"batch_size={size}", f"accumulate_grad_batches={4 // size}"]
+        train("--mode", "llm_only", "--epochs", "1", *options, output=str(size), count=9)
+    one, two = (read_run(tmp_path / size / "joint_llm_only_last.ckpt").adapters["llm"] for size in "12")
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-4)
+
+
 def test_init_starts_from_the_shared_part(train, tmp_path: Path) -> None:
     train("--epochs", "1", output="joint")
     first = tmp_path / "joint/joint_joint_last.ckpt"
-    train("--mode", "flow_only", "--init", str(first), "--epochs", "1", "--lr", "1e-12", output="staged")
-    staged = read_run(tmp_path / "staged/joint_flow_only_last.ckpt").adapters["flow"]
-    for name, tensor in read_run(first).adapters["flow"].items():
-        torch.testing.assert_close(staged[name], tensor, atol=1e-6, rtol=0)
+    options = ["--mode", "flow_only", "--init", str(first), "--epochs", "1", "--lr", "1e-12"]
+    for output, alpha, change in (("staged", 32, 1.0), ("stronger", 64, 0.5)):  # another alpha, the same voice
+        train(*options, "--set", f"flow_lora.lora_alpha={alpha}", output=output)
+        staged = read_run(tmp_path / output / "joint_flow_only_last.ckpt").adapters["flow"]
+        for name, tensor in read_run(first).adapters["flow"].items():
+            wanted = tensor * change if name.endswith("lora_B") else tensor
+            torch.testing.assert_close(staged[name], wanted, atol=1e-6, rtol=0)
     with pytest.raises(InputError, match="shares no part"):
         train("--mode", "llm_only", "--init", str(tmp_path / "staged/joint_flow_only_last.ckpt"))
 

@@ -22,13 +22,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_thread", type=int, default=8, help="utterances at a time (default: %(default)s)")
     options = parser.parse_args(argv)
 
+    from cosyvoice.utils.command import check_least
     from cosyvoice.utils.file_utils import save_tensors
     from cosyvoice.utils.speech_encoders import SpeakerEncoder
     from tools.extraction import Extraction
     from tools.kaldi_folder import read_table
-    from utils import check_positive
 
-    check_positive("--num_thread", options.num_thread)
+    check_least("--num_thread", options.num_thread)
     utt2spk = read_table(options.dir / "utt2spk")
     encoder = SpeakerEncoder(options.onnx_path, device="cpu")  # CUDA would tune itself anew for every length
     vectors = Extraction(options.dir, "utt2embedding", encoder, options.num_thread).run("extract_embedding.failed")

@@ -22,11 +22,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_thread", type=int, default=8, help="utterances at a time (default: %(default)s)")
     options = parser.parse_args(argv)
 
+    from cosyvoice.utils.command import check_least
     from cosyvoice.utils.speech_encoders import SpeechTokenizer
     from tools.extraction import Extraction
-    from utils import check_positive
 
-    check_positive("--num_thread", options.num_thread)
+    check_least("--num_thread", options.num_thread)
     encoder = SpeechTokenizer(options.onnx_path)
     Extraction(options.dir, "utt2speech_token", encoder, options.num_thread).run("extract_speech_token.failed")
 

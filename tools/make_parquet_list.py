@@ -50,11 +50,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from tqdm import tqdm
 
+    from cosyvoice.utils.command import check_least
     from tools.kaldi_folder import report_failures
-    from utils import check_positive, in_parallel
+    from utils import in_parallel
 
-    check_positive("--num_utts_per_parquet", options.num_utts_per_parquet)
-    check_positive("--num_processes", options.num_processes)
+    check_least("--num_utts_per_parquet", options.num_utts_per_parquet)
+    check_least("--num_processes", options.num_processes)
     rows, failures = collect(options.src_dir)
     report_failures(failures, len(rows) + len(failures), options.src_dir / "make_parquet_list.failed")
     shards = plan(rows, options.src_dir, options.des_dir, options.num_utts_per_parquet)

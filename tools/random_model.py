@@ -52,9 +52,11 @@ END_LOGIT = 2.5
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    from utils import add_seed
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="model folder to write")
-    parser.add_argument("--seed", type=int, default=1986, help="of all weights (default: 1986)")
+    add_seed(parser)
     parser.add_argument(
         "--size",
         choices=sorted(SIZES),

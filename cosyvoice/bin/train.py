@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosyvoice.utils.command import run
+from cosyvoice.utils.command import check_least, run
 from cosyvoice.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,9 +49,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument("--use_amp", action="store_true", help="half precision on a GPU; hifigan stays in single")
     how.add_argument("--deepspeed_config", type=Path, default=Path("conf/ds_stage2.json"))
     how.add_argument(
-        "--deepspeed.save_states", dest="save_states", choices=("model_only", "model+optimizer"), default="model_only"
+        "--deepspeed.save_states", choices=("model_only", "model+optimizer"), help="either keeps weights alone"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for option, least in {"max_epoch": 1, "seed": 0, "num_workers": 0, "prefetch": 1}.items():
+        if getattr(args, option) is not None:
+            check_least(f"--{option}", getattr(args, option), least)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,14 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     train_conf = own_or_common(args.config, "train_conf", args.model)
     last = args.model_dir / LAST
     state = {"model": args.model, "seed": args.seed, "processes": world_size(), "num_workers": args.num_workers}
-    resumed = args.resume is not None and last.exists()
-    if args.resume is None:
+    resumable = args.train_engine == "torch_ddp"
+    resumed = resumable and args.resume is not None and last.exists()
+    if not resumable or args.resume is None:
         refuse_used_folder(args.model_dir)
     model = build_model(args, train_conf)
     train_loader, cv_loader = build_loaders(args)
     if resumed:
-        continue_from(last, state, train_loader)
-    resumable = args.train_engine == "torch_ddp" or args.save_states == "model+optimizer"
+        continue_from(last, state, train_loader, epochs(args, train_conf))
     keeper = RecipeCheckpoints(args.model_dir, train_conf.get("save_per_step", -1), resumable, state)
     trainer = build_trainer(args, train_conf, keeper)
     fit(trainer, model, train_loader, cv_loader, last if resumed else None)
@@ -109,7 +113,9 @@ def world_size() -> int:
 def refuse_used_folder(model_dir: Path) -> None:
     """Checkpoints of two runs in one folder would be averaged."""
     if found := sorted(model_dir.glob("epoch_*")):
-        raise InputError(f"{found[0]} is of an earlier run; --resume auto continues it, or give another --model_dir")
+        raise InputError(
+            f"{found[0]} is of an earlier run; give another --model_dir (--resume auto continues one of torch_ddp)"
+        )
 
 
 # Building
@@ -158,10 +164,16 @@ def build_loaders(args: argparse.Namespace) -> "tuple[EpochLoader, EpochLoader]"
     return loaders[0], loaders[1]
 
 
-def continue_from(last: Path, state: dict[str, Any], loader: "EpochLoader") -> None:
+def epochs(args: argparse.Namespace, train_conf: dict[str, Any]) -> int:
+    return args.max_epoch or train_conf["max_epoch"]
+
+
+def continue_from(last: Path, state: dict[str, Any], loader: "EpochLoader", wanted: int) -> None:
     from cosyvoice.bin.recipe_checkpoints import read_progress
 
     loader.epoch, loader.skip = read_progress(last, state)
+    if loader.epoch > wanted:
+        raise InputError(f"{last} has done {loader.epoch} epochs, not {wanted}; give another --model_dir to train anew")
     print(f"continuing {last} ({loader.epoch} epochs done)", file=sys.stderr)
 
 
@@ -186,7 +198,9 @@ def build_trainer(args: argparse.Namespace, train_conf: dict[str, Any], keeper: 
         num_nodes=world_size() // local,
         strategy=strategy(args),
         precision=precision(args, gpu),
-        max_epochs=args.max_epoch or train_conf["max_epoch"],
+        max_epochs=epochs(args, train_conf),
+        # otherwise the model clips its gradients
+        gradient_clip_val=train_conf["grad_clip"] if args.train_engine == "deepspeed" else None,
         accumulate_grad_batches=train_conf.get("accum_grad", 1) if automatic else 1,
         log_every_n_steps=train_conf.get("log_interval", 100),
         callbacks=[keeper, TQDMProgressBar(refresh_rate=int(sys.stderr.isatty()))],
@@ -218,7 +232,7 @@ def precision(args: argparse.Namespace, gpu: bool) -> str:
 
     if not (args.use_amp and gpu) or args.model == "hifigan":
         return "32-true"
-    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
 def fit(

@@ -93,7 +93,10 @@ class CosyVoiceFrontEnd:
         """
         text = self._text_inputs(tts_text)
         if zero_shot_spk_id:
-            return {**self._stored_voice(zero_shot_spk_id), **text}
+            voice = self._stored_voice(zero_shot_spk_id)
+            if "flow_embedding" not in voice:
+                raise InputError(f"the voice {zero_shot_spk_id!r} is stored without a prompt; use inference_sft")
+            return {**voice, **text}
         return {**self.prompt_inputs(prompt_text, prompt_wav, resample_rate), **text}
 
     def frontend_cross_lingual(

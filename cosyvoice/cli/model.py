@@ -57,6 +57,8 @@ class CosyVoiceModel:
         precision: str = "float32",
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())  # what it means here, in any thread
         check_precision(precision, self.device)
         self.precision = precision
         self.llm, self.flow, self.hift = (part.to(self.device).eval() for part in (llm, flow, hift))

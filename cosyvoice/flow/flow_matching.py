@@ -94,8 +94,12 @@ class ConditionalCFM(nn.Module):
         return TrainingDraw(t, z, keep)
 
     def draw_noise(self, like: Tensor) -> Tensor:
-        """Standard normal noise in float32, of the shape and on the device of `like`."""
-        return torch.randn(like.shape, device=like.device)
+        """Standard normal noise in float32, of the shape and on the device of `like`.
+
+        Drawn on the CPU: a seed gives the same speech on every device, and a GPU's generator stays out of the way of a
+        graph that another thread captures.
+        """
+        return torch.randn(like.shape).to(like.device)
 
     @torch.inference_mode()
     def forward(

@@ -34,13 +34,14 @@ class SineGen(nn.Module):
     def draw(self, f0: Tensor) -> tuple[Tensor, Tensor]:
         """Random phases U(-pi, pi) (B, H, 1) and standard normal noise (B, H, N) for a pitch track (B, 1, N).
 
-        The order of the draws is upstream's, so that a seed gives the same waveform.
+        The order of the draws is upstream's, so that a seed gives the same waveform; on the CPU, see `draw_noise` of
+        `flow_matching.py`.
         """
         batch, _, samples = f0.shape
-        phase = (torch.rand(batch, self.harmonics, 1, device=f0.device) * 2 - 1) * math.pi
-        noise = torch.randn(batch, self.harmonics, samples, device=f0.device)
-        torch.randn(batch, samples, 1, device=f0.device)  # upstream's unused branch: advances the generator
-        return phase, noise
+        phase = (torch.rand(batch, self.harmonics, 1) * 2 - 1) * math.pi
+        noise = torch.randn(batch, self.harmonics, samples)
+        torch.randn(batch, samples, 1)  # upstream's unused branch: advances the generator
+        return phase.to(f0.device), noise.to(f0.device)
 
     @torch.no_grad()
     def forward(self, f0: Tensor) -> tuple[Tensor, Tensor]:

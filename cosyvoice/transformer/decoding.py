@@ -5,6 +5,7 @@ layers of the blocks change their form; norms, softmax and cache stay in float32
 a hundredth of the weights, and rounding it to 8 bits would cost more than all the others.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ from cosyvoice.transformer.precision import Convert, stacked
 
 LEAST_CAPTURED_FRAMES = 1024  # most sentences, so that one graph serves them
 WARM_UP_STEPS = 3  # in which libraries choose kernels and allocate workspaces, which no capture may do
+_capturing = threading.Lock()  # torch can do one at a time
 
 
 class DecodingAttention(RelPositionMultiHeadedAttention):
@@ -101,7 +103,8 @@ class CapturedSteps:
         if self.token.device.type == "cpu":
             return self.compute()
         if self.graph is None:
-            self.capture()
+            with _capturing, torch.cuda.device(self.token.device):
+                self.capture()
         self.graph.replay()
         return self.log_p
 

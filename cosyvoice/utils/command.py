@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from cosyvoice.utils.errors import InputError
 
@@ -22,10 +23,22 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be loaded
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"{Path(sys.argv[0]).name}: {reason} See 'CUDA out of memory' in README.md.", file=sys.stderr)
+        code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted; what was finished is kept", file=sys.stderr)
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def check_least(option: str, number: int, least: int = 1) -> None:
+    """Raise InputError for a number given with `option` that is too small."""
+    if number < least:
+        raise InputError(f"{option} {number}: at least {least} is needed")
 
 
 def seed_all(*numbers: int) -> None:
@@ -49,20 +62,17 @@ class Draws:
 
     def __init__(self, *seed: int) -> None:
         self.seed = seed
-        self.states: list | None = None  # of torch's generators, the CPU's first
+        self.state: Any = None  # of torch's generator on the CPU: speaking draws nothing elsewhere
 
     def __enter__(self) -> None:
         import torch
 
-        if self.states is None:
+        if self.state is None:
             seed_all(*self.seed)
-            return
-        torch.set_rng_state(self.states[0])
-        if len(self.states) > 1:
-            torch.cuda.set_rng_state_all(self.states[1:])
+        else:
+            torch.set_rng_state(self.state)
 
     def __exit__(self, *_error: object) -> None:
         import torch
 
-        on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        self.states = [torch.get_rng_state(), *on_gpus]
+        self.state = torch.get_rng_state()

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from tqdm import tqdm
 
+    from cosyvoice.utils.errors import InputError
     from cosyvoice.utils.file_utils import atomic_write
     from cosyvoice.utils.frames import TOKEN_RATE_HZ
     from examples.mini.speech_tokenizer import phone_of_each, read_phones
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for folder in options.dirs:
         texts |= read_table(folder / "text")
         wavs |= {utt: Path(wav) for utt, wav in read_table(folder / "wav.scp").items()}
+    if unsaid := wavs.keys() - texts.keys():
+        raise InputError(f"{min(unsaid)} is in a wav.scp, but its words are in no text; run make_corpus.py again")
     phones = {utt: read_phones(wav.with_suffix(".phones")) for utt, wav in wavs.items()}
     letters = {utt: letter_numbers(texts[utt]) for utt in wavs}
     pairs = [(letters[utt], phones[utt][1]) for utt in wavs]

@@ -5,6 +5,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cosyvoice.utils.command import check_least
+from utils import add_seed
+
 
 def train_encoder(
     argv: Sequence[str] | None, description: str, file_name: str, steps: int, get_train: Callable[[], Callable]
@@ -19,13 +22,10 @@ def train_encoder(
     parser.add_argument("--output", type=Path, required=True, help=f"file to write: {file_name}")
     parser.add_argument("--utterances", type=int, default=4000, help="drawn from the data (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=steps, help="of training (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1986, help="of all random draws (default: %(default)s)")
+    add_seed(parser)
     options = parser.parse_args(argv)
-
-    from utils import check_positive
-
     for name in ("utterances", "steps"):
-        check_positive(f"--{name}", getattr(options, name))
+        check_least(f"--{name}", getattr(options, name))
     if options.output.is_file():
         print(f"{options.output} is there already; delete it to train anew")
         return

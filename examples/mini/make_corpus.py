@@ -53,6 +53,9 @@ class Utterance:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    from cosyvoice.utils.command import check_least
+    from utils import add_seed
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--des_dir", type=Path, required=True, help="folder to write to")
     parser.add_argument("--utterances", type=int, default=500, help="to train on, per speaker (default: %(default)s)")
@@ -61,13 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", type=int, default=0, help="pseudo-speakers per voice (default: %(default)s)")
     parser.add_argument("--sentences", choices=("grammar", "wordnet"), default="grammar", help="default: %(default)s")
     parser.add_argument("--num_processes", type=int, default=2, help="engines at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1986, help="of sentences and variants (default: %(default)s)")
+    add_seed(parser)
     options = parser.parse_args(argv)
-
-    from utils import check_positive
-
     for name in ("utterances", "dev_utterances", "num_processes"):
-        check_positive(f"--{name}", getattr(options, name))
+        check_least(f"--{name}", getattr(options, name))
     folder = options.des_dir.absolute()
     speakers = make_speakers(options.voices, options.variants, options.seed)
     total = len(speakers) * (options.dev_utterances + options.utterances)

@@ -11,11 +11,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-export OMP_NUM_THREADS=1 # the vocoder and the other two networks share two cores
+export OMP_NUM_THREADS=1 # two at a time share two cores
 
 stage=${stage:-0}
 stop_stage=${stop_stage:-7}
-work_dir=${work_dir:-data/mini}                              # about 5 GB
+work_dir=${work_dir:-data/mini}                              # about 8 GB
 model_dir=${model_dir:-pretrained_models/CosyVoice-mini}
 seed=${seed:-1986}
 num_jobs=${num_jobs:-2}
@@ -33,15 +33,24 @@ asks_for() { # the number of a stage
     [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]
 }
 
-train() { # the name of the run, the network, options
-    local list split corpus
-    for split in train dev; do
-        list=$work_dir/$1.$split.list
-        for corpus in ${trained_on[$1]}; do
-            cat "$work_dir/$corpus/$split/parquet/data.list"
-        done >"$list"
+write_lists() { # of all runs, so that what is missing shows at the start
+    local run split corpus part
+    for run in "${!trained_on[@]}"; do
+        for split in train dev; do
+            for corpus in ${trained_on[$run]}; do
+                part=$work_dir/$corpus/$split/parquet/data.list
+                [ -f "$part" ] || {
+                    echo "run.sh: $part does not exist; run stages 0 to 3 first" >&2
+                    exit 2
+                }
+                cat "$part"
+            done >"$work_dir/$run.$split.list"
+        done
     done
-    python cosyvoice/bin/train.py --config $config --model "$2" --seed "$seed" --resume auto \
+}
+
+train() { # the name of the run, the network, options; takes the shell's place, so that killing it ends the training
+    exec python cosyvoice/bin/train.py --config $config --model "$2" --seed "$seed" --resume auto \
         --train_data "$work_dir/$1.train.list" --cv_data "$work_dir/$1.dev.list" \
         --model_dir "$work_dir/exp/$1" --tensorboard_dir "$work_dir/tensorboard/$1" --ddp.dist_backend gloo "${@:3}"
 }
@@ -87,16 +96,20 @@ for corpus in "${corpora[@]}"; do
 done
 
 if asks_for 5; then
-    echo "Stage 5: train hifigan, and llm and flow beside it"
+    echo "Stage 5: train hifigan, flow beside it, then llm with both cores"
+    write_lists
     train hifigan hifigan &
     vocoder=$!
-    trap 'kill "$vocoder" 2>/dev/null' EXIT
-    # simple sentences first; then all, with a second course of the learning rate
-    train llm_grammar llm
-    train llm llm --checkpoint "$(ls "$work_dir"/exp/llm_grammar/epoch_*_whole.pt | tail -n 1)" --max_epoch 3
-    train flow flow
+    trap 'kill "$vocoder" 2>/dev/null || true' EXIT
+    (train flow flow)
     wait "$vocoder"
     trap - EXIT
+    # two threads that wait for each other in a loop, since nothing else needs the cores now
+    export OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000000
+    # simple sentences first; then all, with a second course of the learning rate
+    (train llm_grammar llm)
+    first=$(find "$work_dir/exp/llm_grammar" -name "epoch_*_whole.pt" | sort -V | tail -n 1)
+    (train llm llm --checkpoint "$first" --max_epoch 3)
 fi
 
 if asks_for 6; then

@@ -96,8 +96,10 @@ class TokenizerFile(nn.Module):
 def read_phones(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The ends of a recording's phones in seconds and their numbers in PHONES, (P,) each.
 
-    Raises InputError for a line that is not "end_seconds phone" and for an unknown phone.
+    Raises InputError for a missing file, a line that is not "end_seconds phone" and an unknown phone.
     """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; make_corpus.py makes it, where the voice tells its phones")
     ends, phones = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:

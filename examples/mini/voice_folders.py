@@ -20,10 +20,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--des_dir", type=Path, required=True, help="gets SPEAKER/UTT.wav and SPEAKER/UTT.txt")
     options = parser.parse_args(argv)
 
+    from cosyvoice.utils.errors import InputError
     from cosyvoice.utils.file_utils import atomic_write, copy_file
     from tools.kaldi_folder import read_table
 
     wavs, texts, speakers = (read_table(options.src_dir / name) for name in ("wav.scp", "text", "utt2spk"))
+    if unknown := wavs.keys() - (texts.keys() & speakers.keys()):
+        raise InputError(f"{options.src_dir}: {min(unknown)} is not in text or utt2spk; run make_corpus.py again")
     for utt, wav in wavs.items():
         target = options.des_dir / speakers[utt] / f"{utt}.wav"
         copy_file(Path(wav), target)
