@@ -112,7 +112,7 @@ def capitalize(sentence: str) -> str:
 
 
 def read_examples(folder: Path = WORDNET) -> list[str]:
-    """WordNet's examples of how its words are used (Fellbaum 1998), as sentences: ten times the grammar's words.
+    """WordNet's examples of how its words are used (Fellbaum 1998), as sentences: many more words than the grammar's.
 
     Raises InputError where WordNet is not installed.
     """
