@@ -23,7 +23,6 @@ from utils import decode_text
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # the first of a name counts
 TEXT_SUFFIXES = (".txt", ".normalized.txt")  # where both are there, the second counts
-MODEL_FILES = ("cosyvoice.yaml", "campplus.onnx", "speech_tokenizer_v1.onnx")
 MIN_SECONDS, MAX_SECONDS = 0.5, 30.0
 MIN_RATE_HZ = 4000  # below, nothing of speech is left
 SILENCE_DBFS = -60.0  # a clip whose peak stays below is silent
@@ -102,9 +101,9 @@ class ClipMaker:
         self.frontend.speech_tokenizer.open()
         self.frontend.speaker_encoder.open()
         self.known = known
-        how = [ROW_VERSION, str(self.frontend.normalizer.wetext)]
-        self._made_with = " ".join(how + [fingerprint_file(model_dir / name) for name in MODEL_FILES]).encode()
         self._encoders = encoders_of(model_dir)
+        how = [ROW_VERSION, str(self.frontend.normalizer.wetext), fingerprint_file(model_dir / "cosyvoice.yaml")]
+        self._made_with = " ".join([*how, self._encoders]).encode()
         self._text_lock = threading.Lock()  # nothing promises that the text grammars may be shared
 
     def make(self, recording: Recording) -> Outcome:

@@ -73,6 +73,11 @@ def load_adapters(module: nn.Module, state: dict[str, Tensor]) -> None:
     module.load_state_dict(state, strict=False)
 
 
+def rescaled(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """Adapters whose update is `factor` times that of the given ones."""
+    return {name: tensor * factor if name.endswith("lora_B") else tensor for name, tensor in state.items()}
+
+
 def merged(base: dict[str, Tensor], adapter: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The base weights with the updates added: W + scale B A, computed in float32, kept in the base's type.
 

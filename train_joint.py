@@ -220,7 +220,7 @@ def fill_memory(model: "JointModel", clips: "list[Clip]", memory: int, device: s
 
 def start_from(checkpoint: Path, model: "JointModel", model_dir: Path) -> None:
     """Copy the adapters that a checkpoint of any mode shares with the model."""
-    from lora import load_adapters
+    from lora import load_adapters, rescaled
     from voice import read_run, scale_of
 
     run = read_run(checkpoint)
@@ -230,8 +230,7 @@ def start_from(checkpoint: Path, model: "JointModel", model_dir: Path) -> None:
     run.check_base(model.origin["base"], model_dir)
     for part in shared:
         change = run.scale(part) / scale_of(model.config[f"{part}_lora"])  # 1, unless lora_alpha is another now
-        state = run.adapters[part]
-        load_adapters(model.parts[part], {n: t * change if n.endswith("lora_B") else t for n, t in state.items()})
+        load_adapters(model.parts[part], rescaled(run.adapters[part], change))
         print(f"{part}: starting from {checkpoint}")
 
 

@@ -348,17 +348,34 @@ def test_adapters_that_are_not_finite_are_not_saved(
     assert not list(scratch["output"].glob(".*"))
 
 
-def test_a_new_run_stopped_in_its_first_epoch_leaves_the_old_one(
-    scratch: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    """It was perhaps a forgotten --resume."""
-    before, noticed = files(scratch["output"]), CheckpointKeeper.on_train_batch_end
+@pytest.fixture
+def ctrl_c_after_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    noticed = CheckpointKeeper.on_train_batch_end
 
     def press_ctrl_c(self: CheckpointKeeper, trainer, model, *step) -> None:
         signal.raise_signal(signal.SIGINT)
         noticed(self, trainer, model, *step)
 
     monkeypatch.setattr(CheckpointKeeper, "on_train_batch_end", press_ctrl_c)
+
+
+def test_a_run_stopped_in_its_first_epoch_can_be_resumed_but_not_merged(
+    scratch: dict[str, Path], ctrl_c_after_each_batch: None, capsys
+) -> None:
+    scratch = scratch | {"output": scratch["scratch"] / "first"}
+    assert command("train", "--mode flow_only --set accumulate_grad_batches=1", scratch) == EXIT_INTERRUPTED
+    assert not list(scratch["output"].glob("joint_flow_only_epoch*"))
+    folders = [f"--{name}-dir {scratch[name]}" for name in ("model", "data", "output")]
+    assert f"--mode flow_only --resume auto {' '.join(folders)}\n" in capsys.readouterr().out
+    assert command("merge", "", scratch) == 2
+    assert "no epoch of" in capsys.readouterr().err
+
+
+def test_a_new_run_stopped_in_its_first_epoch_leaves_the_old_one(
+    scratch: dict[str, Path], ctrl_c_after_each_batch: None, capsys
+) -> None:
+    """It was perhaps a forgotten --resume."""
+    before = files(scratch["output"])
     assert command("train", "--mode flow_only --set accumulate_grad_batches=1", scratch) == EXIT_INTERRUPTED
     left = files(scratch["output"])
     assert {path: left[path] for path in before} == before
