@@ -74,6 +74,9 @@ MODEL_SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 
+# CPU threads a base model computes with, where more would wait for each other longer than they work.
+MODEL_THREADS = {MINI_NAME: 1}
+
 
 def settings_for(model_dir: Path) -> dict[str, Any]:
     """JOINT_TRAINING_CONFIG with what this base model needs otherwise."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cosyvoice.utils.command import Draws, check_least
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
-from utils import pick_device
+from utils import limit_threads, pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +76,7 @@ class ReadyVoice:
 def open_voice(args: argparse.Namespace, model_dir: Path) -> ReadyVoice:
     """The voice that the options of `add_voice` name, or the newest of the output folder, loaded."""
     check_least("--batch-size", args.batch_size)
+    limit_threads(model_dir)
     voice = choose_voice(args, model_dir)
     speaker, embedding = speaker_vector(args, voice, model_dir)
     cosyvoice = load_voice(voice, model_dir, args.device, args.precision)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from config import MODES, find_model_dir, settings_for, with_changes
 from cosyvoice.utils.command import EXIT_INTERRUPTED, run
 from cosyvoice.utils.errors import InputError
-from utils import add_device, add_folders, add_seed, check_writable, pick_device, repeated
+from utils import add_device, add_folders, add_seed, check_writable, limit_threads, pick_device, repeated
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = with_changes(settings_for(model_dir), changes(args))
     check_writable(args.output_dir)
     device = pick_device(args.device).type
+    limit_threads(model_dir)
     from dataset import load_clips
     from training import Interrupted, fit
     from voice import base_fingerprints, last_checkpoint, read_run

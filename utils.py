@@ -1,13 +1,14 @@
-"""What several scripts share: options, their checks, the device, work in parallel, reading a text."""
+"""What several scripts share: options, their checks, the device, threads, work in parallel, reading a text."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import DATA_DIR, OUTPUT_DIR, SEED
+from config import DATA_DIR, MODEL_THREADS, OUTPUT_DIR, SEED
 from cosyvoice.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,6 +56,15 @@ def pick_device(name: str) -> "torch.device":
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def limit_threads(model_dir: Path) -> None:
+    """Let torch compute with as many threads as suit the base model, unless OMP_NUM_THREADS says how many."""
+    import torch
+
+    name = model_dir.resolve().name
+    if name in MODEL_THREADS and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(MODEL_THREADS[name])
 
 
 def check_writable(folder: Path) -> None:
