@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.transformer.decoding import LEAST_CAPTURED_FRAMES, CapturedStepsPool
-from cosyvoice.transformer.precision import LINEARS, MANY_FRAMES, check_precision
+from cosyvoice.transformer.precision import LINEARS, MANY_FRAMES, check_precision, fastest_precision
 from cosyvoice.utils.command import Draws, seed_all
 from cosyvoice.utils.errors import InputError
 
@@ -214,6 +215,18 @@ def test_precisions_that_cannot_be_are_refused(
     with pytest.raises(InputError, match=message):
         check_precision(precision, torch.device(device))
     check_precision("float32", torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("device", "engines", "fastest"),
+    [("cpu", ["none", "fbgemm"], "int8"), ("cpu", ["none", "qnnpack"], "float32"), ("cuda", ["fbgemm"], "float32")],
+)
+def test_the_fastest_precision_is_one_that_can_be(
+    monkeypatch: pytest.MonkeyPatch, device: str, engines: list[str], fastest: str
+) -> None:
+    monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=engines))
+    assert fastest_precision(torch.device(device)) == fastest
+    check_precision(fastest, torch.device(device))
 
 
 def test_the_model_refuses_before_it_loads() -> None:

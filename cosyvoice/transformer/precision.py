@@ -66,6 +66,12 @@ LINEARS: dict[str, Convert] = {  # for a frame at a time
 MANY_FRAMES = LINEARS | {"float16": LINEARS["float32"]}  # its products are no faster
 
 
+def fastest_precision(device: torch.device) -> str:
+    """The fastest on this device of those whose cost is small: CosyVoice-mini speaks in int8 as well as in float32."""
+    eight_bits = device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+    return "int8" if eight_bits else "float32"
+
+
 def check_precision(precision: str, device: torch.device) -> None:
     """Raises InputError for an unknown precision, and for one that this device does not gain from."""
     if precision not in LINEARS:
