@@ -124,6 +124,7 @@ def measure_machine(args: argparse.Namespace) -> Machine:
 
 def count_flops(work: Callable[[], Any]) -> int:
     """Floating-point operations of the matrix products and convolutions in `work`, which runs once."""
+    import torch
     from torch.ops import aten
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -133,8 +134,13 @@ def count_flops(work: Callable[[], Any]) -> int:
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-    with FlopCounterMode(display=False, custom_mapping=fused_on_cpu) as counter:
-        work()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what the flow does in others would not be counted
+    try:
+        with FlopCounterMode(display=False, custom_mapping=fused_on_cpu) as counter:
+            work()
+    finally:
+        torch.set_num_threads(threads)
     return counter.get_total_flops()
 
 

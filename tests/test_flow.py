@@ -262,6 +262,30 @@ def test_inference_length_and_determinism() -> None:
     assert torch.equal(mel, again)
 
 
+def test_halves_of_the_threads_compute_halves_of_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, inputs = build_flow(), inference_inputs(tokens=9, prompt_tokens=4, prompt_frames=7)
+    estimator, seen = flow.decoder.estimator.forward, []
+
+    def watched(x: Tensor, *others: Tensor) -> Tensor:
+        seen.append((len(x), torch.get_num_threads()))
+        return estimator(x, *others)
+
+    def mel() -> Tensor:
+        torch.manual_seed(4)
+        return flow.inference(**inputs, n_timesteps=3)[0]
+
+    monkeypatch.setattr(flow.decoder.estimator, "forward", watched)
+    together = mel()
+    assert seen == 3 * [(2, 1)]
+    torch.set_num_threads(4)
+    try:
+        torch.testing.assert_close(mel(), together)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(1)
+    assert seen[3:] == 6 * [(1, 2)]
+
+
 def test_one_token_is_enough() -> None:
     mel, _ = build_flow().inference(**inference_inputs(tokens=1))
     assert mel.shape == (1, MELS, 1)
