@@ -17,7 +17,7 @@ from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import mel_frames
 from dataset import Clip, collate, speaker_embedding
 from llm_flow_model import JointModel
-from lora import LoRALinear, adapter_state, adapters, inject, merged
+from lora import Dropout, LoRALinear, adapter_state, adapters, inject, merged
 from tools.random_model import make_random_model
 from training import ADAPTER_BYTES, PASSING_SHARE, PROCESS_BYTES, CheckpointKeeper, clips_a_pass
 from voice import newest_voice, read_run
@@ -82,6 +82,21 @@ def test_lora_starts_at_the_base_and_merges_exactly() -> None:
     plain = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
     plain.load_state_dict(merged(before, adapter_state(base), scale=3.0))
     torch.testing.assert_close(plain(x), base(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_its_share_and_keeps_the_mean(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, x = Dropout(0.15), torch.ones(3, 101, 333, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(y.unique(), torch.tensor([0, 1 / 0.85], dtype=dtype))
+    assert abs((y == 0).float().mean().item() - 0.15) < 0.005  # four standard deviations
+    assert torch.equal(x.grad, y)
+    assert not torch.equal(layer(x), y)
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), y)
+    assert layer.eval()(x) is x
 
 
 @pytest.mark.parametrize(("part", "expected"), [("llm", 4 * 6), ("flow", 2 * 6 + 6 * 6)])
