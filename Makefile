@@ -1,6 +1,6 @@
 # make test    run the tests
 # make demo    the whole job on examples/raw_audio with CosyVoice-mini: prepare, train, merge, speak
-# make bench   measure decoding, synthesis, training, preparation and start-up
+# make bench   measure decoding, synthesis, training, preparation and start-up, with the threads that each size gets
 # make eval    install the judges of tools/evaluate.py, and judge the voice that make demo left
 # Each first makes .venv (make venv). PYTHON=python3.12 picks another interpreter for it.
 
@@ -35,10 +35,13 @@ demo: venv
 
 bench: venv
 	$(PY) bench/decode.py
-	$(PY) bench/synthesis.py
-	$(PY) bench/train_steps.py
+	$(PY) bench/synthesis.py --sizes 300m
+	$(PY) bench/synthesis.py --sizes mini --threads 1
+	$(PY) bench/train_steps.py --sizes 300m
+	$(PY) bench/train_steps.py --sizes mini --threads 1
 	$(PY) bench/preparation.py
-	$(PY) bench/start_up.py
+	$(PY) bench/start_up.py --sizes 300m
+	$(PY) bench/start_up.py --sizes mini --threads 1
 
 $(JUDGES): requirements-eval.txt $(INSTALLED)
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-eval.txt

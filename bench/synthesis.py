@@ -88,9 +88,7 @@ class Speaker:
         self.step_seconds = BYTES_PER_FLOAT32 * step_weights(llm) / machine.bytes_per_second
         self.model = CosyVoiceModel(llm, flow, hift, device=machine.device, precision=precision)
         self.model.load(llm.state_dict(), flow.state_dict(), hift.state_dict())  # their own, in the form that speaks
-        llm.inference = partial(
-            llm.inference, max_token_text_ratio=SPEECH_PER_TEXT, min_token_text_ratio=SPEECH_PER_TEXT
-        )
+        llm.bounds = lambda text, *_ratios: 2 * (SPEECH_PER_TEXT * text.size(1),)
         self.embedding = torch.randn(1, SPEAKER_DIMENSIONS, device=machine.device)
 
     def measure_sentence(self, text_tokens: int) -> None:
