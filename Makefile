@@ -39,6 +39,7 @@ bench: venv
 	$(PY) bench/synthesis.py --sizes mini --threads 1
 	$(PY) bench/train_steps.py --sizes 300m
 	$(PY) bench/train_steps.py --sizes mini --threads 1
+	$(PY) bench/operations.py
 	$(PY) bench/preparation.py
 	$(PY) bench/start_up.py --sizes 300m
 	$(PY) bench/start_up.py --sizes mini --threads 1

@@ -18,6 +18,7 @@ import statistics
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -92,7 +93,7 @@ def measure(machine: Machine, name: str, source: Path, case: tuple[str, int, int
     torch.manual_seed(seed)
     model = joint_model(source, mode, seed)
     clips = [random_clip(length)] * batch_size
-    limit = count_gradient_flops(model, clips) / machine.flops_per_second
+    limit = count_flops(partial(gradients, model, clips)) / machine.flops_per_second
     seconds = time_steps(model, clips, machine.device, repeats)
     figures = {"clips_per_second": batch_size / statistics.median(seconds), "peak_gb": peak_bytes(machine.device) / 1e9}
     labels = {"bench": "train_steps", "model": name, "what": mode, "clips": batch_size}
@@ -122,17 +123,13 @@ def random_clip(length: int) -> "Clip":
     return Clip("clip", "speaker", text, speech, mel, embedding)
 
 
-def count_gradient_flops(model: "JointModel", clips: "list[Clip]") -> int:
-    """Of one batch's losses and gradients."""
+def gradients(model: "JointModel", clips: "list[Clip]") -> None:
+    """One batch's losses and gradients, which are not kept."""
     from dataset import collate
 
-    def add_gradients() -> None:
-        losses = model.losses(collate(clips), model.active())
-        sum(losses[f"{part}_loss"] for part in model.active()).backward()
-
-    flops = count_flops(add_gradients)
+    losses = model.losses(collate(clips), model.active())
+    sum(losses[f"{part}_loss"] for part in model.active()).backward()
     model.zero_grad()
-    return flops
 
 
 def time_steps(model: "JointModel", clips: "list[Clip]", device: str, repeats: int) -> list[float]:

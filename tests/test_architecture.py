@@ -28,7 +28,9 @@ RECIPE_SCRIPTS = (
     "examples/mini/voice_folders",
     "examples/mini/resynthesise",
 )
-BENCHES = ("bench/decode", "bench/synthesis", "bench/train_steps", "bench/preparation", "bench/start_up")
+BENCHES = tuple(
+    f"bench/{name}" for name in ("decode", "synthesis", "train_steps", "operations", "preparation", "start_up")
+)
 # Each layer imports only from those after it; modules of one layer may use each other, scripts may not.
 FLAT_LAYERS = (
     SCRIPTS,

@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from models import tiny_model_dir
 
 ROOT = Path(__file__).parents[1]
+ONCE = ("--repeats", "1", "--threads", "1")
 MEASURED = {"bench", "what", "device", "threads", "runs", "seconds"}
 LIMITED = MEASURED | {"model", "limit_seconds", "of_limit"}
 
@@ -24,8 +26,8 @@ def bench(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
 
     monkeypatch.setattr(measuring, "MATRIX_ROWS", 256)
 
-    def run(script: str, *options: object) -> list[dict[str, Any]]:
-        words = [*map(str, options), "--repeats", "1", "--threads", "1"]
+    def run(script: str, *options: object, once: Sequence[str] = ONCE) -> list[dict[str, Any]]:
+        words = [*map(str, options), *once]
         assert importlib.import_module(script).main(words) == 0
         return [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
 
@@ -102,6 +104,14 @@ def test_start_up_is_measured_to_the_first_wav(tmp_path: Path, bench: Any) -> No
     check_limits(machine)
     assert help_row.keys() == MEASURED
     assert wav_row.keys() == LIMITED | {"speech_seconds"} and wav_row["speech_seconds"] > 0
+
+
+def test_operations_are_shown_by_their_share(tmp_path: Path, bench: Any) -> None:
+    machine, *rows = bench("operations", "--model-dir", tiny_model_dir(tmp_path), "--precisions", "int8", once=())
+    check_limits(machine)
+    assert [row["what"] for row in rows] == ["decoding", "flow", "vocoder", "training llm_only", "training flow_only"]
+    assert all(0 < sum(row["shares"].values()) < 1.01 for row in rows)
+    assert "quantized::linear_dynamic" in rows[0]["shares"] and "aten::mkldnn_convolution" in rows[2]["shares"]
 
 
 def test_operations_are_counted_where_attention_is_fused(bench: Any) -> None:

@@ -1,0 +1,107 @@
+"""Which operations the time goes to, in decoding, flow, vocoder and training.
+
+    python bench/operations.py
+
+At the sizes of CosyVoice-300M and CosyVoice-mini with random weights; `--model-dir` profiles a model of your own. A
+share is that of an operation's own time in the time of all operations, on a CPU with one thread: several also wait for
+each other, which would count as work. Each row follows as a line of JSON.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from measuring import Machine, add_device, add_models, measure_machine, sources, words
+from synthesis import SPEECH_PER_TEXT, Speaker
+from train_steps import TEXT_TOKENS, gradients, joint_model, random_clip
+
+if TYPE_CHECKING:
+    from cosyvoice.llm.llm import TransformerLM
+
+STEPS_BEFORE, STEPS = 50, 20  # of decoding: not profiled, profiled
+LEAST_SHARE = 0.02  # what takes less is not shown
+TRAINED = ("llm_only", "flow_only")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler reports an error where there is no GPU
+    machine = measure_machine(args)
+    import torch
+
+    for name, source in sources(args).items():
+        for precision in args.precisions:
+            with torch.inference_mode():
+                profile_speaking(machine, name, precision, source)
+        for mode in TRAINED:
+            work = partial(gradients, joint_model(source, mode, args.seed), [random_clip(1)])
+            show_shares({"model": name, "what": f"training {mode}"}, work, machine.device)
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    from utils import add_seed
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_models(parser)
+    parser.add_argument("--precisions", nargs="+", default=("float32", "int8"), metavar="NAME",
+                        help="as inference_joint.py takes them (default: float32 int8)")  # fmt: skip
+    add_device(parser)
+    add_seed(parser)
+    parser.set_defaults(threads=1)
+    return parser.parse_args(argv)
+
+
+def profile_speaking(machine: Machine, name: str, precision: str, source: Path) -> None:
+    """Decoding steps, and flow and vocoder of the speech of a training clip's text."""
+    speaker, tokens = Speaker(machine, name, precision, source, repeats=1), SPEECH_PER_TEXT * TEXT_TOKENS
+    parts = {
+        "decoding": decoding(speaker.model.llm, machine.device),
+        "flow": partial(speaker.flow_mel, speaker.model.flow, tokens),
+        "vocoder": partial(speaker.vocode, tokens),
+    }
+    for what, work in parts.items():
+        show_shares({"model": name, "what": what, "precision": precision}, work, machine.device)
+
+
+def decoding(llm: "TransformerLM", device: str) -> Callable[[], None]:
+    """Work that writes `STEPS` tokens more of a sentence."""
+    import torch
+
+    following = llm.following(torch.randn(1, STEPS_BEFORE, llm.speech_embedding.embedding_dim, device=device), 1000)
+    next(following)
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            following.send(0)
+
+    return steps
+
+
+def show_shares(labels: dict[str, Any], work: Callable[[], Any], device: str) -> None:
+    """Run the work twice, the first time to warm up, and print the operations that the second run's time went to."""
+    from torch.profiler import ProfilerActivity, profile
+
+    work()
+    activity, own_time = ProfilerActivity.CPU, "self_cpu_time_total"
+    if device == "cuda":
+        activity, own_time = ProfilerActivity.CUDA, "self_device_time_total"
+    with profile(activities=[activity], acc_events=True) as profiled:
+        work()
+    times = {operation.key: getattr(operation, own_time) for operation in profiled.key_averages()}
+    whole = sum(times.values())
+    largest = sorted(times, key=times.__getitem__, reverse=True)
+    shares = {name: round(times[name] / whole, 3) for name in largest if times[name] >= LEAST_SHARE * whole}
+    columns = [f"{words(name.rpartition(':')[2].strip('_'))} {share:.0%}" for name, share in shares.items()]
+    print(f"{'  '.join(labels.values()):40}", *columns, sep="  ")
+    print(json.dumps({"bench": "operations", **labels, "device": device, "shares": shares}), flush=True)
+
+
+if __name__ == "__main__":
+    from cosyvoice.utils.command import run
+
+    run(main)
