@@ -3,8 +3,8 @@
     python bench/operations.py
 
 At the sizes of CosyVoice-300M and CosyVoice-mini with random weights; `--model-dir` profiles a model of your own. A
-share is that of an operation's own time in the time of all operations, on a CPU with one thread: several also wait for
-each other, which would count as work. Each row follows as a line of JSON.
+share is that of an operation's own time in the time of all operations, on the CPU with one thread: several also wait
+for each other, which would count as work. Each row follows as a line of JSON.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measuring import Machine, add_device, add_models, measure_machine, sources, words
+from measuring import Machine, add_models, measure_machine, sources, words
 from synthesis import SPEECH_PER_TEXT, Speaker
 from train_steps import TEXT_TOKENS, gradients, joint_model, random_clip
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 profile_speaking(machine, name, precision, source)
         for mode in TRAINED:
             work = partial(gradients, joint_model(source, mode, args.seed), [random_clip(1)])
-            show_shares({"model": name, "what": f"training {mode}"}, work, machine.device)
+            show_shares({"model": name, "what": f"training {mode}"}, work)
     return 0
 
 
@@ -50,9 +50,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_models(parser)
     parser.add_argument("--precisions", nargs="+", default=("float32", "int8"), metavar="NAME",
                         help="as inference_joint.py takes them (default: float32 int8)")  # fmt: skip
-    add_device(parser)
     add_seed(parser)
-    parser.set_defaults(threads=1)
+    parser.set_defaults(device="cpu", threads=1)
     return parser.parse_args(argv)
 
 
@@ -60,19 +59,19 @@ def profile_speaking(machine: Machine, name: str, precision: str, source: Path) 
     """Decoding steps, and flow and vocoder of the speech of a training clip's text."""
     speaker, tokens = Speaker(machine, name, precision, source, repeats=1), SPEECH_PER_TEXT * TEXT_TOKENS
     parts = {
-        "decoding": decoding(speaker.model.llm, machine.device),
+        "decoding": decoding(speaker.model.llm),
         "flow": partial(speaker.flow_mel, speaker.model.flow, tokens),
         "vocoder": partial(speaker.vocode, tokens),
     }
     for what, work in parts.items():
-        show_shares({"model": name, "what": what, "precision": precision}, work, machine.device)
+        show_shares({"model": name, "what": what, "precision": precision}, work)
 
 
-def decoding(llm: "TransformerLM", device: str) -> Callable[[], None]:
+def decoding(llm: "TransformerLM") -> Callable[[], None]:
     """Work that writes `STEPS` tokens more of a sentence."""
     import torch
 
-    following = llm.following(torch.randn(1, STEPS_BEFORE, llm.speech_embedding.embedding_dim, device=device), 1000)
+    following = llm.following(torch.randn(1, STEPS_BEFORE, llm.speech_embedding.embedding_dim), 2 * STEPS)
     next(following)
 
     def steps() -> None:
@@ -82,23 +81,20 @@ def decoding(llm: "TransformerLM", device: str) -> Callable[[], None]:
     return steps
 
 
-def show_shares(labels: dict[str, Any], work: Callable[[], Any], device: str) -> None:
+def show_shares(labels: dict[str, Any], work: Callable[[], Any]) -> None:
     """Run the work twice, the first time to warm up, and print the operations that the second run's time went to."""
     from torch.profiler import ProfilerActivity, profile
 
     work()
-    activity, own_time = ProfilerActivity.CPU, "self_cpu_time_total"
-    if device == "cuda":
-        activity, own_time = ProfilerActivity.CUDA, "self_device_time_total"
-    with profile(activities=[activity], acc_events=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
         work()
-    times = {operation.key: getattr(operation, own_time) for operation in profiled.key_averages()}
+    times = {operation.key: operation.self_cpu_time_total for operation in profiled.key_averages()}
     whole = sum(times.values())
     largest = sorted(times, key=times.__getitem__, reverse=True)
     shares = {name: round(times[name] / whole, 3) for name in largest if times[name] >= LEAST_SHARE * whole}
     columns = [f"{words(name.rpartition(':')[2].strip('_'))} {share:.0%}" for name, share in shares.items()]
     print(f"{'  '.join(labels.values()):40}", *columns, sep="  ")
-    print(json.dumps({"bench": "operations", **labels, "device": device, "shares": shares}), flush=True)
+    print(json.dumps({"bench": "operations", **labels, "shares": shares}), flush=True)
 
 
 if __name__ == "__main__":
