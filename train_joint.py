@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import MODES, find_model_dir, settings_for, with_changes
+from config import MODES, SEED, find_model_dir, settings_for, with_changes
 from cosyvoice.utils.command import EXIT_INTERRUPTED, run
 from cosyvoice.utils.errors import InputError
 from utils import add_device, add_folders, add_seed, check_writable, limit_threads, pick_device, repeated
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     resumed = find_resumed(args, origin, model_dir)
     if resumed:
         config = with_changes(resumed.config, changes(args))
-        check_kept(resumed, config, args.memory)
+        check_kept(resumed, config, args)
         origin["run"], args.seed = resumed.state["run"], resumed.state["seed"]
     if resumed and finished(resumed, config):
         trained = resumed
@@ -144,13 +144,15 @@ def find_resumed(args: argparse.Namespace, origin: dict[str, Any], model_dir: Pa
     return run
 
 
-def check_kept(run: "Run", config: dict[str, Any], memory: int | None) -> None:
+def check_kept(run: "Run", config: dict[str, Any], args: argparse.Namespace) -> None:
     """Raises InputError for other values of settings that the run's place and weights follow from."""
     changed = [name for name in config if name not in MAY_CHANGE and config[name] != run.config[name]]
     if changed:
         raise InputError(f"--resume keeps the {' and '.join(changed)} of {run.path}; leave that as it was")
-    if memory:
+    if args.memory:
         raise InputError(f"--resume keeps the batch_size of {run.path}; leave --memory out")
+    if args.seed not in (SEED, run.state["seed"]):
+        raise InputError(f"--resume keeps the seed {run.state['seed']} of {run.path}; leave --seed out")
 
 
 def finished(run: "Run", config: dict[str, Any]) -> bool:

@@ -215,6 +215,7 @@ MISTAKES = [
     ("train", "--mode flow_only --resume auto --set flow_lora.lora_r=2", "keeps the flow_lora of", "leave that"),
     ("train", "--mode flow_only --resume auto --batch-size 2", "keeps the batch_size of", "leave that"),
     ("train", "--mode flow_only --resume auto --memory 8GB", "keeps the batch_size of", "leave --memory out"),
+    ("train", "--mode flow_only --resume auto --seed 7", "keeps the seed 1986 of", "leave --seed out"),
     ("train", f"--mode flow_only --init {FLOW_LAST} --set flow_lora.lora_r=2", "adapters do not fit", "of their own"),
     # settings and options
     (
