@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from config import MODES
-from cosyvoice.utils.checkpoint import fingerprint_file, load_tensors, read_state_dict
+from cosyvoice.utils.checkpoint import fingerprint_weights, load_tensors, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write, save_tensors
 from lora import merged
@@ -33,12 +33,12 @@ def sidecar_path(output_dir: Path, mode: str) -> Path:
 
 
 def base_fingerprints(model_dir: Path) -> dict[str, str]:
-    """SHA-256 of the base weights by part. Raises InputError where one is missing."""
+    """What tells the base weights from others, by part. Raises InputError where a file is missing."""
     files = {part: model_dir / f"{part}.pt" for part in ("llm", "flow")}
     for file in files.values():
         if not file.is_file():
             raise InputError(f"{file} does not exist; check the folder, or download the model again")
-    return {part: fingerprint_file(file) for part, file in files.items()}
+    return {part: fingerprint_weights(file) for part, file in files.items()}
 
 
 @dataclass

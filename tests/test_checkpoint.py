@@ -11,7 +11,7 @@ from models import tiny, tiny_model_dir
 from parity import PARITY_DIR
 from torch import Tensor, nn
 
-from cosyvoice.utils.checkpoint import fingerprint_file, load_part, load_strict, read_state_dict
+from cosyvoice.utils.checkpoint import fingerprint_file, fingerprint_weights, load_part, load_strict, read_state_dict
 from cosyvoice.utils.errors import InputError
 
 
@@ -157,3 +157,22 @@ def test_a_refused_file_leaves_the_module_as_it_was() -> None:
 def test_fingerprint_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"weights" * 1000)
     assert fingerprint_file(tmp_path / "x") == hashlib.sha256(b"weights" * 1000).hexdigest()
+
+
+def test_a_fingerprint_of_weights_tells_others_apart(tmp_path: Path) -> None:
+    """Whatever the file is called; a single value, shape or name makes other weights."""
+    states = [
+        {"a": torch.arange(6.0), "b": torch.zeros(2)},
+        {"a": torch.arange(6.0), "b": torch.tensor([0.0, 1e-7])},
+        {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(2)},
+        {"a": torch.arange(6.0), "c": torch.zeros(2)},
+    ]
+    for number, state in enumerate(states):
+        torch.save(state, tmp_path / f"{number}.pt")
+    torch.save(states[0], tmp_path / "same.pt")
+    found = [fingerprint_weights(tmp_path / f"{number}.pt") for number in range(len(states))]
+    assert len(set(found)) == len(states)
+    assert fingerprint_weights(tmp_path / "same.pt") == found[0]
+    old = tmp_path / "old.pt"
+    torch.save(states[0], old, _use_new_zipfile_serialization=False)
+    assert fingerprint_weights(old) == fingerprint_file(old)

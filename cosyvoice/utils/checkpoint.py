@@ -135,6 +135,19 @@ def fingerprint_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fingerprint_weights(path: Path) -> str:
+    """SHA-256, hexadecimal, of the names, sizes and checksums of all tensors, as a weights file's directory lists them.
+
+    So a large model need not be read. A file without a directory (torch's format before 1.6) is, whole.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            listed = sorted((entry.filename.partition("/")[2], entry.file_size, entry.CRC) for entry in file.infolist())
+    except zipfile.BadZipFile:
+        return fingerprint_file(path)
+    return hashlib.sha256(repr(listed).encode()).hexdigest()
+
+
 def _check_tensors(path: Path, state: dict) -> None:
     if "state_dict" in state:
         raise InputError(f"{path} is a training checkpoint where weights are expected; merge it first")
