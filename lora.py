@@ -16,7 +16,7 @@ class Dropout(nn.Dropout):
     """Dropout that draws 16 bits an element on a CPU, where torch's own takes as long as the products around it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or x.device.type != "cpu":
+        if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         least = round(self.p * 2**16) - 2**15

@@ -239,9 +239,7 @@ def load_voice(voice: Voice, model_dir: Path, device_name: str, precision: str |
     for part in voice.adapters.parts if voice.adapters else ():
         base = read_state_dict(model_dir / f"{part}.pt")
         weights[part] = merged(base, voice.adapters.adapters[part], voice.adapters.scale(part))
-    return CosyVoice(
-        model_dir, device=str(device), weights=weights, precision=precision or fastest_precision(device)
-    )
+    return CosyVoice(model_dir, device=str(device), weights=weights, precision=precision or fastest_precision(device))
 
 
 def file_sources(voice: Voice, model_dir: Path) -> dict[str, str]:

@@ -49,6 +49,11 @@ def add_models(parser: argparse.ArgumentParser) -> None:
                        help=f"of random weights: {', '.join(CONFIGS)} (default: all)")  # fmt: skip
 
 
+def add_precisions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--precisions", nargs="+", default=("float32", "int8"), metavar="NAME",
+                        help="as inference_joint.py takes them (default: float32 int8)")  # fmt: skip
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
 

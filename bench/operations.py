@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measuring import Machine, add_models, measure_machine, sources, words
+from measuring import Machine, add_models, add_precisions, measure_machine, sources, words
 from synthesis import SPEECH_PER_TEXT, Speaker
 from train_steps import TEXT_TOKENS, gradients, joint_model, random_clip
 
@@ -48,8 +48,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_models(parser)
-    parser.add_argument("--precisions", nargs="+", default=("float32", "int8"), metavar="NAME",
-                        help="as inference_joint.py takes them (default: float32 int8)")  # fmt: skip
+    add_precisions(parser)
     add_seed(parser)
     parser.set_defaults(device="cpu", threads=1)
     return parser.parse_args(argv)

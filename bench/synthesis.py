@@ -26,6 +26,7 @@ from measuring import (
     add_device,
     add_measuring,
     add_models,
+    add_precisions,
     build,
     count_flops,
     measure_machine,
@@ -60,11 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    lengths, precisions = (30, 60), ("float32", "int8")
     add_models(parser)
-    parser.add_argument("--precisions", nargs="+", default=precisions, metavar="NAME",
-                        help="as inference_joint.py takes them (default: float32 int8)")  # fmt: skip
-    parser.add_argument("--text-tokens", type=positive, nargs="+", default=lengths, metavar="N",
+    add_precisions(parser)
+    parser.add_argument("--text-tokens", type=positive, nargs="+", default=(30, 60), metavar="N",
                         help="lengths of the sentences; 30 are 3 s of speech (default: 30 60)")  # fmt: skip
     add_device(parser)
     add_measuring(parser, 3)

@@ -68,8 +68,11 @@ MANY_FRAMES = LINEARS | {"float16": LINEARS["float32"]}  # its products are no f
 
 def fastest_precision(device: torch.device) -> str:
     """The fastest on this device of those whose cost is small: CosyVoice-mini speaks in int8 as well as in float32."""
-    eight_bits = device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
-    return "int8" if eight_bits else "float32"
+    try:
+        check_precision("int8", device)
+    except InputError:
+        return "float32"
+    return "int8"
 
 
 def check_precision(precision: str, device: torch.device) -> None:
