@@ -128,19 +128,24 @@ def test_phones_find_their_letters(tmp_path: Path) -> None:
     """Spelling with silent letters and double ones, learnt from a few words in many orders."""
     words = {"the": "dh ax", "knot": "n aa t", "bell": "b eh l", "tree": "t r iy", "cat": "k ae t"}
     random = Random(0)
-    wavs, texts = {}, {}
-    for number in range(60):
-        chosen = random.sample(list(words), 4)
-        sounds = ["pau", *" ".join(words[word] for word in chosen).split(), "pau"]
-        wav = tmp_path / f"u{number:02d}.wav"
-        wav.with_suffix(".phones").write_text("".join(f"{0.1 * (i + 1):.3f} {p}\n" for i, p in enumerate(sounds)))
-        wavs[wav.stem], texts[wav.stem] = str(wav), " ".join(chosen).capitalize() + "."
-    write_table(wavs, tmp_path / "wav.scp")
-    write_table(texts, tmp_path / "text")
-    align_text.main(["--dirs", str(tmp_path)])
+    folders = [tmp_path / "simple", tmp_path / "more"]  # which have names of utterances in common
+    spoken = {}
+    for folder in folders:
+        wavs, texts = {}, {}
+        for number in range(30):
+            chosen = random.sample(list(words), 4)
+            sounds = ["pau", *" ".join(words[word] for word in chosen).split(), "pau"]
+            wav = folder / f"u{number:02d}.wav"
+            wav.parent.mkdir(exist_ok=True)
+            wav.with_suffix(".phones").write_text("".join(f"{0.1 * (i + 1):.3f} {p}\n" for i, p in enumerate(sounds)))
+            wavs[wav.stem], texts[wav.stem] = str(wav), " ".join(chosen).capitalize() + "."
+            spoken[wav] = texts[wav.stem]
+        write_table(wavs, folder / "wav.scp")
+        write_table(texts, folder / "text")
+    align_text.main(["--dirs", *map(str, folders)])
     right = total = 0
-    for utt, text in texts.items():
-        places = [int(place) for place in Path(wavs[utt]).with_suffix(".places").read_text().split()]
+    for wav, text in spoken.items():
+        places = [int(place) for place in wav.with_suffix(".places").read_text().split()]
         assert places == sorted(places) and places[-1] < len(text)
         said = [text.lower()[place] for place in places[2::5]]  # the middle of each phone: 0.1 s are five tokens
         consonants = {"n": "n", "t": "t", "b": "b", "l": "l", "r": "r", "k": "c"}

@@ -39,22 +39,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     from examples.mini.speech_tokenizer import phone_of_each, read_phones
     from tools.kaldi_folder import read_table
 
-    texts, wavs = {}, {}
+    texts = {}  # by recording: two corpora may say one sentence in one voice, under one name
     for folder in options.dirs:
-        texts |= read_table(folder / "text")
-        wavs |= {utt: Path(wav) for utt, wav in read_table(folder / "wav.scp").items()}
-    if unsaid := wavs.keys() - texts.keys():
-        raise InputError(f"{min(unsaid)} is in a wav.scp, but its words are in no text; run make_corpus.py again")
-    phones = {utt: read_phones(wav.with_suffix(".phones")) for utt, wav in wavs.items()}
-    letters = {utt: letter_numbers(texts[utt]) for utt in wavs}
-    pairs = [(letters[utt], phones[utt][1]) for utt in wavs]
+        said = read_table(folder / "text")
+        wavs = read_table(folder / "wav.scp")
+        if unsaid := wavs.keys() - said.keys():
+            raise InputError(f"{min(unsaid)} is in {folder}/wav.scp, but not in its text; run make_corpus.py again")
+        texts |= {Path(wav): said[utt] for utt, wav in wavs.items()}
+    phones = {wav: read_phones(wav.with_suffix(".phones")) for wav in texts}
+    pairs = [(letter_numbers(text), phones[wav][1]) for wav, text in texts.items()]
     paths = align(pairs, lambda work: tqdm(work, desc="aligning", unit="pass", disable=None))
-    for path, (utt, wav) in zip(paths, wavs.items(), strict=True):
-        ends = phones[utt][0]
-        said = path[phone_of_each(ends, round(ends[-1] * TOKEN_RATE_HZ))]
+    for path, (wav, (ends, _)) in zip(paths, phones.items(), strict=True):
+        places = path[phone_of_each(ends, round(ends[-1] * TOKEN_RATE_HZ))]
         with atomic_write(wav.with_suffix(".places")) as temporary:
-            temporary.write_text(" ".join(map(str, said)) + "\n", encoding="utf-8")
-    print(f"{len(wavs)} utterances: .places are beside the recordings")
+            temporary.write_text(" ".join(map(str, places)) + "\n", encoding="utf-8")
+    print(f"{len(texts)} utterances: .places are beside the recordings")
 
 
 def letter_numbers(text: str) -> "np.ndarray":
