@@ -143,6 +143,9 @@ def test_phones_find_their_letters(tmp_path: Path) -> None:
         write_table(wavs, folder / "wav.scp")
         write_table(texts, folder / "text")
     align_text.main(["--dirs", *map(str, folders)])
+    before = {wav: wav.with_suffix(".places").stat().st_mtime_ns for wav in spoken}
+    align_text.main(["--dirs", *map(str, folders)])  # which finds them
+    assert before == {wav: wav.with_suffix(".places").stat().st_mtime_ns for wav in spoken}
     right = total = 0
     for wav, text in spoken.items():
         places = [int(place) for place in wav.with_suffix(".places").read_text().split()]

@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if unsaid := wavs.keys() - said.keys():
             raise InputError(f"{min(unsaid)} is in {folder}/wav.scp, but not in its text; run make_corpus.py again")
         texts |= {Path(wav): said[utt] for utt, wav in wavs.items()}
+    if all(wav.with_suffix(".places").is_file() for wav in texts):
+        print(f"{len(texts)} utterances: .places are there already; delete one to align anew")
+        return
     phones = {wav: read_phones(wav.with_suffix(".phones")) for wav in texts}
     pairs = [(letter_numbers(text), phones[wav][1]) for wav, text in texts.items()]
     paths = align(pairs, lambda work: tqdm(work, desc="aligning", unit="pass", disable=None))
