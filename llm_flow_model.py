@@ -248,7 +248,8 @@ class JointModel(pl.LightningModule):
     # Optimiser
 
     def configure_optimizers(self) -> dict[str, Any]:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        # of stopped parts, too: a resumed run has frozen them already, and the optimiser's state is that of all
+        trained = [parameter for layer in adapters(self) for parameter in (layer.lora_A, layer.lora_B)]
         optimizer = torch.optim.AdamW(
             trained, lr=self.config["learning_rate"], weight_decay=self.config["weight_decay"]
         )

@@ -207,8 +207,9 @@ def test_resuming_after_an_epoch_equals_not_having_stopped(train, tmp_path: Path
     assert merged_files[0].read_bytes() == merged_files[1].read_bytes()
 
 
-def test_ctrl_c_in_an_epoch_saves_and_resumes_exactly(train, tmp_path: Path, monkeypatch) -> None:
-    train("--epochs", "2", output="whole")
+@pytest.mark.parametrize("one_part_stops", [[], ["--set", "llm_loss_threshold=100"]])
+def test_ctrl_c_in_an_epoch_saves_and_resumes_exactly(train, tmp_path: Path, monkeypatch, one_part_stops) -> None:
+    train("--epochs", "2", *one_part_stops, output="whole")
     noticed = CheckpointKeeper.on_train_batch_end
 
     def press_ctrl_c(self: CheckpointKeeper, trainer, model, *step) -> None:
@@ -217,9 +218,10 @@ def test_ctrl_c_in_an_epoch_saves_and_resumes_exactly(train, tmp_path: Path, mon
         noticed(self, trainer, model, *step)
 
     monkeypatch.setattr(CheckpointKeeper, "on_train_batch_end", press_ctrl_c)
-    assert train("--epochs", "2", output="parts") == train_joint.EXIT_INTERRUPTED
+    assert train("--epochs", "2", *one_part_stops, output="parts") == train_joint.EXIT_INTERRUPTED
     state = read_run(tmp_path / "parts/joint_joint_last.ckpt").state
     assert (state["epochs"], state["batches_done"]) == (1, 4)
+    assert bool(state["progress"]["llm"]["stopped"]) == bool(one_part_stops)
     monkeypatch.setattr(CheckpointKeeper, "on_train_batch_end", noticed)
     assert train("--resume", "auto", output="parts") == 0
     assert_same_run(tmp_path / "whole/joint_joint_last.ckpt", tmp_path / "parts/joint_joint_last.ckpt")
