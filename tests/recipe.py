@@ -44,9 +44,9 @@ def write_config(folder: Path, name: str = "config.yaml", **settings: object) ->
     return folder / name
 
 
-def write_corpus(folder: Path) -> Path:
+def write_corpus(folder: Path, seed: int = 7) -> Path:
     """Parquet files as make_parquet_list.py writes them, with made-up tokens and vectors; returns their list."""
-    random = np.random.default_rng(7)
+    random = np.random.default_rng(seed)
     recordings = sorted(RAW_AUDIO.glob("*.wav"))[: FILES * CLIPS_A_FILE]
     paths = [folder / f"parquet_{number:09d}.tar" for number in range(FILES)]
     for number, path in enumerate(paths):

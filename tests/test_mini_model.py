@@ -10,6 +10,7 @@ import torch
 
 import config
 from config import JOINT_TRAINING_CONFIG, MINI_NAME, PROJECT_DIR, check_config, find_model_dir, settings_for
+from cosyvoice.bin import export_jit
 from cosyvoice.cli.cosyvoice import CosyVoice
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
@@ -31,6 +32,14 @@ def test_the_shipped_folder_is_whole_and_of_the_recipe_beside_it() -> None:
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= LARGEST_BYTES
     assert (SHIPPED / "cosyvoice.yaml").read_bytes() == (RECIPE / "cosyvoice.yaml").read_bytes()
     assert (SHIPPED / "README.md").read_bytes() == (RECIPE / "model_card.md").read_bytes()
+
+
+def test_its_attention_stacks_are_exported(tmp_path: Path) -> None:
+    """Trained weights make larger numbers, and larger rounding errors, than random ones."""
+    for name in ("cosyvoice.yaml", "llm.pt", "flow.pt"):
+        shutil.copy(SHIPPED / name, tmp_path)
+    export_jit.main(["--model_dir", str(tmp_path)])
+    assert len(list(tmp_path.glob("*.fp32.zip"))) == len(export_jit.STACKS)
 
 
 def test_the_shipped_model_speaks_a_sentence_of_the_right_length() -> None:

@@ -226,6 +226,31 @@ def test_an_interrupted_extraction_keeps_all_that_was_done(data: Path, networks:
     assert counter.calls == 2  # those before the interruption are not asked for again
 
 
+def test_an_extraction_stopped_while_it_writes_keeps_all_that_was_done(
+    data: Path, networks: Path, counter: CallCounter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(data, networks)
+    add_recording(Path(read_table(data / "wav.scp")["u1"]), 6)
+
+    def interrupt(content: object, path: Path) -> None:
+        if path.name == "utt2embedding.pt":
+            raise KeyboardInterrupt
+        save_tensors(content, path)
+
+    save_tensors = extraction.save_tensors
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(extraction, "save_tensors", interrupt)
+        embed(data, networks)
+    counter.calls = 0
+    kept = embed(data, networks)
+    assert counter.calls == 0
+    anew = data.with_name("anew")
+    anew.mkdir()
+    shutil.copy(data / "wav.scp", anew)
+    shutil.copy(data / "utt2spk", anew)
+    assert embed(anew, networks) == kept
+
+
 def test_wav_scp_and_its_files_decide_what_is_done_again(data: Path, networks: Path, counter: CallCounter) -> None:
     before = embed(data, networks)
     wavs = read_table(data / "wav.scp")
@@ -305,7 +330,16 @@ def test_parquet_files_are_rewritten_only_where_something_changed(data: Path, ne
     assert change(lambda: None) == []
     assert change(lambda: write_table(read_table(data / "text") | {"u2": "Other words."}, data / "text")) == [1]
     assert change(lambda: files[2].write_bytes(b"torn")) == [2]
-    assert [row["utt"] for row in opened(parquet)] == ["u0", "u1", "u2", "u3", "u4"]
+
+    def add_one() -> None:
+        new = Path(read_table(data / "wav.scp")["u0"]).with_name("5.wav")
+        add_recording(new, 6)
+        for name, value in {"wav.scp": str(new), "text": "This is u5.", "utt2spk": "carl"}.items():
+            write_table(read_table(data / name) | {"u5": value}, data / name)
+        extract(data, networks)
+
+    assert change(add_one) == [2]
+    assert [row["utt"] for row in opened(parquet)] == ["u0", "u1", "u2", "u3", "u4", "u5"]
 
 
 def test_files_of_a_larger_run_go_away(data: Path, networks: Path) -> None:

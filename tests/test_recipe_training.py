@@ -1,5 +1,6 @@
 """Stages 5 to 7 of the recipe on a corpus of a few seconds: training, resuming, two processes, averaging, export."""
 
+import math
 import multiprocessing
 import shutil
 import socket
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from cosyvoice.bin import average_model, export_jit, export_onnx, train
 from cosyvoice.bin.recipe_checkpoints import RecipeCheckpoints
+from cosyvoice.bin.recipe_models import SpeechModel
 from cosyvoice.utils.checkpoint import load_strict, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.model_yaml import load_model_yaml
@@ -124,6 +126,41 @@ def test_a_run_stopped_within_an_epoch_resumes_exactly(
     assert_same_weights(finished("llm") / "epoch_1_whole.pt", folder / "epoch_1_whole.pt")
 
 
+def test_a_run_stopped_in_the_last_validation_of_an_epoch_resumes_exactly(
+    recipe: Recipe, finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(recipe.folder, "each_step.yaml", save_per_step=1)  # also the last one
+
+    def stop(self: SpeechModel) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SpeechModel, "on_validation_epoch_start", stop)
+        recipe.train("llm", "unjudged", config=config)
+    folder = recipe.train("llm", "unjudged", "--resume", "auto", config=config)
+    for epoch in range(2):
+        assert_same_weights(finished("llm") / f"epoch_{epoch}_whole.pt", folder / f"epoch_{epoch}_whole.pt")
+        assert losses(folder, epoch) == losses(finished("llm"), epoch)
+
+
+def test_a_run_is_resumed_only_with_its_settings_and_its_data(
+    recipe: Recipe, finished: Callable[[str], Path], tmp_path: Path
+) -> None:
+    finished("llm")
+    for changes, message in [
+        ({"lr": 0.5}, "optim_conf {'lr': 0.002}, not {'lr': 0.5}"),
+        ({"grad_clip": 1}, "grad_clip 5, not 1"),
+        ({"text_encoder_input_size": 8}, r"last.ckpt does not fit.*shape"),
+    ]:
+        changed = write_config(recipe.folder, "changed.yaml", **changes)
+        with pytest.raises(InputError, match=message):
+            recipe.train("llm", "llm", "--resume", "auto", config=changed)
+    with pytest.raises(InputError, match="train_data .*; give the same to resume, or train anew"):
+        recipe.train("llm", "llm", "--resume", "auto", "--train_data", str(write_corpus(tmp_path, seed=8)))
+    unlogged = write_config(recipe.folder, "unlogged.yaml", log_interval=50, save_per_step=2)
+    recipe.train("llm", "llm", "--resume", "auto", config=unlogged)
+
+
 def test_two_processes_equal_one_with_twice_the_accumulation(recipe: Recipe) -> None:
     """The one process has two workers, whose batches it takes in turn: those of the two processes."""
     one = recipe.train("llm", "one_process", "--num_workers", "2")
@@ -175,6 +212,10 @@ def test_averaging(finished: Callable[[str], Path], tmp_path: Path) -> None:
     assert all(torch.equal(best[name], first[name]) and torch.equal(last[name], second[name]) for name in first)
     with pytest.raises(InputError, match="holds 2 epochs"):
         average(folder, "llm.pt", "--num", "3")
+    sidecar.write_text(yaml.safe_dump(info | {"loss_dict": {"loss": math.nan}}))
+    assert torch.equal(average(folder, "best.pt", "--num", "1", "--val_best")[name], second[name])
+    with pytest.raises(InputError, match="holds 1 epochs with a finite loss"):
+        average(folder, "llm.pt", "--num", "2", "--val_best")
 
 
 def test_an_averaged_vocoder_speaks(recipe: Recipe, finished: Callable[[str], Path]) -> None:
@@ -225,6 +266,9 @@ def test_mistakes_are_said_before_training(
         recipe.train("llm", "deep", "--train_engine", "deepspeed")
     with pytest.raises(InputError, match="model llm, not flow"):
         recipe.train("flow", "llm", "--resume", "auto")
+    for name, value in (("accum_grad", 0), ("grad_clip", "none")):
+        with pytest.raises(InputError, match=f"{name} of train_conf is {value}"):
+            recipe.train("llm", "numbers", config=write_config(recipe.folder, "numbers.yaml", **{name: value}))
     with pytest.raises(InputError, match="accum_grad 3"):
         recipe.train("hifigan", "grouped", config=write_config(recipe.folder, "grouped.yaml", accum_grad=3))
     with pytest.raises(InputError, match="scheduler 'noam'"):

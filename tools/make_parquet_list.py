@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_least("--num_processes", options.num_processes)
     rows, failures = collect(options.src_dir)
     report_failures(failures, len(rows) + len(failures), options.src_dir / "make_parquet_list.failed")
-    shards = plan(rows, options.src_dir, options.des_dir, options.num_utts_per_parquet)
+    shards = plan(rows, options.des_dir, options.num_utts_per_parquet)
     written = in_parallel(write_shard, shards, options.num_processes)
     for _ in tqdm(written, total=len(shards), desc="parquet", unit="file", disable=None):
         pass
@@ -94,18 +94,15 @@ def collect(folder: Path) -> tuple[list[Row], dict[str, str]]:
     return rows, failures
 
 
-def plan(rows: Sequence[Row], src_dir: Path, des_dir: Path, size: int) -> list[Shard]:
+def plan(rows: Sequence[Row], des_dir: Path, size: int) -> list[Shard]:
     """Shards of `size` rows; the last may have fewer."""
-    from cosyvoice.utils.checkpoint import fingerprint_file
     from tools.kaldi_folder import file_stamp
 
-    names = ("utt2embedding.pt", "spk2embedding.pt", "utt2speech_token.pt")
-    numbers_from = [fingerprint_file(src_dir / name) for name in names]
     shards = []
     for number, start in enumerate(range(0, len(rows), size)):
         shard_rows = rows[start : start + size]
-        told = [(row["utt"], file_stamp(Path(row["wav"])), row["text"], row["spk"]) for row in shard_rows]
-        made_from = hashlib.sha256(json.dumps([numbers_from, told]).encode()).hexdigest()
+        told = [row | {"wav": file_stamp(Path(row["wav"]))} for row in shard_rows]
+        made_from = hashlib.sha256(json.dumps(told).encode()).hexdigest()
         files = (f"parquet_{number:09d}.tar", f"utt2parquet_{number:09d}.json", f"spk2parquet_{number:09d}.json")
         shards.append(Shard(*(des_dir / name for name in files), shard_rows, made_from))
     return shards

@@ -6,6 +6,7 @@ Of a vocoder's training the generator is written beside it too, as hift.pt, whic
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,8 +57,11 @@ def choose(folder: Path, number: int, val_best: bool) -> list[Path]:
             losses[sidecar.with_suffix(".pt")] = float(info["loss_dict"]["loss"]), int(info["epoch"])
         except (yaml.YAMLError, KeyError, TypeError, ValueError):
             raise InputError(f"{sidecar} does not tell the loss of an epoch; remove it with its .pt") from None
+    if val_best:
+        losses = {path: loss for path, loss in losses.items() if math.isfinite(loss[0])}
     if not 1 <= number <= len(losses):
-        raise InputError(f"--num {number}: {folder} holds {len(losses)} epochs (epoch_N_whole.yaml)")
+        kind = "epochs with a finite loss" if val_best else "epochs"
+        raise InputError(f"--num {number}: {folder} holds {len(losses)} {kind} (epoch_N_whole.yaml)")
     if val_best:
         return sorted(losses, key=losses.__getitem__)[:number]
     return sorted(losses, key=lambda path: losses[path][1])[-number:]

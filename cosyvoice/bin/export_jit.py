@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 STACKS = ("llm.text_encoder", "llm.llm", "flow.encoder")
 EXAMPLE = (2, 20)  # items, frames
 CHECKED = ((1, 2), (3, 37), (2, 301))  # other sizes than the example's, or a trace could have kept it
-TOLERANCE = 1e-5
+TOLERANCE = 1e-3  # float32 sums in another order
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

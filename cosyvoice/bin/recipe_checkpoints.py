@@ -10,13 +10,13 @@ import yaml
 from pytorch_lightning.callbacks import Checkpoint
 
 from cosyvoice.bin.recipe_models import RecipeModel
-from cosyvoice.utils.checkpoint import load_tensors
+from cosyvoice.utils.checkpoint import load_strict, load_tensors
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write, save_tensors
 
 STATE_KEY = "recipe"
 LAST = "last.ckpt"
-ANYWHERE = ("model", "seed")  # what must agree even at the end of an epoch, where a share can be dealt anew
+DEALT_ANEW = ("processes", "num_workers")  # what may differ at the end of an epoch, where all batches have been seen
 
 
 class RecipeCheckpoints(Checkpoint):
@@ -38,9 +38,13 @@ class RecipeCheckpoints(Checkpoint):
             self.save_weights(trainer, model, "init.pt")
 
     def on_train_batch_end(self, trainer: pl.Trainer, model: RecipeModel, *step: Any) -> None:
-        """Between optimiser steps only, where a resumed run can repeat an uninterrupted one."""
+        """Between optimiser steps only, where a resumed run can repeat an uninterrupted one.
+
+        Not after an epoch's last: a run stopped in the validation that follows goes on before that step, or it would
+        begin the next epoch without this one's losses.
+        """
         due = self.save_per_step > 0 and model.steps % self.save_per_step == 0 and model.steps > self.saved_step
-        if due and model.batches_in_group == model.accum_grad:
+        if due and model.batches_in_group == model.accum_grad and not trainer.is_last_batch:
             self.saved_step = model.steps
             self.save_weights(trainer, model, f"epoch_{model.current_epoch}_step_{model.steps}.pt")
             self.save_last(trainer, model.current_epoch, step[-1] + 1)
@@ -90,18 +94,25 @@ class RecipeCheckpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, model: RecipeModel, checkpoint: dict[str, Any]) -> None:
         progress = {"epochs_done": self.epochs_done, "batches_done": self.batches_done}
-        checkpoint[STATE_KEY] = {**self.state, **progress}
+        checkpoint[STATE_KEY] = {"run": self.state, **progress}
 
 
-def read_progress(path: Path, state: dict[str, Any]) -> tuple[int, int]:
+def read_progress(path: Path, state: dict[str, Any], model: RecipeModel) -> tuple[int, int]:
     """Epochs done and batches done in the next one, of a `last.ckpt`.
 
-    Raises InputError where the file is damaged, or where the run it belongs to differs in `state`.
+    Raises InputError where the file is damaged, or where the run it belongs to differs in `state` or its weights in
+    names or shapes.
     """
-    found = load_tensors(path, "leave --resume out").get(STATE_KEY)
-    if found is None:
+    content = load_tensors(path, "leave --resume out")
+    found = content.get(STATE_KEY, {})
+    if "run" not in found:
         raise InputError(f"{path} is no state of a training run; leave --resume out")
-    for key in state if found["batches_done"] else ANYWHERE:
-        if found[key] != state[key]:
-            raise InputError(f"{path} is of a run with {key} {found[key]}, not {state[key]}; give the same to resume")
+    for key in [*state, *found["run"]]:
+        then, now = found["run"].get(key), state.get(key)
+        if then != now and (found["batches_done"] or key not in DEALT_ANEW):
+            raise InputError(
+                f"{path} is of a run with {key} {then}, not {now}; give the same to resume, or train anew in another "
+                "--model_dir"
+            )
+    load_strict(model, content["state_dict"], str(path))
     return found["epochs_done"], found["batches_done"]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cosyvoice.dataset.loader import EpochLoader
 
 MODELS = ("llm", "flow", "hifigan")
+FREE_TO_CHANGE = ("max_epoch", "log_interval", "save_per_step")  # of train_conf, in a run that is resumed
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -64,16 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from cosyvoice.bin.recipe_checkpoints import LAST, RecipeCheckpoints
 
     train_conf = own_or_common(args.config, "train_conf", args.model)
+    check_numbers(train_conf, args.config)
     last = args.model_dir / LAST
-    state = {"model": args.model, "seed": args.seed, "processes": world_size(), "num_workers": args.num_workers}
     resumable = args.train_engine == "torch_ddp"
     resumed = resumable and args.resume is not None and last.exists()
     if not resumable or args.resume is None:
         refuse_used_folder(args.model_dir)
     model = build_model(args, train_conf)
     train_loader, cv_loader = build_loaders(args)
+    state = identity(args, train_conf, train_loader)
     if resumed:
-        continue_from(last, state, train_loader, epochs(args, train_conf))
+        continue_from(last, state, model, train_loader, epochs(args, train_conf))
     keeper = RecipeCheckpoints(args.model_dir, train_conf.get("save_per_step", -1), resumable, state)
     trainer = build_trainer(args, train_conf, keeper)
     fit(trainer, model, train_loader, cv_loader, last if resumed else None)
@@ -87,6 +89,27 @@ def own_or_common(config: Path, name: str, model: str) -> Any:
     own, common = f"{name}_{model}", f"{name}_gan" if model == "hifigan" else name
     found = load_model_yaml(config, parts=(own,), defaults={own: None})[own]
     return found or load_model_yaml(config, parts=(common,))[common]
+
+
+def check_numbers(train_conf: dict[str, Any], config: Path) -> None:
+    """Raises InputError unless those that the trainer divides or counts by are there and above zero."""
+    for name, default in {"max_epoch": None, "grad_clip": None, "accum_grad": 1, "log_interval": 1}.items():
+        value = train_conf.get(name, default)
+        if not isinstance(value, int | float) or value <= 0:
+            raise InputError(f"{config}: {name} of train_conf is {value}; a number above 0 is needed")
+
+
+def identity(args: argparse.Namespace, train_conf: dict[str, Any], loader: "EpochLoader") -> dict[str, Any]:
+    """What a run must keep when it is resumed: the optimiser's and the schedule's state bring their settings along."""
+    settings = {name: value for name, value in train_conf.items() if name not in FREE_TO_CHANGE}
+    return {
+        "model": args.model,
+        "seed": args.seed,
+        "processes": world_size(),
+        "num_workers": args.num_workers,
+        **settings,
+        "train_data": loader.dataset.fingerprint(),
+    }
 
 
 def check_engine(args: argparse.Namespace) -> None:
@@ -168,10 +191,12 @@ def epochs(args: argparse.Namespace, train_conf: dict[str, Any]) -> int:
     return args.max_epoch or train_conf["max_epoch"]
 
 
-def continue_from(last: Path, state: dict[str, Any], loader: "EpochLoader", wanted: int) -> None:
+def continue_from(
+    last: Path, state: dict[str, Any], model: "RecipeModel", loader: "EpochLoader", wanted: int
+) -> None:
     from cosyvoice.bin.recipe_checkpoints import read_progress
 
-    loader.epoch, loader.skip = read_progress(last, state)
+    loader.epoch, loader.skip = read_progress(last, state, model)
     if loader.epoch > wanted:
         raise InputError(f"{last} has done {loader.epoch} epochs, not {wanted}; give another --model_dir to train anew")
     print(f"continuing {last} ({loader.epoch} epochs done)", file=sys.stderr)

@@ -1,5 +1,6 @@
 """A corpus of parquet files as an endless supply of epochs, shared out over processes and workers."""
 
+import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -7,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from cosyvoice.dataset.processor import readable_parquet
 from cosyvoice.utils.errors import InputError
 
 Batch = dict[str, Any]
@@ -62,6 +65,18 @@ class Dataset(IterableDataset):
                 "(tools/make_parquet_list.py --num_utts_per_parquet), or start fewer processes"
             )
         self.rank, self.processes = (rank, processes) if self.partition else (0, 1)
+
+    def fingerprint(self) -> str:
+        """Changes when a file of the list is written anew with other rows; reads no row.
+
+        Raises InputError for a file that cannot be read.
+        """
+        digest = hashlib.sha256()
+        for file in self.files:
+            with readable_parquet(file):
+                footer = pyarrow.parquet.read_metadata(file)
+            digest.update(repr((footer.metadata, footer.to_dict())).encode())  # sizes and extremes of each column
+        return digest.hexdigest()
 
     def __iter__(self) -> Iterator[Batch]:
         """This worker's batches of the current epoch."""

@@ -8,6 +8,7 @@ these depends on it.
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,20 @@ def parquet_opener(data: Iterable[Sample], mode: str = "train") -> Iterator[Samp
     Raises InputError for a file that cannot be read.
     """
     for sample in data:
-        try:
+        with readable_parquet(sample["src"]):
             for rows in pyarrow.parquet.ParquetFile(sample["src"]).iter_batches(ROWS_AT_ONCE):
                 columns = [column.to_numpy(zero_copy_only=False) for column in rows.columns]
                 for values in zip(*columns, strict=True):
                     yield {**sample, **dict(zip(rows.schema.names, values, strict=True))}
-        except (OSError, pyarrow.ArrowException) as error:
-            raise InputError(f"{sample['src']} is no readable parquet file: {error}; make it anew") from error
+
+
+@contextmanager
+def readable_parquet(file: str) -> Iterator[None]:
+    """Inside, an error of reading is an InputError that names the file."""
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{file} is no readable parquet file: {error}; make it anew") from error
 
 
 def tokenize(

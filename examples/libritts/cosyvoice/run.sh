@@ -109,19 +109,18 @@ if asks_for 5; then
     join_lists "${dev_sets[@]}" >data/dev.data.list
     num_gpus=$(python -c "import torch; print(torch.cuda.device_count())")
     if [ "$num_gpus" -gt 0 ]; then
-        num_processes=$num_gpus dist_backend=nccl on_device=(--pin_memory --use_amp)
+        # a port that is free: another run may be at work on other GPUs
+        start=(torchrun --standalone --nproc_per_node="$num_gpus") dist_backend=nccl on_device=(--pin_memory --use_amp)
     else
         echo "no GPU: one process on the CPU"
-        num_processes=1 dist_backend=gloo on_device=()
+        start=(python) dist_backend=gloo on_device=()
     fi
     for model in "${models[@]}"; do
         start_from=()
         if [ "$from_scratch" = false ]; then
             start_from=(--checkpoint "$(pretrained "$model")")
         fi
-        torchrun --nnodes=1 --nproc_per_node="$num_processes" \
-            --rdzv_id=1986 --rdzv_backend=c10d --rdzv_endpoint=localhost:1234 \
-            cosyvoice/bin/train.py \
+        "${start[@]}" cosyvoice/bin/train.py \
             --train_engine "$train_engine" \
             --config "$config" \
             --train_data data/train.data.list \
