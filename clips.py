@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from cosyvoice.utils.model_yaml import load_model_yaml
 from utils import decode_text
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # the first of a name counts
+AUDIO_KINDS = " ".join(AUDIO_SUFFIXES)
 TEXT_SUFFIXES = (".txt", ".normalized.txt")  # where both are there, the second counts
 MIN_SECONDS, MAX_SECONDS = 0.5, 30.0
 MIN_RATE_HZ = 4000  # below, nothing of speech is left
@@ -73,7 +73,7 @@ def find_recordings(folder: Path) -> list[Recording]:
         texts |= {path.name[: -len(suffix)]: path for path in files if path.name.lower().endswith(suffix)}
     texts = {utt: path for utt, path in texts.items() if not utt.lower().endswith(".normalized")}
     if not audio:
-        raise InputError(f"{folder} holds no recording ({' '.join(AUDIO_SUFFIXES)}); put 001.wav and 001.txt there")
+        raise InputError(f"{folder} holds no recording ({AUDIO_KINDS}); put 001.wav and 001.txt there")
     if not audio.keys() & texts.keys():
         raise InputError(f"no recording in {folder} has a text; put 001.txt beside 001.wav")
     return [Recording(utt, audio.get(utt), texts.get(utt)) for utt in sorted(audio.keys() | texts.keys())]
@@ -104,14 +104,14 @@ class ClipMaker:
         self._encoders = encoders_of(model_dir)
         how = [ROW_VERSION, str(self.frontend.normalizer.wetext), fingerprint_file(model_dir / "cosyvoice.yaml")]
         self._made_with = " ".join([*how, self._encoders]).encode()
-        self._text_lock = threading.Lock()  # nothing promises that the text grammars may be shared
 
     def make(self, recording: Recording) -> Outcome:
         """The recording's row, from an earlier run where nothing changed, or the reason why it has none."""
         outcome = Outcome(recording.utt)
         try:
             if recording.audio is None or recording.text is None:
-                raise InputError("it has no recording" if recording.audio is None else "it has no text")
+                no_recording = f"it has no recording ({AUDIO_KINDS}; convert others)"
+                raise InputError(no_recording if recording.audio is None else "it has no text")
             audio_data, text_data = recording.audio.read_bytes(), recording.text.read_bytes()
             content_hash = self._hash(audio_data, text_data)
             if content_hash in self.known:
@@ -146,8 +146,7 @@ class ClipMaker:
     def _text_tokens(self, text: str) -> list[int]:
         if not has_words(text):
             raise InputError("the text holds nothing to speak" if text else "the text is empty")
-        with self._text_lock:
-            return self.frontend.encode(self.frontend.text_normalize(text, split=False))
+        return self.frontend.encode(self.frontend.text_normalize(text, split=False))
 
     def _features(self, wav: Tensor, rate: int) -> dict[str, Any]:
         """wav: (1, samples)."""

@@ -6,6 +6,7 @@ Nothing here imports torch before it is needed, so that the scripts which use it
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -256,6 +257,9 @@ def write_wav(path: Path, speech: "Tensor", rate_hz: int, comment: str) -> None:
 
     from cosyvoice.utils.file_utils import atomic_write
 
-    with atomic_write(path) as temporary, soundfile.SoundFile(temporary, "w", rate_hz, channels=1) as file:
+    content = BytesIO()  # a full disk is no error that soundfile tells
+    with soundfile.SoundFile(content, "w", rate_hz, channels=1, format="WAV") as file:
         file.comment = comment
         file.write(speech[0].numpy())
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.getvalue())

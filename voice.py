@@ -100,12 +100,15 @@ def newest_run(output_dir: Path) -> Path:
 
 
 def newest_voice(output_dir: Path) -> dict[str, Any]:
-    """The newest sidecar's content, its files as paths. Raises InputError where there is none."""
+    """The newest sidecar's content, its files as paths. Raises InputError where there is none, or a file is gone."""
     found = sorted(output_dir.glob("voice_*.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise InputError(f"{output_dir} holds no trained voice; run train_joint.py first, or give --llm and --flow")
     content = read_sidecar(found[-1])
-    return content | {"files": {part: output_dir / file for part, file in content["files"].items()}}
+    files = {part: output_dir / file for part, file in content["files"].items()}
+    if lost := [str(path) for path in files.values() if not path.is_file()]:
+        raise InputError(f"{', '.join(lost)} of {found[-1].name} is gone; run merge_joint_weights.py again")
+    return content | {"files": files}
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:

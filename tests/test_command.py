@@ -1,5 +1,6 @@
 """How commands start and end."""
 
+import errno
 import os
 import sys
 
@@ -33,3 +34,21 @@ def test_a_users_mistake_is_one_line_and_code_2(monkeypatch: pytest.MonkeyPatch,
         run(main)
     assert left.value.code == EXIT_USER_ERROR
     assert capsys.readouterr().err == "speak.py: no such voice; train one first\n"
+
+
+def test_a_full_disk_is_one_line_and_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def main(argv: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "logs/events")
+
+    with pytest.raises(SystemExit) as left:
+        run(main)
+    assert left.value.code == EXIT_USER_ERROR
+    assert capsys.readouterr().err.startswith("train.py: No space left on device (logs/events); make room")
+
+    def mistaken(argv: object) -> int:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "ours.txt")
+
+    with pytest.raises(FileNotFoundError):  # of this suite, not of the user's
+        run(mistaken)

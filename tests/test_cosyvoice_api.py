@@ -1,5 +1,7 @@
 """The public API on a tiny model folder, with small stand-ins for the two ONNX sessions."""
 
+import logging
+import random
 import shutil
 import threading
 import time
@@ -8,14 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pytest
 import torch
 from models import tiny_model_dir
 from torch import Tensor
 
-from cosyvoice.cli.cosyvoice import CosyVoice
+from cosyvoice.cli.cosyvoice import AutoModel, CosyVoice
 from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.cli.prefetch import prefetch
+from cosyvoice.utils import file_utils
+from cosyvoice.utils.common import set_all_random_seed
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import MEL_HOP_SAMPLES, SAMPLE_RATE_HZ
 
@@ -226,6 +231,26 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, model_dir: Path) -
     shutil.copy(model_dir / "flow.pt", tmp_path / "llm.pt")
     with pytest.raises(InputError, match="llm.pt"):
         CosyVoice(tmp_path, device="cpu")
+
+
+def test_weights_are_taken_once(model_dir: Path, voice: CosyVoice) -> None:
+    files = [model_dir / f"{name}.pt" for name in ("llm", "flow", "hift")]
+    with pytest.raises(InputError, match="make a new CosyVoice"):
+        voice.model.load(*files)
+    for part, path in zip((voice.model.llm, voice.model.flow, voice.model.hift), files, strict=True):
+        with pytest.raises(InputError, match="make a new CosyVoice"):
+            part.load_state_dict(torch.load(path, weights_only=True), strict=False)
+
+
+def test_what_servers_import(model_dir: Path) -> None:
+    assert AutoModel(model_dir=str(model_dir)).list_available_spks()[0] == "anna"
+    draws = []
+    for _ in range(2):
+        set_all_random_seed(3)
+        draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert draws[0] == draws[1]
+    assert draws[0][2] == torch.rand(1, generator=torch.Generator().manual_seed(3)).item()
+    assert file_utils.logging is logging
 
 
 def test_prefetch_runs_ahead_and_keeps_order() -> None:

@@ -100,6 +100,16 @@ def test_sequences_at_the_same_time_have_steps_of_their_own(plain: TransformerLM
     assert llm.captured.idle == [longer]  # it serves shorter ones too
 
 
+@torch.inference_mode()
+def test_a_sequence_of_nans_leaves_nothing_to_the_next(plain: TransformerLM, frames: Tensor) -> None:
+    llm = with_captured_steps(plain)
+    expected = log_probabilities(llm, frames)
+    broken = llm.following(frames * torch.nan, 10)
+    next(broken)
+    broken.close()
+    assert torch.equal(log_probabilities(llm, frames), expected)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("precision", LINEARS)
 @torch.inference_mode()

@@ -291,6 +291,17 @@ def test_a_recording_without_words_is_refused(folders: list[str], tmp_path: Path
         listening.read_sayings(text.parent)
 
 
+def test_originals_may_be_incomplete_and_of_a_low_rate(folders: list[str], tmp_path: Path, capsys) -> None:
+    originals = tmp_path / "voices" / "rms"
+    (originals / "002.txt").unlink()
+    samples, rate = soundfile.read(originals / "003.wav")
+    soundfile.write(originals / "003.wav", samples[:: rate // 8000], 8000)
+    sayings = listening.read_sayings(originals, all_needed=False)
+    assert [saying.audio.stem for saying in sayings[:2]] == ["001", "003"]
+    assert abs(sayings[1].seconds - len(samples) / rate) < 0.01
+    assert "left out: " in capsys.readouterr().err
+
+
 def test_evaluation_sentences_are_unseen_and_of_usual_length() -> None:
     sentences = SENTENCES.read_text(encoding="utf-8").splitlines()
     assert len(set(sentences)) == len(sentences) == 40

@@ -1,6 +1,7 @@
 """Properties of the flow and its blocks that hold for any weights."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -284,6 +285,22 @@ def test_halves_of_the_threads_compute_halves_of_the_items(monkeypatch: pytest.M
     finally:
         torch.set_num_threads(1)
     assert seen[3:] == 6 * [(1, 2)]
+
+
+def test_requests_at_the_same_time_leave_the_number_of_threads_alone() -> None:
+    flow = build_flow()
+
+    def speak(tokens: int) -> int:
+        flow.inference(**inference_inputs(tokens=tokens), n_timesteps=2)
+        return torch.get_num_threads()
+
+    torch.set_num_threads(4)
+    try:
+        for _ in range(3):
+            with ThreadPoolExecutor(3) as requests:  # each in a new thread
+                assert list(requests.map(speak, [5, 40, 20])) == [4, 4, 4]
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_one_token_is_enough() -> None:

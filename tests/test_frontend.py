@@ -4,8 +4,11 @@ import io
 import math
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,8 +41,8 @@ MEL = partial(
 
 
 def glide(seconds: float = SECONDS, rate: int = RATE_HZ) -> np.ndarray:
-    time = np.arange(int(seconds * rate)) / rate
-    return (0.5 * np.sin(2 * np.pi * (200 + 300 * time) * time)).astype(np.float32)
+    at = np.arange(int(seconds * rate)) / rate
+    return (0.5 * np.sin(2 * np.pi * (200 + 300 * at) * at)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,8 @@ def make_frontend(folder: Path, **options: object) -> CosyVoiceFrontEnd:
 @pytest.fixture(scope="module")
 def frontend(tmp_path_factory: pytest.TempPathFactory) -> CosyVoiceFrontEnd:
     folder = tmp_path_factory.mktemp("model")
-    torch.save({"anna": {"embedding": torch.arange(192.0)[None]}}, folder / "spk2info.pt")
+    voices = {"anna": torch.arange(192.0)[None], "nan": torch.full((1, 192), torch.nan)}
+    torch.save({name: {"embedding": vector} for name, vector in voices.items()}, folder / "spk2info.pt")
     return make_frontend(folder)
 
 
@@ -133,6 +137,9 @@ def test_a_stored_prompt_equals_the_prompt(frontend: CosyVoiceFrontEnd, prompt: 
         (lambda frontend, prompt: frontend.frontend_sft("Hi.", "bob"), "'bob'.*anna"),
         (lambda frontend, prompt: frontend.frontend_sft("", "anna"), "nothing to speak"),
         (lambda frontend, prompt: frontend.frontend_sft("?! ...", "anna"), "nothing to speak"),
+        (lambda frontend, prompt: frontend.frontend_sft("Hi.", "nan"), "'nan' holds values that are not numbers"),
+        (lambda frontend, prompt: frontend.text_normalize("caf\udce9"), "not valid Unicode .*UTF-8"),
+        (lambda frontend, prompt: frontend.text_normalize("caf\udce9", text_frontend=False), "not valid Unicode"),
         (lambda frontend, prompt: frontend.frontend_vc(torch.zeros(1, 31 * 16000), prompt), "31.00 s"),
         (lambda frontend, prompt: frontend.frontend_vc(torch.zeros(2, 16000), prompt), r"\(2, 16000\)"),
         (lambda frontend, prompt: frontend.frontend_vc(torch.zeros(1, 10), prompt), "0.00 s"),
@@ -198,6 +205,36 @@ def test_where_wetext_fails_the_plain_rules_serve(frontend: CosyVoiceFrontEnd, t
         make_frontend(tmp_path, normalizer="ttsfrd")
 
 
+@pytest.mark.parametrize("lost", ["", "."])
+def test_what_wetext_loses_stays_as_it_was(frontend: CosyVoiceFrontEnd, monkeypatch, lost: str) -> None:
+    monkeypatch.setattr(frontend.normalizer, "_grammar", SimpleNamespace(normalize=lambda text, lang: lost))
+    assert frontend.text_normalize("Said.") == ["Said."]
+
+
+def test_threads_take_turns_to_spell_numbers() -> None:
+    """inflect remembers the place of a number in an attribute, which another thread would overwrite."""
+
+    class Speller:
+        at_work = 0
+
+        def number_to_words(self, digits: str) -> str:
+            self.at_work += 1
+            time.sleep(0.01)
+            self.at_work -= 1
+            return f"{digits}{self.at_work}"
+
+    normalizer = TextNormalizer(get_byte_tokenizer().encode, None)
+    normalizer._inflect = Speller()
+    with ThreadPoolExecutor(4) as requests:
+        assert set(requests.map(normalizer.normalize, ["7"] * 8)) == {"70"}
+
+
+def test_a_number_without_a_name_is_read_by_its_digits() -> None:
+    normalizer = TextNormalizer(get_byte_tokenizer().encode, None)
+    assert normalizer.normalize("１" * 37) == " ".join(["one"] * 37)
+    assert "decillion" in normalizer.normalize("1" * 36)
+
+
 def test_a_sentence_without_stops_is_cut(frontend: CosyVoiceFrontEnd) -> None:
     text = "and so on, with another few words " * 60
     pieces = frontend.text_normalize(text)
@@ -211,6 +248,11 @@ def test_break_long_loses_nothing(text: str) -> None:
     pieces = break_long(text, len, 12)
     assert "".join(pieces) == text
     assert len(pieces) == 2 and max(map(len, pieces)) <= 12
+
+
+def test_a_sentence_is_broken_at_its_commas_first() -> None:
+    pieces = break_long("aaaa, bbbb cccc dddd eeee, ffff, gggg", len, 12)
+    assert pieces == ["aaaa, bbbb ", "cccc dddd ", "eeee, ffff,", " gggg"]
 
 
 def test_tokenizers_that_are_not_here_are_refused() -> None:

@@ -1,5 +1,6 @@
 """The command that speaks: which files it takes, what it writes, what it refuses."""
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import SAMPLE_RATE_HZ
 from llm_flow_model import JointModel
 from lora import adapters
+from speaking import write_wav
 from utils import limit_threads
 from voice import base_fingerprints, last_checkpoint, merge_run, merged_path, read_run
 
@@ -85,6 +87,27 @@ def test_the_newest_voice_speaks(speaker: Speaker, capsys: pytest.CaptureFixture
     for expected in (f"llm_merged_{MODE}.pt", f"flow_merged_{MODE}.pt", "hift.pt", SPEAKER, "real-time factor"):
         assert expected in printed
     assert np.array_equal(samples, speaker.speak("--seed", "7"))
+
+
+def test_a_wav_that_finds_no_room_is_told(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(InputError, match="cannot write .*result.wav: File too large; make room"):
+            write_wav(tmp_path / "result.wav", torch.zeros(1, 1000), SAMPLE_RATE_HZ, "seed 7")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_merged_file_that_is_gone_is_named(speaker: Speaker, output_dir: Path) -> None:
+    flow = output_dir / f"flow_merged_{MODE}.pt"
+    away = flow.rename(flow.with_suffix(".away"))
+    try:
+        with pytest.raises(InputError, match=f"{flow.name} of voice_.* is gone; run merge_joint_weights.py again"):
+            speaker.speak()
+    finally:
+        away.rename(flow)
 
 
 def test_adapters_speak_like_the_merged_voice(speaker: Speaker, output_dir: Path) -> None:

@@ -266,6 +266,22 @@ def test_an_interrupted_run_is_taken_up_again(
     assert sorted(path.name for path in data.iterdir()) == ["clips-00000.parquet", "report.csv"]
 
 
+def test_what_cannot_be_read_is_left_out_and_told(model_dir: Path, raw: Path, capsys) -> None:
+    add(raw, "1.wav", tone(1.0))
+    flac = add(raw, "2.flac", tone(1.0))
+    content = bytearray(flac.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)  # its number of samples, as a program writes it that does not know when it will end
+    flac.write_bytes(content)
+    (raw / "3.m4a").write_bytes(b"of a telephone")
+    (raw / "3.txt").write_text("Hello there.", encoding="utf-8")
+    data = prepare(model_dir, raw)
+    printed = capsys.readouterr().out
+    assert len(rows(data)) == 1
+    assert "left out 2: " in printed and "2.flac cannot be decoded as audio; convert it to wav" in printed
+    assert "left out 3: it has no recording (.wav .flac .ogg .mp3; convert others)" in printed
+
+
 def test_mistakes_are_named(model_dir: Path, raw: Path) -> None:
     with pytest.raises(InputError, match="holds no recording"):
         prepare(model_dir, raw)

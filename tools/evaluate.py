@@ -91,7 +91,7 @@ def evaluate(args: argparse.Namespace) -> "Evaluation":
     speaker_judges = open_speaker_judges(args.model_dir)
     with optional():
         import matplotlib  # noqa: F401
-    originals = read_sayings(args.reference)
+    originals = read_sayings(args.reference, all_needed=False)
     bases = read_voices(args.base_voices, args.reference) if args.base_voices else {}
     voice, real_time_factor = speak(lines, args) if lines else (None, None)
     spoken = read_sayings(args.wavs) if args.wavs else [read_saying(line.output, line.text) for line in lines]

@@ -1,5 +1,6 @@
 """From recordings and their texts to what the judges say of each."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from clips import AUDIO_SUFFIXES, find_recordings
+from clips import AUDIO_SUFFIXES, MIN_RATE_HZ, find_recordings
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
@@ -48,22 +49,32 @@ class Saying:
         return words_of(self.text)
 
 
-def read_sayings(folder: Path) -> list[Saying]:
-    """All recordings of a folder. Raises InputError unless each has a text with words, and each text a recording."""
+def read_sayings(folder: Path, all_needed: bool = True) -> list[Saying]:
+    """The recordings of a folder with their texts.
+
+    Raises InputError where one cannot be read or has no text with words, or a text no recording; unless all are needed,
+    it is left out, and said to be.
+    """
     if not folder.is_dir():
         raise InputError(f"the folder of recordings {folder} does not exist")
-    recordings = find_recordings(folder)
-    for recording in recordings:
-        if recording.audio is None or recording.text is None:
-            lacks = "no recording" if recording.audio is None else "no text"
-            raise InputError(f"{folder / recording.utt} has {lacks}; every NNN.wav needs its NNN.txt")
-    return [read_saying(recording.audio, decode_text(recording.text.read_bytes())) for recording in recordings]
+    sayings = []
+    for recording in find_recordings(folder):
+        try:
+            if recording.audio is None or recording.text is None:
+                lacks = "no recording" if recording.audio is None else "no text"
+                raise InputError(f"{folder / recording.utt} has {lacks}; every NNN.wav needs its NNN.txt")
+            sayings.append(read_saying(recording.audio, decode_text(recording.text.read_bytes())))
+        except InputError as error:
+            if all_needed:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    return sayings
 
 
 def read_saying(audio: Path, text: str) -> Saying:
     if not has_words(text):
         raise InputError(f"the text of {audio} has no words to compare with")
-    return Saying(audio, text, load_wav(audio, PROMPT_RATE_HZ))
+    return Saying(audio, text, load_wav(audio, PROMPT_RATE_HZ, MIN_RATE_HZ))
 
 
 def read_voices(folder: Path, target: Path) -> dict[str, list[Tensor]]:
@@ -73,7 +84,7 @@ def read_voices(folder: Path, target: Path) -> dict[str, list[Tensor]]:
     voices: dict[str, list[Tensor]] = {}
     for path in sorted(folder.glob("*/*")):
         if path.suffix.lower() in AUDIO_SUFFIXES and path.parent.resolve() != target.resolve():
-            voices.setdefault(path.parent.name, []).append(load_wav(path, PROMPT_RATE_HZ))
+            voices.setdefault(path.parent.name, []).append(load_wav(path, PROMPT_RATE_HZ, MIN_RATE_HZ))
     if not voices:
         raise InputError(f"{folder} holds no recordings of base voices; put those of each into a folder of its name")
     return voices

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -196,6 +197,11 @@ class CosyVoice:
         inputs = [self.frontend.frontend_sft(piece, spk_id=spk_id) for piece in pieces]
         texts, embedding = [entry["text"] for entry in inputs], inputs[0]["llm_embedding"]
         yield from self.model.tts_together(texts, embedding, draws, speed)
+
+
+def AutoModel(model_dir: str | Path, **options: Any) -> CosyVoice:
+    """The model of a folder, whose kind upstream finds out; here there is one kind. options: those of CosyVoice."""
+    return CosyVoice(model_dir, **options)
 
 
 def _check_folder(model_dir: Path) -> None:

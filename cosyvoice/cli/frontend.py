@@ -65,8 +65,12 @@ class CosyVoiceFrontEnd:
         """The text in words, in pieces as text_split has them (split) or whole.
 
         Text with special tokens (`<|...|>`), or with text_frontend off, stays as it is, in one piece. The
-        list is empty where there is nothing to speak.
+        list is empty where there is nothing to speak. Raises InputError for text that is no Unicode.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # a byte of another encoding, as Python passes it on from a command line
+            raise InputError(f"the text is not valid Unicode ({error.reason}); give it in UTF-8") from None
         if not text_frontend or not text or ("<|" in text and "|>" in text):
             return [text] if split else text
         text = self.normalizer.normalize(text)
@@ -183,7 +187,10 @@ class CosyVoiceFrontEnd:
         if spk_id not in self.spk2info:
             known = ", ".join(self.spk2info) or "none: this model folder has no spk2info.pt"
             raise InputError(f"no stored voice {spk_id!r}; there are: {known}")
-        return self.spk2info[spk_id]
+        voice = self.spk2info[spk_id]
+        if not all(value.isfinite().all() for value in voice.values() if isinstance(value, Tensor)):
+            raise InputError(f"the stored voice {spk_id!r} holds values that are not numbers; make it anew")
+        return voice
 
 
 def load_prompt(prompt_wav: Prompt, rate: int) -> Tensor:

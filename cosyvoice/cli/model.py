@@ -4,6 +4,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,7 @@ class CosyVoiceModel:
             self.device = torch.device("cuda", torch.cuda.current_device())  # what it means here, in any thread
         check_precision(precision, self.device)
         self.precision = precision
+        self.loaded = False
         self.llm, self.flow, self.hift = (part.to(self.device).eval() for part in (llm, flow, hift))
         self.fp16 = fp16 and self.device.type == "cuda"  # a CPU is slower in half precision, not faster
         if self.fp16:
@@ -79,8 +81,11 @@ class CosyVoiceModel:
     def load(self, llm_model: Weights, flow_model: Weights, hift_model: Weights) -> None:
         """Read the weights of all three parts, once. Raises InputError for those that do not fit.
 
-        Then those of language model and flow get their fastest form, and the vocoder's weight norm is folded.
+        Then those of language model and flow get their fastest form, and the vocoder's weight norm is folded; the parts
+        take no others any more.
         """
+        if self.loaded:
+            _refuse_weights()
         for part, weights in ((self.llm, llm_model), (self.flow, flow_model), (self.hift, hift_model)):
             if isinstance(weights, Mapping):
                 load_strict(part, weights, f"the {type(part).__name__}'s weights")
@@ -89,6 +94,9 @@ class CosyVoiceModel:
         self.llm.prepare_decoding(self.precision)
         self.flow.prepare_inference(self.precision)
         self.hift.remove_weight_norm()
+        for part in (self.llm, self.flow, self.hift):
+            part.register_load_state_dict_pre_hook(_refuse_weights)
+        self.loaded = True
 
     def tts(
         self,
@@ -214,6 +222,11 @@ class CosyVoiceModel:
                 chunk = chunk[hop:]
                 hop = min(self.token_max_hop_len, int(hop * self.stream_scale_factor))
         yield chunk, True
+
+
+def _refuse_weights(*_load_state_dict: Any) -> None:
+    """Their names are no longer those of a file; where not all must be there, none would be taken."""
+    raise InputError("the weights are in their form for speaking already; make a new CosyVoice(..., weights={...})")
 
 
 def check_speed(speed: float, stream: bool = False) -> None:

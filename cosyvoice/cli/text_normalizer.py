@@ -1,6 +1,7 @@
 """From a text as people write it to pieces as the language model can speak them."""
 
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -11,6 +12,7 @@ from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import (
     break_long,
     contains_chinese,
+    has_words,
     is_only_punctuation,
     remove_bracket,
     replace_blank,
@@ -68,11 +70,13 @@ class TextNormalizer:
         self.encode = encode
         self.text_split = text_split
         self.wetext = normalizer == "wetext" and find_spec("wetext") is not None
+        self._one_at_a_time = threading.Lock()  # inflect keeps its place in a number, and wetext promises nothing
 
     def normalize(self, text: str) -> str:
         """The whole text in words."""
         text = text.strip()
-        return self._chinese(text) if contains_chinese(text) else self._english(text)
+        with self._one_at_a_time:
+            return self._chinese(text) if contains_chinese(text) else self._english(text)
 
     def split(self, text: str) -> list[str]:
         """A normalised text in pieces that each hold something to speak; possibly none."""
@@ -108,6 +112,8 @@ class TextNormalizer:
         try:
             expanded = self._grammar.normalize(text, lang=lang)
         except AssertionError:  # wetext 0.1.8 on some runs of punctuation
+            return text
+        if has_words(text) and not has_words(expanded):  # 0.1.8 drops some texts with odd signs whole
             return text
         return re.sub(r'\\(["\\])', r"\1", expanded)  # it escapes quotes and backslashes
 

@@ -92,7 +92,7 @@ class MaskedDiffWithXvec(nn.Module):
 
         precision: a name in `MANY_FRAMES`. Names of weights change: this is for a model that only speaks from now on.
         """
-        self.decoder.estimator.prepare_inference(MANY_FRAMES[precision])
+        self.decoder.prepare_inference(MANY_FRAMES[precision])
 
     @torch.inference_mode()
     def inference(

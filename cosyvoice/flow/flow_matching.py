@@ -1,19 +1,22 @@
 """Conditional flow matching: the training loss, and sampling with classifier-free guidance."""
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cosyvoice.transformer.precision import Convert
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import OVERLAP_TOKENS, mel_frames
 from matcha.models.components.flow_matching import cosine_time_grid, integrate_euler, optimal_transport_path
 
 CACHED_TAIL_FRAMES = mel_frames(OVERLAP_TOKENS)  # what the next chunk of a stream begins with
+_making_workers = threading.Lock()
+_half_workers: dict[int, ThreadPoolExecutor] = {}  # by the number of threads
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,11 @@ class ConditionalCFM(nn.Module):
         t_span = cosine_time_grid(n_timesteps, mu.device)
         return self.solve_euler(z, t_span, mu, mask, spks, cond), new_cache
 
+    def prepare_inference(self, convert: Convert) -> None:
+        """Give the network's linear layers their fastest form, and make the workers while no request needs them."""
+        self.estimator.prepare_inference(convert)
+        _for_halves(self.estimator, next(self.estimator.parameters()).device)
+
     def solve_euler(
         self,
         x: Tensor,
@@ -148,18 +156,17 @@ class ConditionalCFM(nn.Module):
         masks = torch.cat([mask, mask])
         mu, spks, cond = (_add_unconditional(condition) for condition in (mu, spks, cond))
 
-        with _for_halves(self.estimator, x.device) as estimator:
+        estimator = _for_halves(self.estimator, x.device)
 
-            def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
-                both = torch.cat([x, x]).to(mu.dtype)  # one call: conditional items first, then unconditional
-                v, v_unconditional = estimator(both, masks, mu, t.expand(2 * batch), spks, cond).chunk(2)
-                return (1 + w) * v - w * v_unconditional
+        def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
+            both = torch.cat([x, x]).to(mu.dtype)  # one call: conditional items first, then unconditional
+            v, v_unconditional = estimator(both, masks, mu, t.expand(2 * batch), spks, cond).chunk(2)
+            return (1 + w) * v - w * v_unconditional
 
-            return integrate_euler(guided_velocity, x, t_span)
+        return integrate_euler(guided_velocity, x, t_span)
 
 
-@contextmanager
-def _for_halves(estimator: nn.Module, device: torch.device) -> Iterator[Callable[..., Tensor]]:
+def _for_halves(estimator: nn.Module, device: torch.device) -> Callable[..., Tensor]:
     """The estimator, on a CPU as two that each compute half of the items with half of the threads.
 
     Threads that share an operation wait for each other at its end, thousands of times a sentence. These two wait for
@@ -167,8 +174,8 @@ def _for_halves(estimator: nn.Module, device: torch.device) -> Iterator[Callable
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
-        yield estimator
-        return
+        return estimator
+    pool = half_workers(threads)
 
     @torch.inference_mode()  # which is a thread's own
     def of_half(*inputs: Tensor | None) -> Tensor:
@@ -178,11 +185,30 @@ def _for_halves(estimator: nn.Module, device: torch.device) -> Iterator[Callable
         halves = [(None, None) if both is None else both.chunk(2) for both in inputs]
         return torch.cat(list(pool.map(of_half, *halves)))
 
-    try:
-        with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(threads // 2,)) as pool:
-            yield of_both
-    finally:
-        torch.set_num_threads(threads)  # what threads begin with from now on, which the two have changed
+    return of_both
+
+
+def half_workers(threads: int) -> ThreadPoolExecutor:
+    """Two workers that each compute with half of so many threads: always the same ones, which all requests share.
+
+    A thread that sets its number of threads sets that of all that start later, so this happens once, under a lock.
+    """
+    with _making_workers:
+        if threads not in _half_workers:
+            both_set = threading.Barrier(3)
+
+            def begin() -> None:
+                torch.get_num_threads()  # or this thread's first operation would take over the number of all
+                torch.set_num_threads(threads // 2)
+                both_set.wait()
+
+            pool = ThreadPoolExecutor(2, initializer=begin)
+            for _ in range(2):
+                pool.submit(int)
+            both_set.wait()
+            torch.set_num_threads(threads)
+            _half_workers[threads] = pool
+        return _half_workers[threads]
 
 
 def _keep_items(condition: Tensor | None, keep: Tensor) -> Tensor | None:

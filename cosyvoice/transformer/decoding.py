@@ -32,15 +32,16 @@ class DecodingAttention(RelPositionMultiHeadedAttention):
         self.linear_pos = base.linear_pos
         self.pos_bias_u, self.pos_bias_v = base.pos_bias_u, base.pos_bias_v
         none = self.pos_bias_u.detach().new_empty(1, self.h, 0, self.d_k)
-        self.positions = super().grown_positions(none, INITIAL_CACHE_FRAMES)
+        self.register_buffer("positions", super().grown_positions(none, INITIAL_CACHE_FRAMES), persistent=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.linear_qkv(x).chunk(3, dim=-1)
 
     def grown_positions(self, positions: Tensor, capacity: int) -> Tensor:
-        if capacity > self.positions.size(2):
-            self.positions = super().grown_positions(self.positions, capacity)
-        return self.positions[:, :, -capacity:]
+        known = self.positions  # once: other requests may be growing it, too
+        if capacity > known.size(2):
+            self.positions = known = super().grown_positions(known, capacity)
+        return known[:, :, -capacity:]
 
     def step_at(self, x: Tensor, place: Tensor, seen: Tensor, order: Tensor, cache: AttentionCache) -> Tensor:
         """`step` for one frame (1, 1, C) that becomes row `place` (1,) of a cache, whose rows all take part.
@@ -90,6 +91,8 @@ class CapturedSteps:
         """Begin another sequence: `stack.forward_chunk` may read its first frames into `cache`."""
         for layer_cache in self.cache:
             layer_cache.length = 0
+            layer_cache.keys.zero_()  # all rows take part, those not yet written with weight 0: none may be NaN
+            layer_cache.values.zero_()
 
     def after(self, token: int) -> Tensor:
         """The log-probabilities (V,) of what follows `token`, which becomes part of the sequence.
@@ -124,10 +127,11 @@ class CapturedSteps:
             for _ in range(WARM_UP_STEPS):
                 self.compute()  # writes what the replay will write
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # other threads, such as the flow of a stream, may go on allocating memory
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.log_p = self.compute()
+        self.graph = graph  # only now: a failed capture, for want of memory, is tried again by the next sentence
 
 
 class CapturedStepsPool:

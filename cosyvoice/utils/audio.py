@@ -42,7 +42,7 @@ def read_wav(wav: str | Path | BinaryIO) -> tuple[Tensor, int]:
         raise InputError(f"{wav} does not exist")
     try:
         samples, rate = soundfile.read(wav, dtype="float32", always_2d=True)  # (samples, channels)
-    except (soundfile.SoundFileError, OSError) as error:
+    except (soundfile.SoundFileError, OSError, ValueError, MemoryError) as error:  # the last two: an untold length
         raise InputError(f"{_name(wav)} cannot be decoded as audio; convert it to wav") from error
     if not len(samples):
         raise InputError(f"{_name(wav)} holds no samples")

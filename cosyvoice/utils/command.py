@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.errors import DISK_TROUBLE, NO_PERMISSION, InputError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -18,20 +18,24 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     # Threads of one operation wait for each other in a loop, each time for milliseconds. Where another program has one
     # of the cores, that loop is all they do: on two cores one busy neighbour made a small model 100 times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is loaded, which main does
+    code, reason = EXIT_USER_ERROR, ""
     try:
         code = main(None) or 0
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        code = EXIT_USER_ERROR
+        reason = str(error)
+    except OSError as error:
+        if error.errno not in (*DISK_TROUBLE, *NO_PERMISSION):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        reason = f"{error.strerror}{where}; make room, or choose files and folders that can be read and written"
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be loaded
             raise
-        reason = str(error).splitlines()[0]
-        print(f"{Path(sys.argv[0]).name}: {reason} See 'CUDA out of memory' in README.md.", file=sys.stderr)
-        code = EXIT_USER_ERROR
+        reason = f"{str(error).splitlines()[0]} See 'CUDA out of memory' in README.md."
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted; what was finished is kept", file=sys.stderr)
-        code = EXIT_INTERRUPTED
+        code, reason = EXIT_INTERRUPTED, "interrupted; what was finished is kept"
+    if reason:
+        print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -1,11 +1,20 @@
 """Padding, accuracy and the samplers that choose a speech token from log-probabilities."""
 
+import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 IGNORE_ID = -1  # a target that no loss and no accuracy counts
+
+
+def set_all_random_seed(seed: int) -> None:
+    """Python's, numpy's and torch's generators, each with this number itself, as servers and notebooks do."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def pad_list(xs: Sequence[Tensor], pad_value: float) -> Tensor:

@@ -1,4 +1,9 @@
-"""The one exception that means: the user can mend this."""
+"""The one exception that means: the user can mend this; and the errors of files that mean it, too."""
+
+import errno
+
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+NO_PERMISSION = (errno.EACCES, errno.EPERM)
 
 
 class InputError(Exception):

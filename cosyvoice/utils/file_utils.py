@@ -1,6 +1,6 @@
 """Files that appear whole or not at all."""
 
-import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,12 +11,10 @@ from typing import Any
 import torch
 
 from cosyvoice.utils.audio import load_wav
-from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.errors import DISK_TROUBLE, InputError
 
-# load_wav: the import path that servers and notebooks use
-__all__ = ["atomic_write", "copy_file", "load_wav", "save_tensors"]
-
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+# load_wav, logging: servers and notebooks import them from here
+__all__ = ["atomic_write", "copy_file", "load_wav", "logging", "save_tensors"]
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
 COMMAS = ",，、"
 DIGIT_MARKS = "⁰¹⁴-⁹₀-₉①-⑨⑴-⑼⒈-⒐⓪⓵-⓽⓿❶-❾➀-➈➊-➒"
+MOST_NAMED_DIGITS = 36  # inflect counts up to decillions
 STOPS = {"zh": "。？！；：、.?!;", "en": ".?!;:"}  # where a paragraph may be cut
 FULL_STOP = {"zh": "。", "en": "."}
 CUTS = ("(?<=[,，、])", r"(?<=\s)", "")  # where a sentence that is far too long is cut, best place first
@@ -45,14 +46,18 @@ def replace_blank(text: str) -> str:
 def spell_out_number(text: str, inflect_parser: Any) -> str:
     """Numbers in English words, by `inflect.engine()`.
 
-    Each run of decimal digits is one number; a superscript two or three is a square or a cube, and other
-    marks that stand for a digit (circled ones, subscripts) are spelled one by one.
+    Each run of decimal digits is one number; a superscript two or three is a square or a cube. Runs that are too
+    long for a name, and other marks that stand for a digit (circled ones, subscripts), are spelled one by one.
     """
 
     def one_by_one(marks: re.Match) -> str:
         return " ".join(inflect_parser.number_to_words(unicodedata.digit(mark)) for mark in marks.group())
 
-    text = re.sub(r"\d+", lambda digits: inflect_parser.number_to_words(digits.group()), text)
+    def as_number(digits: re.Match) -> str:
+        named = len(digits.group()) <= MOST_NAMED_DIGITS
+        return inflect_parser.number_to_words(digits.group()) if named else one_by_one(digits)
+
+    text = re.sub(r"\d+", as_number, text)
     text = text.replace("²", " squared").replace("³", " cubed")
     return re.sub(f"[{DIGIT_MARKS}]+", one_by_one, text)
 
@@ -102,15 +107,22 @@ def _sentences(text: str, stops: str) -> list[str]:
 
 
 def break_long(text: str, length: Callable[[str], int], limit: int) -> list[str]:
-    """Cut a text without stops into pieces of at most limit: after commas, else blanks, else anywhere."""
-    for cut in CUTS:
-        parts = [part for part in re.split(cut, text) if part]
-        if all(length(part) <= limit for part in parts):
-            break
-    pieces = parts[:1]
-    for part in parts[1:]:
-        if length(pieces[-1] + part) <= limit:
+    """Cut a text without stops into pieces of at most limit: after commas; between two of them, only if there is no
+    other way, at blanks, and in a word that is longer still, anywhere.
+    """
+    pieces: list[str] = []
+    for part in _parts(text, length, limit, CUTS):
+        if pieces and length(pieces[-1] + part) <= limit:
             pieces[-1] += part
         else:
             pieces.append(part)
     return pieces
+
+
+def _parts(text: str, length: Callable[[str], int], limit: int, cuts: Sequence[str]) -> Iterator[str]:
+    """Each stretch between two of the first kind of cuts, or where it is too long, between two of the others."""
+    for part in filter(None, re.split(cuts[0], text)):
+        if length(part) > limit and len(cuts) > 1:
+            yield from _parts(part, length, limit, cuts[1:])
+        else:
+            yield part
