@@ -81,10 +81,19 @@ def open_voice(args: argparse.Namespace, model_dir: Path) -> ReadyVoice:
     limit_threads(model_dir)
     voice = choose_voice(args, model_dir)
     speaker, embedding = speaker_vector(args, voice, model_dir)
-    cosyvoice = load_voice(voice, model_dir, args.device, args.precision)
-    cosyvoice.frontend.spk2info[VOICE_NAME] = {"embedding": embedding}
+    cosyvoice = load_voice(voice, embedding, model_dir, args.device, args.precision)
     cosyvoice.frontend.text_normalize("Ready.")  # loads tokenizer and grammars, which is not speaking time
     return ReadyVoice(cosyvoice, {**file_sources(voice, model_dir), "speaker": speaker})
+
+
+def speak_checkpoint(checkpoint: Path, text: str, output: Path, model_dir: Path, device_name: str, seed: int) -> None:
+    """Write the wav of one text, as `inference_joint.py --adapter` with the same seed does."""
+    from voice import read_run
+
+    voice = Voice(adapters=read_run(checkpoint))
+    cosyvoice = load_voice(voice, voice.adapters.state["embedding"].view(1, -1), model_dir, device_name)
+    for _ in ReadyVoice(cosyvoice, {}).speak([Line(1, text, output)], speed=1.0, seed=seed, together=1):
+        pass
 
 
 def add_voice(parser: argparse.ArgumentParser) -> None:
@@ -229,7 +238,10 @@ def read_vector(path: Path) -> "Tensor":
     return vector.reshape(1, -1).float()
 
 
-def load_voice(voice: Voice, model_dir: Path, device_name: str, precision: str | None) -> "CosyVoice":
+def load_voice(
+    voice: Voice, embedding: "Tensor", model_dir: Path, device_name: str, precision: str | None = None
+) -> "CosyVoice":
+    """With the speaker vector (1, 192) stored as VOICE_NAME. precision: default the fastest of the device."""
     from cosyvoice.cli.cosyvoice import CosyVoice
     from cosyvoice.transformer.precision import fastest_precision
     from cosyvoice.utils.checkpoint import read_state_dict
@@ -240,7 +252,10 @@ def load_voice(voice: Voice, model_dir: Path, device_name: str, precision: str |
     for part in voice.adapters.parts if voice.adapters else ():
         base = read_state_dict(model_dir / f"{part}.pt")
         weights[part] = merged(base, voice.adapters.adapters[part], voice.adapters.scale(part))
-    return CosyVoice(model_dir, device=str(device), weights=weights, precision=precision or fastest_precision(device))
+    precision = precision or fastest_precision(device)
+    cosyvoice = CosyVoice(model_dir, device=str(device), weights=weights, precision=precision)
+    cosyvoice.frontend.spk2info[VOICE_NAME] = {"embedding": embedding}
+    return cosyvoice
 
 
 def file_sources(voice: Voice, model_dir: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from config import MODES, SEED, find_model_dir, settings_for, with_changes
 from cosyvoice.utils.command import EXIT_INTERRUPTED, run
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frontend_utils import has_words
 from utils import add_device, add_folders, add_seed, check_writable, limit_threads, pick_device, repeated
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument("--memory", type=memory_size, metavar="8GB", help="put as many clips of a step in one pass as fit")
     how.add_argument("--lr", type=float, help="highest learning rate")
     how.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any other setting")
+    how.add_argument("--listen", metavar="TEXT", help="each epoch speaks it: in TensorBoard, and a wav in its folder")
     add_folders(parser, "model", "data", "output")
     add_device(parser)
     add_seed(parser)
@@ -75,13 +77,15 @@ def changes(args: argparse.Namespace) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    if args.listen is not None and not has_words(args.listen):
+        raise InputError(f"--listen has nothing to speak: {args.listen!r}; give it words or numbers")
     model_dir = find_model_dir(args.model_dir)
     config = with_changes(settings_for(model_dir), changes(args))
     check_writable(args.output_dir)
     device = pick_device(args.device).type
     limit_threads(model_dir)
     from dataset import load_clips
-    from training import Interrupted, fit
+    from training import Interrupted, Listener, fit
     from voice import base_fingerprints, last_checkpoint, read_run
 
     clips = load_clips(args.data_dir, model_dir)
@@ -104,9 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             loaders[0].sampler.skip = resumed.state["batches_done"] * resumed.config["batch_size"]
         describe(model, loaders, device)
         try:
-            fit(model, loaders, args.output_dir, device, resumed and resumed.path)
+            listener = Listener(args.listen, model_dir, device, args.seed) if args.listen else None
+            fit(model, loaders, args.output_dir, device, resumed and resumed.path, listener)
         except Interrupted as stop:
             options = f"--mode {origin['mode']} --resume auto{repeated(args, 'model', 'data', 'output')}"
+            options += f" --listen {shlex.quote(args.listen)}" if args.listen else ""
             print(f"{stop}; go on with: python train_joint.py {options}")
             return EXIT_INTERRUPTED
         trained = read_run(last_checkpoint(args.output_dir, origin["mode"]))

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,9 +17,12 @@ from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
+from cosyvoice.utils.audio import read_wav
+from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write, copy_file
 from dataset import Clip, collate
 from llm_flow_model import HALF_TYPES, JointModel
+from speaking import speak_checkpoint
 from voice import last_checkpoint
 
 KEPT_CHECKPOINTS = 3
@@ -35,15 +39,35 @@ class Interrupted(Exception):
         self.checkpoint = checkpoint
 
 
+@dataclass
+class Listener:
+    """Lets each epoch's checkpoint speak a text, into a wav beside the logs and into TensorBoard."""
+
+    text: str
+    model_dir: Path
+    device: str
+    seed: int
+
+    def listen(self, checkpoint: Path, epoch: int, logger: TensorBoardLogger) -> None:
+        wav = Path(logger.log_dir) / f"epoch{epoch:04d}.wav"
+        try:
+            speak_checkpoint(checkpoint, self.text, wav, self.model_dir, self.device, self.seed)
+        except InputError as error:  # a voice that says nothing yet is no reason to stop training
+            print(f"epoch {epoch} cannot be heard: {error}")
+            return
+        speech, rate = read_wav(wav)
+        logger.experiment.add_audio("listen", speech, epoch, rate)
+
+
 class CheckpointKeeper(Checkpoint):
     """Writes the last checkpoint after every epoch, keeps the best few beside it, and stops cleanly when asked to.
 
     Checkpoints are written between optimiser steps only, where a resumed run can repeat an uninterrupted one.
     """
 
-    def __init__(self, output_dir: Path, mode: str, fresh: bool) -> None:
+    def __init__(self, output_dir: Path, mode: str, fresh: bool, listener: Listener | None) -> None:
         """fresh: this is a new run, which replaces the checkpoints of an earlier one with its first."""
-        self.output_dir, self.mode, self.fresh = output_dir, mode, fresh
+        self.output_dir, self.mode, self.fresh, self.listener = output_dir, mode, fresh, listener
         self.last = last_checkpoint(output_dir, mode)
         self.interrupted = False
 
@@ -66,6 +90,8 @@ class CheckpointKeeper(Checkpoint):
         for path, _ in sorted(self.kept(), key=lambda kept: kept[1])[KEPT_CHECKPOINTS:]:
             path.unlink()
         print(f"\n{epoch_summary(model)}", flush=True)
+        if self.listener:
+            self.listener.listen(self.last, model.epoch_number, trainer.logger)
         if self.interrupted and not trainer.should_stop:
             raise Interrupted(self.last)
 
@@ -102,13 +128,14 @@ def fit(
     output_dir: Path,
     device: str,
     resume: Path | None,
+    listener: Listener | None = None,
 ) -> None:
     """Train until every part has stopped, at most `max_epochs`. Raises Interrupted after Ctrl-C."""
     config = model.config
     if device == "cuda" and config["precision"] in HALF_TYPES:
         model.keep_base_in(HALF_TYPES[config["precision"]])
     mode = config["training_mode"]
-    keeper = CheckpointKeeper(output_dir, mode, fresh=resume is None)
+    keeper = CheckpointKeeper(output_dir, mode, fresh=resume is None, listener=listener)
     logger = TensorBoardLogger(output_dir / "joint_logs", name=mode)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     trainer = pl.Trainer(

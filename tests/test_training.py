@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
+import inference_joint
 import train_joint
 from config import JOINT_TRAINING_CONFIG, with_changes
 from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
@@ -235,6 +237,33 @@ def test_a_part_stops_at_its_threshold_and_the_other_goes_on(train, tmp_path: Pa
     assert not flow["stopped"] and len(flow["history"]) == 2
     best = llm["best"]
     assert all(torch.equal(tensor, best[name]) for name, tensor in run.adapters["llm"].items())
+
+
+def test_each_epoch_is_heard_as_it_will_speak(
+    train, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode = ["--mode", "llm_only", "--epochs", "2"]
+    train(*mode, output="silent")
+    assert train(*mode, "--listen", "Hello there.", output="heard") == 0
+    assert_same_run(tmp_path / "silent/joint_llm_only_last.ckpt", tmp_path / "heard/joint_llm_only_last.ckpt")
+    (logs,) = (tmp_path / "heard/joint_logs/llm_only").iterdir()
+    assert sorted(path.name for path in logs.glob("*.wav")) == ["epoch0001.wav", "epoch0002.wav"]
+    events = EventAccumulator(str(logs)).Reload()
+    assert [event.step for event in events.Audio("listen")] == [1, 2]
+
+    spoken = tmp_path / "spoken.wav"
+    folders = ["--model-dir", str(model_dir), "--output-dir", str(tmp_path / "heard"), "--device", "cpu"]
+    checkpoint = tmp_path / "heard/joint_llm_only_last.ckpt"
+    inference_joint.main([*folders, "--adapter", str(checkpoint), "--text", "Hello there.", "--output", str(spoken)])
+    assert spoken.read_bytes() == (logs / "epoch0002.wav").read_bytes()
+
+    def silent(*request: object) -> None:
+        raise InputError("the model returned no speech tokens; try another text")
+
+    monkeypatch.setattr("training.speak_checkpoint", silent)
+    assert train(*mode, "--listen", "Hello there.", output="still") == 0
+    with pytest.raises(InputError, match="--listen has nothing to speak"):
+        train("--listen", "...")
 
 
 def test_patience_ends_training(train, tmp_path: Path) -> None:
