@@ -60,19 +60,21 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     try:
         with pq.ParquetFile(file) as parquet:
             strange = [name for name in COLUMNS if SCHEMA.field(name) not in parquet.schema_arrow]
-            rows = [] if strange else parquet.read(COLUMNS).to_pylist()
+            table = None if strange else parquet.read(COLUMNS)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{file} cannot be read ({reason}); delete it and run prepare_joint_data.py again") from None
     if strange:
         problem = f"its columns {', '.join(strange)} are missing or of another type"
         raise InputError(f"{file} is not from prepare_joint_data.py: {problem}; move it away and run that again")
-    return rows
+    rows = table.drop_columns("speech_feat").to_pylist()
+    mels = (mel.values.to_numpy() for mel in table["speech_feat"])  # not number by number through Python
+    return [row | {"speech_feat": mel} for row, mel in zip(rows, mels, strict=True)]
 
 
 def to_clip(row: dict[str, Any]) -> Clip:
     """Tokens and mel are cut to their common duration, so that both always end together."""
-    mel = torch.tensor(row["speech_feat"], dtype=torch.float32).view(*row["speech_feat_shape"])
+    mel = torch.tensor(row["speech_feat"]).view(*row["speech_feat_shape"])
     tokens = torch.tensor(row["speech_token"])
     count = min(len(tokens), whole_tokens(len(mel)))
     return Clip(

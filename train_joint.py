@@ -8,7 +8,6 @@ Watch it with `tensorboard --logdir output/joint_logs`. At the end the best weig
 import argparse
 import hashlib
 import re
-import shlex
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from config import MODES, SEED, find_model_dir, settings_for, with_changes
 from cosyvoice.utils.command import EXIT_INTERRUPTED, run
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
-from utils import add_device, add_folders, add_seed, check_writable, limit_threads, pick_device, repeated
+from utils import add_device, add_folders, add_seed, check_writable, limit_threads, pick_device, quoted, repeated
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -112,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             fit(model, loaders, args.output_dir, device, resumed and resumed.path, listener)
         except Interrupted as stop:
             options = f"--mode {origin['mode']} --resume auto{repeated(args, 'model', 'data', 'output')}"
-            options += f" --listen {shlex.quote(args.listen)}" if args.listen else ""
+            options += f" --listen {quoted(args.listen)}" if args.listen else ""
             print(f"{stop}; go on with: python train_joint.py {options}")
             return EXIT_INTERRUPTED
         trained = read_run(last_checkpoint(args.output_dir, origin["mode"]))
@@ -283,7 +282,7 @@ def both_files(run: "Run", output_dir: Path) -> str:
         return ""
     newest = max(earlier, key=lambda path: path.stat().st_mtime)
     files = own | {newest.name.partition("_")[0]: newest}
-    return "".join(f" --{part} {shlex.quote(str(files[part]))}" for part in MODES["joint"])
+    return "".join(f" --{part} {quoted(files[part])}" for part in MODES["joint"])
 
 
 if __name__ == "__main__":

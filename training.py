@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
@@ -52,8 +53,8 @@ class Listener:
         wav = Path(logger.log_dir) / f"epoch{epoch:04d}.wav"
         try:
             speak_checkpoint(checkpoint, self.text, wav, self.model_dir, self.device, self.seed)
-        except InputError as error:  # a voice that says nothing yet is no reason to stop training
-            print(f"epoch {epoch} cannot be heard: {error}")
+        except (InputError, torch.OutOfMemoryError) as error:  # to hear nothing is no reason to stop training
+            print(f"epoch {epoch} cannot be heard: {str(error).splitlines()[0]}")
             return
         speech, rate = read_wav(wav)
         logger.experiment.add_audio("listen", speech, epoch, rate)

@@ -2,7 +2,10 @@
 
 import argparse
 import os
+import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +34,12 @@ def repeated(args: argparse.Namespace, *names: str) -> str:
     defaults = {"model": None, "data": DATA_DIR, "output": OUTPUT_DIR}
     folders = {name: getattr(args, f"{name}_dir") for name in names}
     given = {name: folder for name, folder in folders.items() if folder != defaults[name]}
-    return "".join(f" --{name}-dir {shlex.quote(str(folder))}" for name, folder in given.items())
+    return "".join(f" --{name}-dir {quoted(folder)}" for name, folder in given.items())
+
+
+def quoted(text: str | Path) -> str:
+    """As an argument to be pasted into a shell of this system."""
+    return subprocess.list2cmdline([str(text)]) if os.name == "nt" else shlex.quote(str(text))
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +61,19 @@ def pick_device(name: str) -> "torch.device":
     """`auto`, `cpu` or `cuda` as a torch device. Raises InputError where CUDA is asked for and missing."""
     import torch
 
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    problem = "" if torch.cuda.is_available() else "torch sees no CUDA device here"
+    if not problem:
+        capability = torch.cuda.get_device_capability()
+        known = [int(number) for number in re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))]
+        if known and 10 * capability[0] + capability[1] < min(known):
+            problem = f"{torch.cuda.get_device_name()} is older than the cards that this torch computes on"
+            if name == "auto":
+                print(f"{problem}: computing on the CPU", file=sys.stderr)
+    if problem and name == "cuda":
+        raise InputError(f"--device cuda: {problem}; use --device cpu")
+    return torch.device("cpu" if problem else "cuda")
 
 
 def limit_threads(model_dir: Path) -> None:

@@ -133,6 +133,13 @@ def write_speaker(run: Run, known: dict[str, Any], output_dir: Path) -> Path:
     return target
 
 
+def _relative(file: Path, folder: Path) -> str:
+    try:
+        return os.path.relpath(file, folder)
+    except ValueError:  # on another drive
+        return str(file.resolve())
+
+
 def write_sidecar(run: Run, files: dict[str, Path], epochs: dict[str, int], output_dir: Path) -> Path:
     """What a file of tensors cannot hold. files: merged file by part. epochs: the epoch each part's weights are from.
 
@@ -146,7 +153,7 @@ def write_sidecar(run: Run, files: dict[str, Path], epochs: dict[str, int], outp
         "mode": run.mode,
         "speaker": run.state["speaker"],
         "run": run.state["run"],
-        "files": {part: os.path.relpath(file, output_dir) for part, file in files.items()},
+        "files": {part: _relative(file, output_dir) for part, file in files.items()},
         "merged_epoch": epochs,
         "base": run.state["base"],
         "seed": run.state["seed"],

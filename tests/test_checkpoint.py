@@ -11,7 +11,14 @@ from models import tiny, tiny_model_dir
 from parity import PARITY_DIR
 from torch import Tensor, nn
 
-from cosyvoice.utils.checkpoint import fingerprint_file, fingerprint_weights, load_part, load_strict, read_state_dict
+from cosyvoice.utils.checkpoint import (
+    fingerprint_file,
+    fingerprint_weights,
+    load_part,
+    load_strict,
+    load_tensors,
+    read_state_dict,
+)
 from cosyvoice.utils.errors import InputError
 
 
@@ -176,3 +183,13 @@ def test_a_fingerprint_of_weights_tells_others_apart(tmp_path: Path) -> None:
     old = tmp_path / "old.pt"
     torch.save(states[0], old, _use_new_zipfile_serialization=False)
     assert fingerprint_weights(old) == fingerprint_file(old)
+
+
+def test_only_weights_are_left_in_their_file(tmp_path: Path) -> None:
+    """Windows replaces no file that somebody holds, and voices and checkpoints are written anew."""
+    path = tmp_path / "voice.pt"
+    torch.save({"vector": torch.arange(1000.0)}, path)
+    loaded, mapped = load_tensors(path, "make it anew")["vector"], load_tensors(path, "make it anew", mapped=True)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(loaded, torch.arange(1000.0)) and not mapped["vector"].any()

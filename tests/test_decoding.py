@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.llm.llm import TransformerLM
-from cosyvoice.transformer.decoding import LEAST_CAPTURED_FRAMES, CapturedStepsPool
+from cosyvoice.transformer.decoding import LEAST_CAPTURED_FRAMES, CapturedSteps, CapturedStepsPool
 from cosyvoice.transformer.precision import LINEARS, MANY_FRAMES, check_precision, fastest_precision
 from cosyvoice.utils.command import Draws, seed_all
 from cosyvoice.utils.errors import InputError
@@ -101,13 +101,34 @@ def test_sequences_at_the_same_time_have_steps_of_their_own(plain: TransformerLM
 
 
 @torch.inference_mode()
+def test_a_text_by_itself_is_written_with_captured_steps(plain: TransformerLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gets the tokens that it gets in company, since each text has its own draws."""
+    llm, taken = with_captured_steps(plain), []
+    after = CapturedSteps.after
+    monkeypatch.setattr(CapturedSteps, "after", lambda steps, token: taken.append(token) or after(steps, token))
+    texts, embedding = [torch.tensor([[3, 4, 5]]), torch.tensor([[6, 7]])], torch.ones(1, 192)
+    (alone,) = llm.inference_together(texts[:1], embedding, [Draws(1)])
+    assert len(taken) >= len(alone) - 1 > 0
+    del taken[:]
+    assert llm.inference_together(texts, embedding, [Draws(1), Draws(2)])[0] == alone
+    assert not taken
+
+
+@torch.inference_mode()
 def test_a_sequence_of_nans_leaves_nothing_to_the_next(plain: TransformerLM, frames: Tensor) -> None:
     llm = with_captured_steps(plain)
-    expected = log_probabilities(llm, frames)
+
+    def written() -> list[Tensor]:
+        sequence = llm.following(frames[:, :20], 10)
+        found = [next(sequence), *(sequence.send(token) for token in (1, 2, 3))]
+        sequence.close()
+        return found
+
+    expected = written()
     broken = llm.following(frames * torch.nan, 10)
     next(broken)
     broken.close()
-    assert torch.equal(log_probabilities(llm, frames), expected)
+    assert all(torch.equal(a, b) for a, b in zip(written(), expected, strict=True))
 
 
 @pytest.mark.parametrize("bias", [True, False])

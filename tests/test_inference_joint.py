@@ -1,6 +1,5 @@
 """The command that speaks: which files it takes, what it writes, what it refuses."""
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from cosyvoice.utils.frames import SAMPLE_RATE_HZ
 from llm_flow_model import JointModel
 from lora import adapters
 from speaking import write_wav
-from utils import limit_threads
+from utils import limit_threads, pick_device
 from voice import base_fingerprints, last_checkpoint, merge_run, merged_path, read_run
 
 MODE = "joint"
@@ -90,6 +89,7 @@ def test_the_newest_voice_speaks(speaker: Speaker, capsys: pytest.CaptureFixture
 
 
 def test_a_wav_that_finds_no_room_is_told(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")  # Windows has none
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
@@ -108,6 +108,18 @@ def test_a_merged_file_that_is_gone_is_named(speaker: Speaker, output_dir: Path)
             speaker.speak()
     finally:
         away.rename(flow)
+
+
+def test_a_card_too_old_for_torch_is_not_chosen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "sm_120"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GeForce GTX 1080")
+    for capability, device in (((7, 5), "cuda"), ((12, 0), "cuda"), ((6, 1), "cpu")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert pick_device("auto").type == device
+    assert "GTX 1080 is older than" in capsys.readouterr().err
+    with pytest.raises(InputError, match="GTX 1080 is older than .* use --device cpu"):
+        pick_device("cuda")
 
 
 def test_adapters_speak_like_the_merged_voice(speaker: Speaker, output_dir: Path) -> None:

@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,6 +160,13 @@ def test_a_run_is_resumed_only_with_its_settings_and_its_data(
         recipe.train("llm", "llm", "--resume", "auto", "--train_data", str(write_corpus(tmp_path, seed=8)))
     unlogged = write_config(recipe.folder, "unlogged.yaml", log_interval=50, save_per_step=2)
     recipe.train("llm", "llm", "--resume", "auto", config=unlogged)
+
+
+def test_checkpoints_need_no_room_in_the_systems_temporary_folder(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(recipe.folder / "nowhere"))
+    assert (recipe.train("llm", "no_tmp", "--max_epoch", "1") / "last.ckpt").is_file()
 
 
 def test_two_processes_equal_one_with_twice_the_accumulation(recipe: Recipe) -> None:

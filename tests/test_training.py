@@ -257,11 +257,13 @@ def test_each_epoch_is_heard_as_it_will_speak(
     inference_joint.main([*folders, "--adapter", str(checkpoint), "--text", "Hello there.", "--output", str(spoken)])
     assert spoken.read_bytes() == (logs / "epoch0002.wav").read_bytes()
 
-    def silent(*request: object) -> None:
-        raise InputError("the model returned no speech tokens; try another text")
+    for trouble in (InputError("the model returned no speech tokens"), torch.OutOfMemoryError("too little")):
 
-    monkeypatch.setattr("training.speak_checkpoint", silent)
-    assert train(*mode, "--listen", "Hello there.", output="still") == 0
+        def silent(*request: object, trouble: Exception = trouble) -> None:
+            raise trouble
+
+        monkeypatch.setattr("training.speak_checkpoint", silent)
+        assert train(*mode, "--listen", "Hello there.", output="still") == 0
     with pytest.raises(InputError, match="--listen has nothing to speak"):
         train("--listen", "...")
 

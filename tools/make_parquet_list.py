@@ -96,15 +96,21 @@ def collect(folder: Path) -> tuple[list[Row], dict[str, str]]:
 
 def plan(rows: Sequence[Row], des_dir: Path, size: int) -> list[Shard]:
     """Shards of `size` rows; the last may have fewer."""
+    import numpy as np
+
     from tools.kaldi_folder import file_stamp
 
     shards = []
     for number, start in enumerate(range(0, len(rows), size)):
         shard_rows = rows[start : start + size]
-        told = [row | {"wav": file_stamp(Path(row["wav"]))} for row in shard_rows]
-        made_from = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        made_from = hashlib.sha256()
+        for row in shard_rows:
+            told = (row["utt"], file_stamp(Path(row["wav"])), row["text"], row["spk"])
+            made_from.update(json.dumps(told).encode())
+            for name in ("utt_embedding", "spk_embedding", "speech_token"):
+                made_from.update(np.asarray(row[name]).tobytes())
         files = (f"parquet_{number:09d}.tar", f"utt2parquet_{number:09d}.json", f"spk2parquet_{number:09d}.json")
-        shards.append(Shard(*(des_dir / name for name in files), shard_rows, made_from))
+        shards.append(Shard(*(des_dir / name for name in files), shard_rows, made_from.hexdigest()))
     return shards
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 import yaml
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from cosyvoice.bin.recipe_models import RecipeModel
 from cosyvoice.utils.checkpoint import load_strict, load_tensors
@@ -17,6 +19,13 @@ from cosyvoice.utils.file_utils import atomic_write, save_tensors
 STATE_KEY = "recipe"
 LAST = "last.ckpt"
 DEALT_ANEW = ("processes", "num_workers")  # what may differ at the end of an epoch, where all batches have been seen
+
+
+class CheckpointWriter(TorchCheckpointIO):
+    """Writes where it is told to: the trainer's own takes the way through memory and the system's temporary folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        torch.save(checkpoint, path)
 
 
 class RecipeCheckpoints(Checkpoint):
@@ -103,7 +112,7 @@ def read_progress(path: Path, state: dict[str, Any], model: RecipeModel) -> tupl
     Raises InputError where the file is damaged, or where the run it belongs to differs in `state` or its weights in
     names or shapes.
     """
-    content = load_tensors(path, "leave --resume out")
+    content = load_tensors(path, "leave --resume out", mapped=True)
     found = content.get(STATE_KEY, {})
     if "run" not in found:
         raise InputError(f"{path} is no state of a training run; leave --resume out")

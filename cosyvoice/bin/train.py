@@ -210,6 +210,8 @@ def build_trainer(args: argparse.Namespace, train_conf: dict[str, Any], keeper: 
     from pytorch_lightning.callbacks import TQDMProgressBar
     from pytorch_lightning.loggers import TensorBoardLogger
 
+    from cosyvoice.bin.recipe_checkpoints import CheckpointWriter
+
     for package in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
     gpu = torch.cuda.is_available()
@@ -228,6 +230,7 @@ def build_trainer(args: argparse.Namespace, train_conf: dict[str, Any], keeper: 
         gradient_clip_val=train_conf["grad_clip"] if args.train_engine == "deepspeed" else None,
         accumulate_grad_batches=train_conf.get("accum_grad", 1) if automatic else 1,
         log_every_n_steps=train_conf.get("log_interval", 100),
+        plugins=CheckpointWriter() if args.train_engine == "torch_ddp" else None,
         callbacks=[keeper, TQDMProgressBar(refresh_rate=int(sys.stderr.isatty()))],
         logger=TensorBoardLogger(args.tensorboard_dir, name="", version=""),
         num_sanity_val_steps=0,

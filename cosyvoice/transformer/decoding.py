@@ -129,7 +129,7 @@ class CapturedSteps:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # other threads, such as the flow of a stream, may go on allocating memory
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):  # its own is of the first GPU
             self.log_p = self.compute()
         self.graph = graph  # only now: a failed capture, for want of memory, is tried again by the next sentence
 

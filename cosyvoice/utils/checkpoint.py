@@ -51,16 +51,17 @@ DAMAGE = (
 )
 
 
-def load_tensors(path: Path, remedy: str) -> Any:
-    """What torch.save wrote, tensors and plain values only, on the CPU, memory-mapped where the file allows it.
+def load_tensors(path: Path, remedy: str, mapped: bool = False) -> Any:
+    """What torch.save wrote, tensors and plain values only, on the CPU.
 
-    Raises InputError, with the remedy, when the file is missing, damaged, or would run code on loading.
+    mapped: leave the tensors in the file, where it allows that; Windows then lets nobody replace it. Raises InputError,
+    with the remedy, when the file is missing, damaged, or would run code on loading.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist; {remedy}")
     try:
         with warnings.catch_warnings(action="ignore"):  # about pickles of other versions, which are refused below
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
             problem = f"is refused: it wants to load {wanted[1]}, and data need no code; it was not run"
@@ -75,7 +76,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
     Raises InputError when the file is missing, damaged, would run code on loading, or holds something else.
     """
-    state = load_tensors(path, "copy it, or download it again")
+    state = load_tensors(path, "copy it, or download it again", mapped=True)
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, not a dict of tensors")
     state = {name: value for name, value in state.items() if name not in TRAINING_COUNTERS}

@@ -1,5 +1,6 @@
 """What every command needs: the one way errors end, threads that wait politely, and random draws made again."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     # Threads of one operation wait for each other in a loop, each time for milliseconds. Where another program has one
     # of the cores, that loop is all they do: on two cores one busy neighbour made a small model 100 times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is loaded, which main does
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which, redirected on Windows, may lack the letters of a file's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     code, reason = EXIT_USER_ERROR, ""
     try:
         code = main(None) or 0
