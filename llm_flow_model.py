@@ -1,6 +1,7 @@
 """The joint model: LoRA adapters in LLM and Flow, their losses, and when each of the two has learned enough."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from matcha.models.components.transformer import BasicTransformerBlock
 from voice import CHECKPOINT_KEY
 
 RECOMPUTED = (EncoderLayer, ResnetBlock1D, BasicTransformerBlock)  # what LLM and Flow consist of
+RECOMPUTING_SHARE = 4  # what a block takes while its gradients are computed, over what it saves for them; measured
 DIVERGED = "training stopped, the last good checkpoint is kept; lower --lr, or use --set precision=32-true"
 HALF_TYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
@@ -44,6 +46,20 @@ def trainable_share(module: nn.Module) -> tuple[int, float]:
     """Trainable parameters and their share of all."""
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return trainable, trainable / sum(p.numel() for p in module.parameters())
+
+
+def saved_bytes(compute: Callable[[], Any], weights: set[int]) -> int:
+    """Of all tensors that `compute` saves for its gradients, but for the weights, given by their places in memory."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        compute()
+    return sum(size for place, size in kept.items() if place not in weights)
 
 
 class JointModel(pl.LightningModule):
@@ -71,10 +87,8 @@ class JointModel(pl.LightningModule):
         for name, part in parts.items():
             lora = config[f"{name}_lora"]
             inject(part, lora["target_modules"], lora["lora_r"], lora["lora_alpha"], lora["lora_dropout"])
-        if config["recompute"]:
-            for block in self.parts.modules():
-                if isinstance(block, RECOMPUTED):
-                    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for block in self.recomputed_blocks():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def train(self, mode: bool = True) -> "JointModel":
         """Only the adapters' dropout is ever on."""
@@ -117,18 +131,24 @@ class JointModel(pl.LightningModule):
         return result
 
     def kept_bytes(self, batch: dict[str, Tensor]) -> int:
-        """Bytes that training on `batch` keeps until its gradients are there, beside the weights."""
-        kept = {}
+        """Bytes that training on `batch` keeps until its gradients are there, beside the weights.
 
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.losses(batch, self.active())
+        Where blocks are computed again, also what the largest one takes in the meantime.
+        """
         weights = {weight.untyped_storage().data_ptr() for weight in self.parameters()}
-        return sum(size for place, size in kept.items() if place not in weights)
+        passing = [0]
+
+        def measure(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            passing.append(saved_bytes(lambda: block.forward.args[0](*inputs, **named), weights))
+
+        hooks = [block.register_forward_pre_hook(measure, with_kwargs=True) for block in self.recomputed_blocks()]
+        kept = saved_bytes(lambda: self.losses(batch, self.active()), weights)
+        for hook in hooks:
+            hook.remove()
+        return kept + RECOMPUTING_SHARE * max(passing)
+
+    def recomputed_blocks(self) -> list[nn.Module]:
+        return [block for block in self.parts.modules() if self.config["recompute"] and isinstance(block, RECOMPUTED)]
 
     def training_embeddings(self, size: int) -> Tensor:
         """(B, 192): the speaker's vector, or zeros for a small share of the clips while training."""
