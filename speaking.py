@@ -87,7 +87,7 @@ def open_voice(args: argparse.Namespace, model_dir: Path) -> ReadyVoice:
 
 
 def speak_checkpoint(checkpoint: Path, text: str, output: Path, model_dir: Path, device_name: str, seed: int) -> None:
-    """Write the wav of one text, as `inference_joint.py --adapter` with the same seed does."""
+    """Write the wav of one text, as `inference_joint.py --adapter --batch-size 1` with the same seed does."""
     from voice import read_run
 
     voice = Voice(adapters=read_run(checkpoint))
@@ -112,7 +112,7 @@ def add_voice(parser: argparse.ArgumentParser) -> None:
     voice.add_argument(
         "--precision",
         metavar="float32|float16|bfloat16|int8",
-        help="of LLM and Flow on a CPU: float32 is exact, int8 fastest (default: int8, on a GPU float32)",
+        help="of LLM and Flow on a CPU: float32 is exact, int8 fastest (default: int8 on Intel and AMD, else float32)",
     )
     voice.add_argument(
         "--batch-size", type=int, default=8, help="sentences the LLM writes at once (default: %(default)s)"

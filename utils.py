@@ -22,7 +22,7 @@ def add_folders(parser: argparse.ArgumentParser, *names: str) -> None:
     """Add `--model-dir`, `--data-dir`, `--output-dir`, as far as `names` (model, data, output) asks."""
     group = parser.add_argument_group("folders")
     if "model" in names:
-        group.add_argument("--model-dir", type=Path, help="base model (default: pretrained_models/CosyVoice-300M)")
+        group.add_argument("--model-dir", type=Path, help="base model (default: CosyVoice-300M, else -mini)")
     if "data" in names:
         group.add_argument("--data-dir", type=Path, default=DATA_DIR, help="parquet files (default: %(default)s)")
     if "output" in names:

@@ -65,7 +65,7 @@ class CosyVoiceFrontEnd:
         """The text in words, in pieces as text_split has them (split) or whole.
 
         Text with special tokens (`<|...|>`), or with text_frontend off, stays as it is, in one piece. The
-        list is empty where there is nothing to speak. Raises InputError for text that is no Unicode.
+        list is empty where there is only punctuation. Raises InputError for text that is no Unicode.
         """
         try:
             text.encode()
