@@ -180,8 +180,8 @@ def find_sidecar(weights: dict[str, Path], output_dir: Path) -> dict[str, Any]:
 
 
 def check_base(sidecar: dict[str, Any], fingerprints: dict[str, str], model_dir: Path) -> None:
-    for part, fingerprint in sidecar["base"].items():
-        if fingerprints[part] != fingerprint:
+    for part in sidecar["files"]:  # the others are the base's own
+        if fingerprints[part] != sidecar["base"][part]:
             raise InputError(
                 f"the voice {sidecar['speaker']!r} was made from another base than {model_dir}/{part}.pt; "
                 "give that folder with --model-dir"
