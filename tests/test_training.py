@@ -1,6 +1,9 @@
 """Training on a handful of made-up clips: what is trained, resuming, stopping, merging."""
 
+import json
+import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +20,13 @@ from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
 from cosyvoice.utils.checkpoint import load_part, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import mel_frames
+from cosyvoice.utils.scheduler import learning_rate_factor
 from dataset import Clip, collate, speaker_embedding
 from llm_flow_model import JointModel, saved_bytes
 from lora import Dropout, LoRALinear, adapter_state, adapters, inject, merged
 from tools.random_model import make_random_model
 from training import ADAPTER_BYTES, PASSING_SHARE, PROCESS_BYTES, CheckpointKeeper, clips_a_pass
-from voice import newest_voice, read_run
+from voice import merge_run, merged_path, newest_run, newest_voice, read_run
 
 FAST = ["batch_size=1", "accumulate_grad_batches=4", "max_feat_len=40", "learning_rate=0.01"]
 
@@ -268,6 +272,99 @@ def test_each_epoch_is_heard_as_it_will_speak(
         assert train(*mode, "--listen", "Hello there.", output="still") == 0
     with pytest.raises(InputError, match="--listen has nothing to speak"):
         train("--listen", "...")
+
+
+def test_a_share_of_the_lengthstrains_without_a_speaker(model_dir: Path) -> None:
+    model = joint_model(model_dir, "zero_embedding_ratio=0.3").train()
+    torch.manual_seed(0)
+    given = model.training_embeddings(2000)
+    zero = (given == 0).all(dim=1)
+    assert zero.float().mean().item() == pytest.approx(0.3, abs=0.05)
+    assert torch.equal(given[~zero], model.speaker_embedding.expand(int((~zero).sum()), -1))
+    assert torch.equal(model.eval().training_embeddings(50), model.speaker_embedding.expand(50, -1))
+
+
+def test_the_best_epoch_is_merged_not_the_last(
+    train, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, epochs = JointModel.judge, []
+
+    def worse_each_time(self: JointModel, name: str, entry: dict) -> None:
+        epochs.append(adapter_state(self.parts[name]))
+        judge(self, name, entry | {"val": float(self.epoch_number)})
+
+    monkeypatch.setattr(JointModel, "judge", worse_each_time)
+    train("--mode", "llm_only", "--epochs", "2")
+    output = tmp_path / "output"
+    run = read_run(output / "joint_llm_only_last.ckpt")
+    expected = merged(read_state_dict(model_dir / "llm.pt"), epochs[0], run.scale("llm"))
+    found = read_state_dict(output / "llm_merged_llm_only.pt")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert any(not torch.equal(run.adapters["llm"][name], tensor) for name, tensor in epochs[0].items())
+    assert newest_voice(output)["merged_epoch"] == {"llm": 1}
+
+
+def test_the_three_best_epochs_are_kept(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 1.0, 5.0, 2.0, 4.0])
+    monkeypatch.setattr(JointModel, "combined_loss", lambda self: next(losses))
+    train("--mode", "llm_only", "--epochs", "5")
+    kept = sorted(path.name for path in (tmp_path / "output").glob("joint_llm_only_epoch*.ckpt"))
+    assert [name[-len("1.0000.ckpt") :] for name in kept] == ["3.0000.ckpt", "1.0000.ckpt", "2.0000.ckpt"]
+
+
+def test_epochs_differ_in_order_and_draws_and_validations_do_not(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, seen = JointModel.losses, {True: [], False: []}
+
+    def noted(self: JointModel, batch: dict, names: list[str]) -> dict[str, Tensor]:
+        seen[self.training].append((batch["text_token_len"].tolist(), torch.get_rng_state().tolist()))
+        return losses(self, batch, names)
+
+    monkeypatch.setattr(JointModel, "losses", noted)
+    train("--mode", "llm_only", "--epochs", "2")
+    lengths, draws = zip(*seen[True], strict=True)
+    assert len(lengths) == 16 and sorted(lengths[:8]) == sorted(lengths[8:]) and lengths[:8] != lengths[8:]
+    assert len({tuple(state) for state in draws}) == 16
+    assert seen[False][:2] == seen[False][2:] and len(seen[False]) == 4
+
+
+def test_steps_warm_up_and_are_clipped(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, taken = torch.optim.AdamW.step, []
+
+    def record(self: torch.optim.AdamW, closure: Callable[[], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            closure()
+        parameters = self.param_groups[0]["params"]
+        norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item()
+        taken.append((self.param_groups[0]["lr"], norm))
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    train("--mode", "llm_only", "--epochs", "4", "--set", "warmup_ratio=0.5", "gradient_clip_val=0.01")
+    rates, norms = zip(*taken, strict=True)
+    assert rates == pytest.approx([0.01 * learning_rate_factor(n, 4, 8) for n in range(8)])
+    assert norms == pytest.approx([0.01] * 8, rel=1e-3)
+
+
+def test_the_newest_voice_and_run_are_taken(tmp_path: Path) -> None:
+    for age, mode in enumerate(("joint", "llm_only", "flow_only")):
+        for file in (tmp_path / f"voice_{mode}.json", tmp_path / f"joint_{mode}_last.ckpt"):
+            file.write_text(json.dumps({"files": {}, "mode": mode}))
+            os.utime(file, (1e9 - age, 1e9 - age))
+    assert newest_voice(tmp_path)["mode"] == "joint"
+    assert newest_run(tmp_path).name == "joint_joint_last.ckpt"
+
+
+def test_merging_part_by_part_names_both_and_keeps_other_speakers(train, model_dir: Path, tmp_path: Path) -> None:
+    train("--epochs", "1")
+    output = tmp_path / "output"
+    stored = torch.load(output / "spk2info.pt", weights_only=True)
+    torch.save(stored | {"bob": {"embedding": torch.ones(1, 192)}}, output / "spk2info.pt")
+    (output / "voice_joint.json").unlink()
+    run = read_run(output / "joint_joint_last.ckpt")
+    for part in ("llm", "flow"):
+        merge_run(run, model_dir, output, {part: merged_path(output, part, "joint")}, use_best=True)
+    assert newest_voice(output)["files"].keys() == {"llm", "flow"}
+    assert torch.load(output / "spk2info.pt", weights_only=True).keys() == {"ann", "bob"}
 
 
 def test_patience_ends_training(train, tmp_path: Path) -> None:

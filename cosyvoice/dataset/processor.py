@@ -1,8 +1,8 @@
 """The steps from parquet rows to padded batches, as the `data_pipeline` of cosyvoice.yaml chains them.
 
 Each step is a generator over what the step before yields: sample dicts up to `batch`, then lists of
-samples, then the padded dict. `mode` (train or dev) belongs to the common signature of the steps; none of
-these depends on it.
+samples, then the padded dict. `mode` (train or dev) belongs to the common signature of the steps; only
+`equalize` depends on it.
 """
 
 import logging
