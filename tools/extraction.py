@@ -109,11 +109,11 @@ class Extraction:
 
     def _finish(self, results: dict[str, Numbers], stamps: dict[str, str]) -> None:
         """Killed between two of its steps, it leaves stamps that are right for the old result and for the new one."""
-        if self._stamps_file.is_file():
-            unchanged = read_table(self._stamps_file).items() & stamps.items()
-            self._stamps_file.unlink()
-            if unchanged:
-                write_table(dict(unchanged), self._stamps_file)
+        before = read_table(self._stamps_file) if self._stamps_file.is_file() else {}
+        if unchanged := before.items() & stamps.items():
+            write_table(dict(unchanged), self._stamps_file)
+        else:
+            self._stamps_file.unlink(missing_ok=True)
         save_tensors(results, self._result_file)
         write_table({utt: stamps[utt] for utt in results}, self._stamps_file)
         shutil.rmtree(self._parts_dir, ignore_errors=True)
