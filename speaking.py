@@ -151,7 +151,7 @@ def read_text(path: Path) -> str:
 
 def choose_voice(args: argparse.Namespace, model_dir: Path) -> Voice:
     """The voice that the options name, or the newest. Raises InputError where it was made from another base."""
-    from voice import base_fingerprints, newest_voice, read_run
+    from voice import base_fingerprints, check_base, newest_voice, read_run
 
     weights = {part: getattr(args, part) for part in PARTS if getattr(args, part)}
     if args.adapter:
@@ -162,7 +162,8 @@ def choose_voice(args: argparse.Namespace, model_dir: Path) -> Voice:
         return Voice(weights, adapters, adapters.state["speaker"])
     sidecar = find_sidecar(weights, args.output_dir) if weights else newest_voice(args.output_dir)
     if sidecar:
-        check_base(sidecar, base_fingerprints(model_dir), model_dir)
+        trained, parts = f"the voice {sidecar['speaker']!r}", sidecar["files"]  # other parts are the base's own
+        check_base(trained, sidecar["base"], parts, base_fingerprints(model_dir), model_dir)
     return Voice(weights or sidecar["files"], speaker=sidecar.get("speaker"))
 
 
@@ -177,15 +178,6 @@ def find_sidecar(weights: dict[str, Path], output_dir: Path) -> dict[str, Any]:
                 if part in content["files"] and (folder / content["files"][part]).resolve() == path.resolve():
                     return content
     return {}
-
-
-def check_base(sidecar: dict[str, Any], fingerprints: dict[str, str], model_dir: Path) -> None:
-    for part in sidecar["files"]:  # the others are the base's own
-        if fingerprints[part] != sidecar["base"][part]:
-            raise InputError(
-                f"the voice {sidecar['speaker']!r} was made from another base than {model_dir}/{part}.pt; "
-                "give that folder with --model-dir"
-            )
 
 
 def speaker_vector(args: argparse.Namespace, voice: Voice, model_dir: Path) -> tuple[str, "Tensor"]:

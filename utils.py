@@ -61,19 +61,27 @@ def pick_device(name: str) -> "torch.device":
     """`auto`, `cpu` or `cuda` as a torch device. Raises InputError where CUDA is asked for and missing."""
     import torch
 
-    if name == "cpu":
-        return torch.device("cpu")
-    problem = "" if torch.cuda.is_available() else "torch sees no CUDA device here"
-    if not problem:
-        capability = torch.cuda.get_device_capability()
-        known = [int(number) for number in re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))]
-        if known and 10 * capability[0] + capability[1] < min(known):
-            problem = f"{torch.cuda.get_device_name()} is older than the cards that this torch computes on"
-            if name == "auto":
-                print(f"{problem}: computing on the CPU", file=sys.stderr)
+    if name == "auto" and not torch.cuda.is_available():
+        name = "cpu"
+    problem = "" if name == "cpu" else _cuda_problem()
     if problem and name == "cuda":
         raise InputError(f"--device cuda: {problem}; use --device cpu")
-    return torch.device("cpu" if problem else "cuda")
+    if problem:
+        print(f"{problem}: computing on the CPU", file=sys.stderr)
+    return torch.device("cpu" if name == "cpu" or problem else "cuda")
+
+
+def _cuda_problem() -> str:
+    """Why nothing can be computed on the GPU; empty where it can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device here"
+    major, minor = torch.cuda.get_device_capability()
+    known = [int(number) for number in re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))]
+    if known and 10 * major + minor < min(known):
+        return f"{torch.cuda.get_device_name()} is older than the cards that this torch computes on"
+    return ""
 
 
 def limit_threads(model_dir: Path) -> None:

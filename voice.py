@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,10 +65,17 @@ class Run:
 
     def check_base(self, fingerprints: dict[str, str], model_dir: Path) -> None:
         """Raises InputError unless the parts were trained on the base weights of this folder."""
-        for part in self.parts:
-            if self.state["base"][part] != fingerprints[part]:
-                other = f"{self.path} was trained on another base model than {model_dir / part}.pt"
-                raise InputError(f"{other}; give the folder it was trained on with --model-dir")
+        check_base(str(self.path), self.state["base"], self.parts, fingerprints, model_dir)
+
+
+def check_base(
+    trained: str, base: dict[str, str], parts: Iterable[str], fingerprints: dict[str, str], model_dir: Path
+) -> None:
+    """Raises InputError unless the parts of what is called `trained` have their base weights in this folder."""
+    for part in parts:
+        if base[part] != fingerprints[part]:
+            other = f"{trained} was trained on another base model than {model_dir / part}.pt"
+            raise InputError(f"{other}; give the folder it was trained on with --model-dir")
 
 
 def scale_of(lora: dict[str, Any]) -> float:
