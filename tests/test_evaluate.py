@@ -245,6 +245,8 @@ def test_recordings_are_judged(folders: list[str], tmp_path: Path, capsys: pytes
     assert spoken["duration_ratio"] == originals["duration_ratio"] == pytest.approx(1)
     assert spoken["voices"]["loudness"]["nearest_base"] == "whisperer"  # not rms itself
     assert spoken["voices"]["loudness"]["margin"] > 0.01 and spoken["voices"]["loudness"]["nearer_to_a_base"] == 0
+    # of the same recordings; but as originals, each is compared with the others alone
+    assert originals["voices"]["loudness"]["similarity"] < spoken["voices"]["loudness"]["similarity"]
     assert [clip["name"] for clip in content["clips"]["spoken"]] == ["001", "002", "003"]
     printed = capsys.readouterr().out
     assert "does not know morning" in printed and "evaluation.png" in printed

@@ -116,6 +116,16 @@ def test_features_are_the_models_own(model_dir: Path, raw: Path) -> None:
         np.testing.assert_allclose(row["spk_embedding"], mean / np.linalg.norm(mean), atol=1e-6)
 
 
+def test_overshoot_is_brought_back_to_full_scale(model_dir: Path, raw: Path) -> None:
+    """Decoders of lossy formats give samples beyond 1, of which the encoders know nothing."""
+    loud = 3 * tone(1.5)
+    add(raw, "1.wav", loud)
+    add(raw, "2.wav", loud / np.abs(loud).max())
+    found, expected = rows(prepare(model_dir, raw))
+    for name in ("speech_token", "speech_feat", "utt_embedding"):
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
 def test_training_reads_the_data(model_dir: Path, raw: Path) -> None:
     add(raw, "1.wav", tone(1.5))
     clip = load_clips(prepare(model_dir, raw), model_dir)[0]

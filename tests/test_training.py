@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import inference_joint
 import train_joint
 from config import JOINT_TRAINING_CONFIG, with_changes
+from cosyvoice.cli.frontend import read_spk2info
 from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
 from cosyvoice.utils.checkpoint import load_part, read_state_dict
 from cosyvoice.utils.errors import InputError
@@ -129,7 +130,7 @@ def test_modes_write_what_they_train(train, tmp_path: Path, model_dir: Path, mod
         assert state.keys() == base.keys()
         changed = {name for name in base if not torch.equal(state[name], base[name])}
         assert changed and all(name.endswith(".weight") for name in changed)
-    speakers = torch.load(output / "spk2info.pt", weights_only=True)
+    speakers = read_spk2info(output / "spk2info.pt")
     assert speakers["ann"]["embedding"].shape == (1, 192)
     assert len(list(output.glob(f"joint_{mode}_epoch*.ckpt"))) == 2
     assert list((output / "joint_logs" / mode).rglob("events.out.tfevents*"))
@@ -187,6 +188,23 @@ def test_recomputed_blocks_give_the_same_gradients_in_less_memory(model_dir: Pat
     (most, expected), (least, gradients) = found
     assert least < 0.5 * most
     torch.testing.assert_close(gradients, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_flow_is_shown_beginnings_of_as_many_clips_as_asked(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(ratio: float) -> list[int]:
+        """Frames by clip."""
+        model, frames = joint_model(model_dir, f"flow_prompt_ratio={ratio}"), []
+        loss = model.parts["flow"].loss
+        monkeypatch.setattr(model.parts["flow"], "loss", lambda *inputs: frames.extend(inputs[-1]) or loss(*inputs))
+        torch.manual_seed(0)
+        model.flow_loss(collate(clips(10)), torch.zeros(10, 192))
+        return frames
+
+    assert not any(shown(0)) and len(shown(0)) == 10
+    assert 2 <= sum(map(bool, shown(0.5))) < sum(map(bool, shown(1)))  # of which some are shown no frame, too
+    assert 5 <= max(shown(1)) <= 0.3 * 40
 
 
 def test_memory_changes_how_many_passes_a_step_has(
@@ -357,14 +375,16 @@ def test_the_newest_voice_and_run_are_taken(tmp_path: Path) -> None:
 def test_merging_part_by_part_names_both_and_keeps_other_speakers(train, model_dir: Path, tmp_path: Path) -> None:
     train("--epochs", "1")
     output = tmp_path / "output"
-    stored = torch.load(output / "spk2info.pt", weights_only=True)
-    torch.save(stored | {"bob": {"embedding": torch.ones(1, 192)}}, output / "spk2info.pt")
+    stored = read_spk2info(output / "spk2info.pt")
+    others = {name: {"embedding": torch.ones(1, 192)} for name in ("ann", "bob")}  # ann was another's name before
+    torch.save(others, output / "spk2info.pt")
     (output / "voice_joint.json").unlink()
     run = read_run(output / "joint_joint_last.ckpt")
     for part in ("llm", "flow"):
         merge_run(run, model_dir, output, {part: merged_path(output, part, "joint")}, use_best=True)
     assert newest_voice(output)["files"].keys() == {"llm", "flow"}
-    assert torch.load(output / "spk2info.pt", weights_only=True).keys() == {"ann", "bob"}
+    assert torch.equal(read_spk2info(output / "spk2info.pt")["ann"]["embedding"], stored["ann"]["embedding"])
+    assert torch.equal(read_spk2info(output / "spk2info.pt")["bob"]["embedding"], others["bob"]["embedding"])
 
 
 def test_patience_ends_training(train, tmp_path: Path) -> None:
