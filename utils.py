@@ -2,10 +2,8 @@
 
 import argparse
 import os
-import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,30 +56,16 @@ def _seed(text: str) -> int:
 
 
 def pick_device(name: str) -> "torch.device":
-    """`auto`, `cpu` or `cuda` as a torch device. Raises InputError where CUDA is asked for and missing."""
+    """`auto`, `cpu` or `cuda` as a torch device. Raises InputError where CUDA is asked for and cannot compute."""
     import torch
 
-    if name == "auto" and not torch.cuda.is_available():
-        name = "cpu"
-    problem = "" if name == "cpu" else _cuda_problem()
-    if problem and name == "cuda":
+    from cosyvoice.utils.device import cuda_problem, fastest_device
+
+    if name == "auto":
+        return fastest_device()
+    if name == "cuda" and (problem := cuda_problem()):
         raise InputError(f"--device cuda: {problem}; use --device cpu")
-    if problem:
-        print(f"{problem}: computing on the CPU", file=sys.stderr)
-    return torch.device("cpu" if name == "cpu" or problem else "cuda")
-
-
-def _cuda_problem() -> str:
-    """Why nothing can be computed on the GPU; empty where it can."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device here"
-    major, minor = torch.cuda.get_device_capability()
-    known = [int(number) for number in re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))]
-    if known and 10 * major + minor < min(known):
-        return f"{torch.cuda.get_device_name()} is older than the cards that this torch computes on"
-    return ""
+    return torch.device(name)
 
 
 def limit_threads(model_dir: Path) -> None:

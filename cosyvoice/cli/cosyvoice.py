@@ -35,7 +35,7 @@ class CosyVoice:
         model_dir: folder with cosyvoice.yaml, llm.pt, flow.pt, hift.pt, the two .onnx files, maybe spk2info.pt
         load_jit, load_trt, trt_concurrent: upstream's accelerators, which are not supported here
         fp16: keep the language model and the flow in half precision, on a GPU only
-        device: where to compute, e.g. "cpu"; by default a GPU where there is one
+        device: where to compute, e.g. "cpu"; by default a GPU where one can compute
         weights: files, or tensors by name, to load in place of the folder's own, by part: "llm", "flow", "hift"
         precision: of the products of language model and flow on a CPU: "float32" is exact, "float16" (of the language
             model alone), "bfloat16" (where the processor has it) and "int8" are faster

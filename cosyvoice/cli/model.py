@@ -17,6 +17,7 @@ from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.transformer.precision import check_precision
 from cosyvoice.utils.checkpoint import load_strict, read_state_dict
 from cosyvoice.utils.command import Draws
+from cosyvoice.utils.device import fastest_device
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import MEL_HOP_SAMPLES, OVERLAP_TOKENS, mel_frames
 
@@ -57,7 +58,7 @@ class CosyVoiceModel:
         device: torch.device | str | None = None,
         precision: str = "float32",
     ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device or fastest_device())
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())  # what it means here, in any thread
         check_precision(precision, self.device)

@@ -1,0 +1,25 @@
+"""Where to compute."""
+
+import re
+import sys
+
+import torch
+
+
+def fastest_device() -> torch.device:
+    """A GPU where one can compute, else the CPU, saying why where there is a GPU."""
+    problem = cuda_problem()
+    if problem and torch.cuda.is_available():
+        print(f"{problem}: computing on the CPU", file=sys.stderr)
+    return torch.device("cpu" if problem else "cuda")
+
+
+def cuda_problem() -> str:
+    """Why nothing can be computed on the GPU; empty where it can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device here"
+    major, minor = torch.cuda.get_device_capability()
+    known = [int(number) for number in re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))]
+    if known and 10 * major + minor < min(known):
+        return f"{torch.cuda.get_device_name()} is older than the cards that this torch computes on"
+    return ""
