@@ -7,9 +7,13 @@ Of a vocoder's training the generator is written beside it too, as hift.pt, whic
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__":  # as a file, it finds the suite only so
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cosyvoice.utils.command import run
 from cosyvoice.utils.errors import InputError

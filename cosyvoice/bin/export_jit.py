@@ -8,10 +8,14 @@ whole sequences of at least 2 frames: (B, T, C) float32 and lengths (B,) int64 i
 """
 
 import argparse
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__":  # as a file, it finds the suite only so
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cosyvoice.utils.command import run
 from cosyvoice.utils.errors import InputError

@@ -7,10 +7,14 @@ Writes flow.decoder.estimator.fp32.onnx there. Inputs, float32: x, mu and cond (
 """
 
 import argparse
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__":  # as a file, it finds the suite only so
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cosyvoice.utils.command import run
 from cosyvoice.utils.errors import InputError

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if __name__ == "__main__":  # as a file, it finds the suite only so
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from cosyvoice.utils.command import check_least, run
 from cosyvoice.utils.errors import InputError
 
