@@ -72,11 +72,6 @@ def test_plain_values_arrive_untouched(load: Load) -> None:
     assert load(text)["conf"] == expected
 
 
-def test_overrides_replace_entries_before_building() -> None:
-    parts = load_model_yaml(PARITY_DIR / "tiny.yaml", parts=("hifigan", "sample_rate"), overrides={"hifigan": None})
-    assert parts == {"hifigan": None, "sample_rate": 22050}
-
-
 def test_defaults_are_for_what_the_file_leaves_out(load: Load) -> None:
     parts = load("rate: 3\n", parts=("rate", "split"), defaults={"rate": 4, "split": None})
     assert parts == {"rate": 3, "split": None}
@@ -174,9 +169,8 @@ def test_mistakes_are_one_line(text: str, message: str, load: Load) -> None:
 def test_missing_things_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere.yaml does not exist"):
         load_model_yaml(tmp_path / "nowhere.yaml")
-    for options in ({"parts": ("wings",)}, {"overrides": {"wings": 2}}):
-        with pytest.raises(InputError, match="no entry 'wings'"):
-            load_model_yaml(PARITY_DIR / "tiny.yaml", **options)
+    with pytest.raises(InputError, match="no entry 'wings'"):
+        load_model_yaml(PARITY_DIR / "tiny.yaml", parts=("wings",))
     (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
     with pytest.raises(InputError, match="latin.yaml cannot be read"):
         load_model_yaml(tmp_path / "latin.yaml")

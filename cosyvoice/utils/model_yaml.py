@@ -82,27 +82,22 @@ class _IgnoredCall:
 
 
 def load_model_yaml(
-    path: Path,
-    parts: Sequence[str] | None = None,
-    overrides: dict[str, Any] | None = None,
-    defaults: dict[str, Any] | None = None,
+    path: Path, parts: Sequence[str] | None = None, defaults: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The named top-level entries of the file, built; all of them when `parts` is None.
 
-    `overrides` replaces top-level entries before anything is built, e.g. `{"hifigan": None}`; `defaults` are
-    entries that the file may leave out. Entries that were not asked for, and that none of the wanted ones
-    refers to, are not built and their modules not imported.
+    `defaults` are entries that the file may leave out. Entries that were not asked for, and that none of the wanted
+    ones refers to, are not built and their modules not imported.
 
     Raises InputError for a file that is missing or not in the dialect, a target outside the list, an entry
     that the file does not have, and arguments that a target does not take.
     """
     path = Path(path)
     entries = (defaults or {}) | _parse(path)
-    for name in (*(parts or ()), *(overrides or ())):
+    names = entries if parts is None else parts
+    for name in names:
         if name not in entries:
             raise InputError(f"{path} has no entry {name!r}; use the one of a CosyVoice-300M folder")
-    entries |= overrides or {}
-    names = entries if parts is None else parts
     builder = _Builder(path, entries)
     try:
         return {name: builder.entry(name) for name in names if not isinstance(entries[name], _IgnoredCall)}
