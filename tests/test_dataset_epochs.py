@@ -1,7 +1,6 @@
 """Epochs of a corpus: who gets which files, what is random, and what a missing file says."""
 
 import random
-import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,8 +87,8 @@ def test_two_workers_give_what_two_processes_give(corpus: Path) -> None:
     assert sorted(workers) == sorted(shares[0] + shares[1])
 
 
-def count_batches(rank: int, corpus: Path, port: int) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def count_batches(rank: int, corpus: Path) -> None:
+    dist.init_process_group("gloo", init_method=corpus.with_name("meeting").as_uri(), rank=rank, world_size=2)
     loader = EpochLoader(dataset(corpus))
     corpus.with_name(f"{rank}.txt").write_text(f"{len(list(loader))} {len(list(loader))}")
     dist.destroy_process_group()
@@ -97,10 +96,7 @@ def count_batches(rank: int, corpus: Path, port: int) -> None:
 
 def test_processes_end_an_epoch_together(corpus: Path) -> None:
     """Of seven files one process has four, the other three: neither waits for a batch that the other lacks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    start_processes(count_batches, args=(corpus, port), nprocs=2, start_method="forkserver")
+    start_processes(count_batches, args=(corpus,), nprocs=2, start_method="forkserver")
     fewest = 2 * (FILES // 2)
     assert [corpus.with_name(f"{rank}.txt").read_text() for rank in range(2)] == [f"{fewest} {fewest}"] * 2
 

@@ -10,7 +10,6 @@
 # A run that was stopped goes on where it was, by the same command. Each variable below can be set like stage.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS=1 # two at a time share two cores
 
 stage=${stage:-0}
