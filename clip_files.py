@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from cosyvoice.utils.checkpoint import fingerprint_file
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write
+from cosyvoice.utils.model_yaml import load_model_yaml
 
 CLIPS_PER_FILE = 100
 ENCODERS = ("speech_tokenizer_v1.onnx", "campplus.onnx")
@@ -45,15 +46,17 @@ SCHEMA = pa.schema(
 
 
 def encoders_of(model_dir: Path) -> str:
-    """What tells apart models whose tokens and vectors mean different things: a SHA-256 of the encoders' files.
+    """What tells apart models whose tokens and vectors mean different things: a SHA-256 of encoders and tokenizer.
 
-    Raises InputError where one is missing.
+    Raises InputError where one of the encoders' files is missing.
     """
     for path in (model_dir / name for name in ENCODERS):
         if not path.is_file():
             raise InputError(f"{path} does not exist; copy it from the CosyVoice-300M download")
     hashes = [fingerprint_file(model_dir / name) for name in ENCODERS]
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+    tokenizer = load_model_yaml(model_dir / "cosyvoice.yaml", parts=("get_tokenizer",))["get_tokenizer"]
+    text_ids = f"{tokenizer.func.__module__}.{tokenizer.func.__qualname__} {tokenizer.args} {tokenizer.keywords}"
+    return hashlib.sha256(" ".join((*hashes, text_ids)).encode()).hexdigest()
 
 
 def with_column(table: pa.Table, name: str, values: Sequence[Any]) -> pa.Table:

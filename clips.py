@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ class Outcome:
 def find_recordings(folder: Path) -> list[Recording]:
     """Recordings and texts of a folder, paired by name, in the order of the names.
 
-    Raises InputError where there is no recording, none has a text, or a file's name is in another encoding.
+    Names are compared in Unicode's composed form, since some programs write "é" as two characters. Raises InputError
+    where there is no recording, none has a text, or a file's name is in another encoding.
     """
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     for path in files:
@@ -67,16 +69,21 @@ def find_recordings(folder: Path) -> list[Recording]:
             raise InputError(f"the file name {path.name!r} in {folder} is not UTF-8; rename the file, 001.wav for one")
     audio: dict[str, Path] = {}
     for path in (path for suffix in AUDIO_SUFFIXES for path in files if path.suffix.lower() == suffix):
-        audio[path.name if path.stem in audio else path.stem] = path  # the second of a name gets no text
+        utt = _composed(path.stem)
+        audio[_composed(path.name) if utt in audio else utt] = path  # the second of a name gets no text
     texts: dict[str, Path] = {}
     for suffix in TEXT_SUFFIXES:
-        texts |= {path.name[: -len(suffix)]: path for path in files if path.name.lower().endswith(suffix)}
+        texts |= {_composed(path.name[: -len(suffix)]): path for path in files if path.name.lower().endswith(suffix)}
     texts = {utt: path for utt, path in texts.items() if not utt.lower().endswith(".normalized")}
     if not audio:
         raise InputError(f"{folder} holds no recording ({AUDIO_KINDS}); put 001.wav and 001.txt there")
     if not audio.keys() & texts.keys():
         raise InputError(f"no recording in {folder} has a text; put 001.txt beside 001.wav")
     return [Recording(utt, audio.get(utt), texts.get(utt)) for utt in sorted(audio.keys() | texts.keys())]
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 class ClipMaker:
@@ -183,9 +190,9 @@ def _measure(outcome: Outcome, wav: Tensor, rate: int) -> None:
     if rate < MIN_RATE_HZ:
         raise InputError(f"the audio has {rate} samples a second; at least {MIN_RATE_HZ} are needed")
     if outcome.seconds < MIN_SECONDS:
-        raise InputError(f"the audio has {outcome.seconds:.2f} s; at least {MIN_SECONDS} s are needed")
+        raise InputError(f"the audio has {outcome.seconds:.3f} s; at least {MIN_SECONDS} s are needed")
     if outcome.seconds > MAX_SECONDS:
-        raise InputError(f"the audio has {outcome.seconds:.1f} s; at most {MAX_SECONDS:.0f} s are possible")
+        raise InputError(f"the audio has {outcome.seconds:.3f} s; at most {MAX_SECONDS:.0f} s are possible")
     outcome.silence_share = silence_share(wav, rate)
     if _decibels((wav - wav.mean()).abs().max()) < SILENCE_DBFS:  # a constant is no sound
         raise InputError("the audio is silent")

@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if not targets:
         raise InputError(f"{trained.path} was trained with --mode {trained.mode}: it holds nothing for that part")
+    if unused := [part for part, path in given.items() if path and part not in targets]:
+        raise InputError(f"--{unused[0]}-output is given, but the {unused[0]} is not merged; leave it out")
     check_targets(targets, model_dir)
     for path in merge_run(trained, model_dir, args.output_dir, targets, use_best=args.ckpt is None):
         print(f"wrote {path}")

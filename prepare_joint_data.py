@@ -52,6 +52,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     check_least("--workers", options.workers)
     if not options.speaker.strip():
         raise InputError("--speaker is empty; give the speaker a name")
+    if options.speaker.encode(errors="replace").decode() != options.speaker:
+        raise InputError(f"--speaker {options.speaker!r} is not UTF-8; give the speaker another name")
     return options
 
 

@@ -121,14 +121,14 @@ def add_voice(parser: argparse.ArgumentParser) -> None:
 
 def read_lines(text: str | None, text_file: Path | None, output: Path) -> list[Line]:
     """What to speak and where to. Raises InputError unless every line that is not blank has something to speak."""
-    if output.suffix != ".wav":
+    if output.suffix.lower() != ".wav":
         raise InputError(f"--output {output} is not a .wav file; only wav is written")
     if text_file is None:
         lines = [Line(1, text, output)]
     else:
         lines = [
             Line(number, line, output.with_stem(f"{output.stem}_{number:03d}"))
-            for number, line in enumerate(read_text(text_file).splitlines(), start=1)
+            for number, line in enumerate(read_text(text_file).split("\n"), start=1)
             if line.strip()
         ]
     if not lines:
@@ -169,11 +169,11 @@ def choose_voice(args: argparse.Namespace, model_dir: Path) -> Voice:
 
 def find_sidecar(weights: dict[str, Path], output_dir: Path) -> dict[str, Any]:
     """What was written about merged files, beside them or in the output folder; empty for files of other origin."""
-    from voice import read_sidecar
+    from voice import read_sidecar, sidecars
 
     for part, path in weights.items():
         for folder in (path.parent, output_dir):
-            for sidecar in sorted(folder.glob("voice_*.json")):
+            for sidecar in sidecars(folder):
                 content = read_sidecar(sidecar)
                 if part in content["files"] and (folder / content["files"][part]).resolve() == path.resolve():
                     return content

@@ -10,6 +10,7 @@ import hashlib
 import re
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_kept(resumed, config, args)
         origin["run"], args.seed = resumed.state["run"], resumed.state["seed"]
     if resumed and finished(resumed, config):
-        trained = resumed
+        trained = replace(resumed, config=config)
     else:
         model, loaders = build(args, config, model_dir, clips, origin, device)
         if resumed:
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def find_resumed(args: argparse.Namespace, origin: dict[str, Any], model_dir: Path) -> "Run | None":
     """The run to continue, if one is asked for; `auto` without a checkpoint starts anew.
 
-    Raises InputError unless mode, base model and data are those of that run.
+    Raises InputError unless mode, base model and data are those of that run, and the folder holds no other one.
     """
     from voice import last_checkpoint, read_run
 
@@ -144,9 +145,24 @@ def find_resumed(args: argparse.Namespace, origin: dict[str, Any], model_dir: Pa
         raise InputError(f"{run.path} is a run of --mode {run.mode}, not {origin['mode']}; give that, or use --init")
     run.check_base(origin["base"], model_dir)
     if run.state["data"] != origin["data"]:
-        raise InputError(f"the data has changed since {run.path}; use --init {run.path} instead of --resume")
+        raise InputError(f"the data has changed since {run.path}; use --init {quoted(run.path)} instead of --resume")
+    if run.path.resolve() != last.resolve() and last.is_file():
+        check_replaced(last, run)
+        print(f"the end of this epoch will replace {last} and the epochs from there on")
     print(f"continuing {run.path} ({run.state['epochs']} epochs done)")
     return run
+
+
+def check_replaced(last: Path, run: "Run") -> None:
+    """Raises InputError where the last checkpoint of the folder is not of the run that shall go on there."""
+    from voice import read_run
+
+    try:
+        same = read_run(last).state["run"] == run.state["run"]
+    except InputError:  # a damaged one is no loss
+        return
+    if not same:
+        raise InputError(f"{last} is of another run than {run.path}; give another --output-dir, or move it away")
 
 
 def check_kept(run: "Run", config: dict[str, Any], args: argparse.Namespace) -> None:
@@ -221,6 +237,9 @@ def fill_memory(model: "JointModel", clips: "list[Clip]", memory: int, device: s
 
     config = model.config
     size = clips_a_pass(model, clips, memory, device)
+    if not size:
+        size = 1
+        print("even one clip at a time may need more; --set recompute=True and a smaller max_feat_len need less")
     passes = config["batch_size"] * config["accumulate_grad_batches"] // size
     config |= {"batch_size": size, "accumulate_grad_batches": passes}
     print(f"{memory / 1e9:g} GB: batch_size={size}, accumulate_grad_batches={passes}")
@@ -274,15 +293,15 @@ def conclude(run: "Run", output_dir: Path, model_dir: Path) -> None:
 
 def both_files(run: "Run", output_dir: Path) -> str:
     """Options that name a merged file for each part, where an earlier run trained the one that this run left alone."""
-    from voice import merged_path
+    from voice import merged_path, read_sidecar, sidecars
 
     own = {part: merged_path(output_dir, part, run.mode) for part in run.parts}
-    earlier = [path for part in MODES["joint"] if part not in own for path in output_dir.glob(f"{part}_merged_*.pt")]
-    if not earlier:
-        return ""
-    newest = max(earlier, key=lambda path: path.stat().st_mtime)
-    files = own | {newest.name.partition("_")[0]: newest}
-    return "".join(f" --{part} {quoted(files[part])}" for part in MODES["joint"])
+    for voice in map(read_sidecar, sidecars(output_dir)):
+        earlier = {part: output_dir / file for part, file in voice["files"].items() if part not in own}
+        if earlier and voice["base"] == run.state["base"]:
+            files = own | earlier
+            return "".join(f" --{part} {quoted(files[part])}" for part in MODES["joint"])
+    return ""
 
 
 if __name__ == "__main__":

@@ -67,28 +67,31 @@ class CheckpointKeeper(Checkpoint):
     """
 
     def __init__(self, output_dir: Path, mode: str, fresh: bool, listener: Listener | None) -> None:
-        """fresh: this is a new run, which replaces the checkpoints of an earlier one with its first."""
+        """fresh: this is a new run, or one that goes on from another checkpoint than the last in the folder.
+
+        Its first checkpoint then replaces that and the epochs from there on.
+        """
         self.output_dir, self.mode, self.fresh, self.listener = output_dir, mode, fresh, listener
         self.last = last_checkpoint(output_dir, mode)
         self.interrupted = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, model: JointModel, *step: Any) -> None:
         if self.interrupted and self.fresh and self.last.is_file():
-            raise KeyboardInterrupt  # less than an epoch is lost, and the earlier run is not
+            raise KeyboardInterrupt  # less than an epoch is lost, and the earlier one's are not
         done = step[-1] + 1  # batches of this epoch
         between_steps = done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches
         if self.interrupted and between_steps:
             model.batches_done = done
-            self.save_last(trainer)
+            self.save_last(trainer, model)
             raise Interrupted(self.last)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, model: JointModel) -> None:
         model.batches_done = 0
-        self.save_last(trainer)
+        self.save_last(trainer, model)
         loss = model.combined_loss()
         name = f"joint_{self.mode}_epoch{model.epoch_number:04d}_loss{loss:.4f}.ckpt"
         copy_file(self.last, self.output_dir / name)
-        for path, _ in sorted(self.kept(), key=lambda kept: kept[1])[KEPT_CHECKPOINTS:]:
+        for path, _, _ in sorted(self.kept(), key=lambda kept: kept[2])[KEPT_CHECKPOINTS:]:
             path.unlink()
         print(f"\n{epoch_summary(model)}", flush=True)
         if self.listener:
@@ -96,20 +99,21 @@ class CheckpointKeeper(Checkpoint):
         if self.interrupted and not trainer.should_stop:
             raise Interrupted(self.last)
 
-    def save_last(self, trainer: pl.Trainer) -> None:
-        """With the first of a new run the epochs of an earlier one go: they must not count among its best."""
+    def save_last(self, trainer: pl.Trainer, model: JointModel) -> None:
+        """With the first of a fresh run an earlier one's epochs go: they must not count among its best."""
         with atomic_write(self.last) as temporary:
             trainer.save_checkpoint(temporary)
         if self.fresh:
-            for path, _ in self.kept():
-                path.unlink()
+            for path, epoch, _ in self.kept():
+                if epoch >= model.epoch_number:
+                    path.unlink()
             self.fresh = False
 
-    def kept(self) -> list[tuple[Path, float]]:
-        """The epoch checkpoints of this mode with their losses."""
-        pattern = re.compile(rf"joint_{self.mode}_epoch\d+_loss([\d.]+)\.ckpt")
+    def kept(self) -> list[tuple[Path, int, float]]:
+        """The epoch checkpoints of this mode with their numbers and losses."""
+        pattern = re.compile(rf"joint_{self.mode}_epoch(\d+)_loss([\d.]+)\.ckpt")
         found = ((path, pattern.fullmatch(path.name)) for path in self.output_dir.glob(f"joint_{self.mode}_epoch*"))
-        return [(path, float(match[1])) for path, match in found if match]
+        return [(path, int(match[1]), float(match[2])) for path, match in found if match]
 
 
 def epoch_summary(model: JointModel) -> str:
@@ -136,7 +140,8 @@ def fit(
     if device == "cuda" and config["precision"] in HALF_TYPES:
         model.keep_base_in(HALF_TYPES[config["precision"]])
     mode = config["training_mode"]
-    keeper = CheckpointKeeper(output_dir, mode, fresh=resume is None, listener=listener)
+    fresh = resume is None or resume.resolve() != last_checkpoint(output_dir, mode).resolve()
+    keeper = CheckpointKeeper(output_dir, mode, fresh, listener)
     logger = TensorBoardLogger(output_dir / "joint_logs", name=mode)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     trainer = pl.Trainer(
@@ -171,7 +176,7 @@ def compute_precision(config: dict[str, Any], device: str) -> str:
 
 
 def clips_a_pass(model: JointModel, clips: Sequence[Clip], memory: int, device: str) -> int:
-    """How many clips fit into one pass in `memory` bytes, at least one, and a divisor of the clips of a step.
+    """How many clips fit into one pass in `memory` bytes: a divisor of the clips of a step, or 0.
 
     Judged by what the longest clip keeps in float32; in half precision it is less. Fewer passes of more clips give
     the same gradient.
@@ -184,9 +189,9 @@ def clips_a_pass(model: JointModel, clips: Sequence[Clip], memory: int, device: 
     )
     model.train()
     room = memory - PROCESS_BYTES - weights
-    most = max(1, int(room / (PASSING_SHARE * model.kept_bytes(collate([longest])))))
+    most = int(room / (PASSING_SHARE * model.kept_bytes(collate([longest]))))
     clips_a_step = config["batch_size"] * config["accumulate_grad_batches"]
-    return max(size for size in range(1, clips_a_step + 1) if clips_a_step % size == 0 and size <= most)
+    return max((size for size in range(1, clips_a_step + 1) if clips_a_step % size == 0 and size <= most), default=0)
 
 
 @contextmanager

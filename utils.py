@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,11 +29,12 @@ def add_folders(parser: argparse.ArgumentParser, *names: str) -> None:
 
 
 def repeated(args: argparse.Namespace, *names: str) -> str:
-    """The folder options that differ from the defaults, for a command that the user is told to run next."""
+    """Folder options and `--device` as far as they differ from the defaults, for a command to be run next."""
     defaults = {"model": None, "data": DATA_DIR, "output": OUTPUT_DIR}
     folders = {name: getattr(args, f"{name}_dir") for name in names}
     given = {name: folder for name, folder in folders.items() if folder != defaults[name]}
-    return "".join(f" --{name}-dir {quoted(folder)}" for name, folder in given.items())
+    device = "" if args.device == "auto" else f" --device {args.device}"
+    return "".join(f" --{name}-dir {quoted(folder)}" for name, folder in given.items()) + device
 
 
 def quoted(text: str | Path) -> str:
@@ -79,11 +81,12 @@ def limit_threads(model_dir: Path) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise InputError, before any work, where results could not be written."""
-    from cosyvoice.utils.file_utils import atomic_write
-
-    with atomic_write(folder / ".writable"):
-        pass
-    (folder / ".writable").unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
 
 
 def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:

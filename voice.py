@@ -15,6 +15,7 @@ from cosyvoice.utils.checkpoint import fingerprint_weights, load_tensors, read_s
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write, save_tensors
 from lora import merged
+from utils import quoted
 
 VERSION = "0.1.0"
 CHECKPOINT_KEY = "voice"  # where the suite's own state lies in a training checkpoint
@@ -60,7 +61,8 @@ class Run:
         """The adapters of the part's best epoch; raises InputError before the first epoch has ended."""
         best = self.state["progress"][part]["best"]
         if not best:
-            raise InputError(f"no epoch of {self.path} is finished; go on with train_joint.py --resume {self.path}")
+            command = f"python train_joint.py --mode {self.mode} --resume {quoted(self.path)}"
+            raise InputError(f"no epoch of {self.path} is finished; go on with {command}")
         return best
 
     def check_base(self, fingerprints: dict[str, str], model_dir: Path) -> None:
@@ -109,14 +111,20 @@ def newest_run(output_dir: Path) -> Path:
 
 def newest_voice(output_dir: Path) -> dict[str, Any]:
     """The newest sidecar's content, its files as paths. Raises InputError where there is none, or a file is gone."""
-    found = sorted(output_dir.glob("voice_*.json"), key=lambda path: path.stat().st_mtime)
+    found = sidecars(output_dir)
     if not found:
         raise InputError(f"{output_dir} holds no trained voice; run train_joint.py first, or give --llm and --flow")
-    content = read_sidecar(found[-1])
+    content = read_sidecar(found[0])
     files = {part: output_dir / file for part, file in content["files"].items()}
     if lost := [str(path) for path in files.values() if not path.is_file()]:
-        raise InputError(f"{', '.join(lost)} of {found[-1].name} is gone; run merge_joint_weights.py again")
+        raise InputError(f"{', '.join(lost)} of {found[0].name} is gone; run merge_joint_weights.py again")
     return content | {"files": files}
+
+
+def sidecars(folder: Path) -> list[Path]:
+    """The sidecars of a folder, the newest first."""
+    found = (sidecar_path(folder, mode) for mode in MODES)
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
@@ -127,10 +135,10 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 
 
 def stored_speakers(output_dir: Path, model_dir: Path) -> dict[str, Any]:
-    """What `spk2info.pt` of the output folder, or else of the base model, holds."""
+    """What `spk2info.pt` of the base model and that of the output folder hold; of one name, the latter's."""
     from cosyvoice.cli.frontend import read_spk2info
 
-    return read_spk2info(output_dir / "spk2info.pt") or read_spk2info(model_dir / "spk2info.pt")
+    return read_spk2info(model_dir / "spk2info.pt") | read_spk2info(output_dir / "spk2info.pt")
 
 
 def write_speaker(run: Run, known: dict[str, Any], output_dir: Path) -> Path:
@@ -192,6 +200,7 @@ def merge_run(run: Run, model_dir: Path, output_dir: Path, targets: dict[str, Pa
         base = read_state_dict(model_dir / f"{part}.pt")
         adapters = run.best(part) if use_best else run.adapters[part]
         save_tensors(merged(base, adapters, run.scale(part)), target)
-        epochs[part] = run.state["progress"][part]["best_epoch"] if use_best else run.state["epochs"]
+        progress = run.state["progress"][part]
+        epochs[part] = progress["best_epoch"] if use_best else len(progress["history"])
     speaker = write_speaker(run, speakers, output_dir)
     return [*targets.values(), speaker, write_sidecar(run, targets, epochs, output_dir)]

@@ -205,6 +205,7 @@ MISTAKES = [
     ("merge", "--ckpt {output}/flow_merged_flow_only.pt", "but merged or base weights", "another joint_<mode>"),
     ("merge", "--ckpt {model}/flow.pt", "but merged or base weights", "another joint_<mode>"),
     ("merge", f"--ckpt {FLOW_LAST} --llm-only", "--mode flow_only: it holds nothing for that part"),
+    ("merge", "--llm-output {root}/llm.pt", "--llm-output is given, but the llm is not merged", "leave it out"),
     ("merge", "--model-dir {root}/attn", "another base model", "--model-dir"),
     ("train", "--mode flow_only --resume {root}/code.ckpt", "is refused", "not run"),
     ("train", "--mode flow_only --init {root}/cut.ckpt", "is damaged or of another kind"),
@@ -230,6 +231,7 @@ MISTAKES = [
     ("train", "--seed -1", "--seed -1", "whole number from 0"),
     ("train", "--device cuda", "no CUDA device", "--device cpu"),
     ("prepare", "--device cuda", "no CUDA", "onnxruntime-gpu"),
+    ("prepare", "--speaker '\udce9'", "'\\udce9' is not UTF-8", "another name"),
     # places that cannot be written
     ("prepare", "--data-dir {file}/data", "cannot write", "choose another folder"),
     ("train", "--output-dir {file}/output", "cannot write", "choose another folder"),
@@ -367,9 +369,10 @@ def test_a_run_stopped_in_its_first_epoch_can_be_resumed_but_not_merged(
     assert command("train", "--mode flow_only --set accumulate_grad_batches=1", scratch) == EXIT_INTERRUPTED
     assert not list(scratch["output"].glob("joint_flow_only_epoch*"))
     folders = [f"--{name}-dir {scratch[name]}" for name in ("model", "data", "output")]
-    assert f"--mode flow_only --resume auto {' '.join(folders)}\n" in capsys.readouterr().out
+    assert f"--mode flow_only --resume auto {' '.join(folders)} --device cpu\n" in capsys.readouterr().out
     assert command("merge", "", scratch) == 2
-    assert "no epoch of" in capsys.readouterr().err
+    told = f"--mode flow_only --resume {scratch['output'] / 'joint_flow_only_last.ckpt'}"
+    assert "no epoch of" in (said := capsys.readouterr().err) and said.endswith(f"python train_joint.py {told}\n")
 
 
 def test_a_new_run_stopped_in_its_first_epoch_leaves_the_old_one(

@@ -167,7 +167,7 @@ def test_the_speaker_vector_can_be_chosen(speaker: Speaker, output_dir: Path, tm
 
 def test_each_line_becomes_a_wav(speaker: Speaker, tmp_path: Path) -> None:
     several, single = tmp_path / "several.txt", tmp_path / "single.txt"
-    several.write_bytes("\ufeffFirst line.\n\nThird line.\n".encode())
+    several.write_bytes("\ufeffFirst\f line.\r\n\r\nThird line.\r\n".encode())
     single.write_text("\n\nThird line.", encoding="utf-8")
     exact = ("--precision", "float32")
     speaker.run("--text-file", several, *exact)

@@ -1,9 +1,11 @@
 """prepare_joint_data.py: recordings and texts in, parquet files and a report out."""
 
 import csv
+import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,13 @@ def test_data_of_another_model_is_refused(model_dir: Path, raw: Path, tmp_path: 
         (other / name).write_bytes((model_dir / name).read_bytes() + b"0")
         with pytest.raises(InputError, match="prepared with another model"):
             load_clips(data, other)
+    other = shutil.copytree(model_dir, tmp_path / "other text ids")
+    config = other / "cosyvoice.yaml"
+    text_ids = "!name:cosyvoice.tokenizer.tokenizer.get_byte_tokenizer"
+    written = config.read_text(encoding="utf-8")
+    config.write_text(re.sub(r"get_tokenizer: !name:.*\n(    .*\n)*", f"get_tokenizer: {text_ids}\n", written))
+    with pytest.raises(InputError, match="prepared with another model"):
+        load_clips(data, other)
 
 
 def test_a_bad_clip_is_reported_and_the_rest_goes_on(
@@ -347,6 +356,13 @@ def test_hidden_files_and_folders_are_no_recordings(raw: Path) -> None:
     shutil.copy(raw / "1.WAV", raw / "._1.wav")
     (raw / "folder.wav").mkdir()
     assert [recording.utt for recording in find_recordings(raw)] == ["1"]
+
+
+def test_one_name_may_be_written_in_two_ways(raw: Path) -> None:
+    names = {form: unicodedata.normalize(form, "grüße") for form in ("NFC", "NFD")}
+    add(raw, f"{names['NFC']}.wav", tone(1.0)).with_suffix(".txt").rename(raw / f"{names['NFD']}.txt")
+    (found,) = find_recordings(raw)
+    assert found.audio.name == f"{names['NFC']}.wav" and found.text.name == f"{names['NFD']}.txt"
 
 
 def test_silence_share_counts_frames_40_db_below_the_loudest() -> None:
