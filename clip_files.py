@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from cosyvoice.utils.checkpoint import fingerprint_file
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write
-from cosyvoice.utils.model_yaml import load_model_yaml
+from cosyvoice.utils.model_yaml import load_model_yaml, spelled
 
 CLIPS_PER_FILE = 100
 ENCODERS = ("speech_tokenizer_v1.onnx", "campplus.onnx")
@@ -55,8 +55,7 @@ def encoders_of(model_dir: Path) -> str:
             raise InputError(f"{path} does not exist; copy it from the CosyVoice-300M download")
     hashes = [fingerprint_file(model_dir / name) for name in ENCODERS]
     tokenizer = load_model_yaml(model_dir / "cosyvoice.yaml", parts=("get_tokenizer",))["get_tokenizer"]
-    text_ids = f"{tokenizer.func.__module__}.{tokenizer.func.__qualname__} {tokenizer.args} {tokenizer.keywords}"
-    return hashlib.sha256(" ".join((*hashes, text_ids)).encode()).hexdigest()
+    return hashlib.sha256(" ".join((*hashes, str(spelled(tokenizer)))).encode()).hexdigest()
 
 
 def with_column(table: pa.Table, name: str, values: Sequence[Any]) -> pa.Table:

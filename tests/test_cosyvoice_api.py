@@ -194,6 +194,11 @@ def test_bad_calls(voice: CosyVoice, options: dict[str, Any], message: str) -> N
         list(voice.inference_sft(**({"tts_text": TEXT, "spk_id": "anna"} | options)))
 
 
+def test_a_prompt_of_another_kind_is_refused(voice: CosyVoice) -> None:
+    with pytest.raises(InputError, match="a prompt is a path, .* not NoneType"):
+        list(voice.inference_zero_shot(TEXT, "Hi.", None))
+
+
 def test_bad_folders(tmp_path: Path, model_dir: Path) -> None:
     with pytest.raises(InputError, match="nowhere"):
         CosyVoice(tmp_path / "nowhere")

@@ -133,6 +133,9 @@ def test_mistakes(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.list").write_text("\n")
     with pytest.raises(InputError, match="lists no parquet file"):
         dataset(tmp_path / "empty.list")
+    (tmp_path / "parquet.tar").write_bytes(b"PAR1\xff")
+    with pytest.raises(InputError, match="parquet.tar is no text; give the data.list"):
+        dataset(tmp_path / "parquet.tar")
     with pytest.raises(InputError, match="no utterance of .* can be trained on"):
         list(EpochLoader(Dataset(corpus, [lambda data, mode: iter(()), batched])))
 

@@ -65,7 +65,8 @@ def test_word_errors(heard: str, said: str, errors: int) -> None:
         ("It’s here, isn't it?", ["it's", "here", "isn't", "it"]),
         ("'Twas 21 cats - no: 3!", ["twas", "twenty", "one", "cats", "no", "three"]),
         ("Größe", ["größe"]),
-        ("你好 3 OK", ["你", "好", "3", "ok"]),
+        ("你好 3 OK", ["你", "好", "三", "ok"]),
+        ("50% of $3.50", ["fifty", "percent", "of", "three", "point", "five", "dollars"]),
         ("?!", []),
     ],
 )
@@ -291,6 +292,17 @@ def test_a_recording_without_words_is_refused(folders: list[str], tmp_path: Path
         text.write_text("...", encoding="utf-8")
     with pytest.raises(InputError, match=message):
         listening.read_sayings(text.parent)
+
+
+@pytest.mark.usefixtures("no_judges")
+def test_originals_of_which_too_few_can_be_used_are_refused_before_any_work(folders: list[str], tmp_path: Path) -> None:
+    originals = tmp_path / "voices" / "rms"
+    for text in sorted(originals.glob("*.txt"))[1:]:
+        text.write_bytes("Grüße".encode("utf-16"))
+    with pytest.raises(InputError, match="002.txt: the text is not UTF-8"):
+        listening.read_sayings(originals)
+    with pytest.raises(InputError, match="rms holds 1 recordings with texts; at least 2 are needed"):
+        evaluate.main([*folders, "--wavs", str(RECORDINGS), "--reference", str(originals)])
 
 
 def test_originals_may_be_incomplete_and_of_a_low_rate(folders: list[str], tmp_path: Path, capsys) -> None:

@@ -239,7 +239,7 @@ def test_a_sentence_without_stops_is_cut(frontend: CosyVoiceFrontEnd) -> None:
     text = "and so on, with another few words " * 60
     pieces = frontend.text_normalize(text)
     assert "".join(pieces).rstrip(".") == text.strip()
-    assert max(len(frontend.encode(piece)) for piece in pieces) <= 80
+    assert max(len(frontend.encode(piece)) for piece in pieces) < 80 + 20  # a rest of less than 20 joins the last
     assert all(piece.endswith((",", ".")) for piece in pieces)
 
 
@@ -248,6 +248,18 @@ def test_break_long_loses_nothing(text: str) -> None:
     pieces = break_long(text, len, 12)
     assert "".join(pieces) == text
     assert len(pieces) == 2 and max(map(len, pieces)) <= 12
+
+
+@pytest.mark.parametrize(("end", "pieces"), [(" go.", 2), ("!", 2), (" " + "a" * 30, 3)])
+def test_what_is_left_of_a_broken_sentence_is_not_spoken_alone(end: str, pieces: int) -> None:
+    text = " ".join(["a" * 49] * 4) + end  # 199 bytes and what is left
+    found = TextNormalizer(get_byte_tokenizer().encode, None, TextSplit(100, 80, 20, 130)).split(text + ".")
+    assert "".join(found) == text.removesuffix(".").removesuffix("!") + (end[-1] if end[-1] in ".!" else ".")
+    assert len(found) == pieces and max(map(len, found)) <= 120
+
+
+def test_a_sentence_is_broken_at_full_width_stops_before_its_commas() -> None:
+    assert break_long("ああ、いい。うう、ええ", len, 8) == ["ああ、いい。", "うう、ええ"]
 
 
 def test_a_sentence_is_broken_at_its_commas_first() -> None:

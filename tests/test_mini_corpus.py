@@ -4,6 +4,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 
 from cosyvoice.dataset import processor
@@ -158,6 +159,13 @@ def test_phones_find_their_letters(tmp_path: Path) -> None:
         ]
         right, total = right + sum(a == b for a, b in pairs), total + len(pairs)
     assert right > 0.95 * total
+
+
+def test_a_text_of_many_silent_letters_is_aligned() -> None:
+    """An acronym that is read as a word, say: ten letters a phone."""
+    letters, phones = np.arange(20), np.array([1, 2])
+    [path] = align_text.align([(letters, phones)], lambda passes: passes)
+    assert 0 <= path[0] < path[1] < 20
 
 
 def test_places_come_beside_the_recording(tmp_path: Path) -> None:

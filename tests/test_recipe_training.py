@@ -2,11 +2,13 @@
 
 import math
 import multiprocessing
+import resource
 import shutil
 import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -17,7 +19,7 @@ from recipe import CLIPS_A_FILE, FILES, train_as, write_config, write_corpus
 from torch import Tensor
 
 from cosyvoice.bin import average_model, export_jit, export_onnx, train
-from cosyvoice.bin.recipe_checkpoints import RecipeCheckpoints
+from cosyvoice.bin.recipe_checkpoints import CheckpointWriter, RecipeCheckpoints
 from cosyvoice.bin.recipe_models import SpeechModel
 from cosyvoice.utils.checkpoint import load_strict, read_state_dict
 from cosyvoice.utils.errors import InputError
@@ -66,8 +68,12 @@ def finished(recipe: Recipe) -> Callable[[str], Path]:
     return run
 
 
+def said_of(folder: Path, epoch: int) -> dict[str, Any]:
+    return yaml.safe_load((folder / f"epoch_{epoch}_whole.yaml").read_text())
+
+
 def losses(folder: Path, epoch: int) -> dict[str, float]:
-    return yaml.safe_load((folder / f"epoch_{epoch}_whole.yaml").read_text())["loss_dict"]
+    return said_of(folder, epoch)["loss_dict"]
 
 
 def assert_same_weights(one: Path, other: Path, atol: float = 0.0) -> None:
@@ -123,8 +129,15 @@ def test_a_run_stopped_within_an_epoch_resumes_exactly(
     assert sorted(path.name for path in (recipe.folder / "stopped").glob("epoch*")) == ["epoch_0_step_3.pt"]
     with pytest.raises(InputError, match="num_workers 0, not 1"):
         recipe.train("llm", "stopped", "--resume", "auto", "--num_workers", "1", config=config)
+    larger = write_config(recipe.folder, "larger.yaml", save_per_step=3, max_frames_in_batch=250)
+    with pytest.raises(InputError, match="run with data_pipeline .*; give the same to resume"):
+        recipe.train("llm", "stopped", "--resume", "auto", config=larger)
     folder = recipe.train("llm", "stopped", "--resume", "auto", config=config)
     assert_same_weights(finished("llm") / "epoch_1_whole.pt", folder / "epoch_1_whole.pt")
+    for epoch in range(2):
+        assert said_of(folder, epoch)["train_loss"] == said_of(finished("llm"), epoch)["train_loss"]
+    recipe.train("llm", "stopped", "--resume", "auto", "--max_epoch", "3", config=larger)
+    assert said_of(folder, 2)["step"] < 1.5 * said_of(folder, 1)["step"]  # fewer batches
 
 
 def test_a_run_stopped_in_the_last_validation_of_an_epoch_resumes_exactly(
@@ -160,6 +173,34 @@ def test_a_run_is_resumed_only_with_its_settings_and_its_data(
         recipe.train("llm", "llm", "--resume", "auto", "--train_data", str(write_corpus(tmp_path, seed=8)))
     unlogged = write_config(recipe.folder, "unlogged.yaml", log_interval=50, save_per_step=2)
     recipe.train("llm", "llm", "--resume", "auto", config=unlogged)
+
+
+def test_a_run_without_its_last_checkpoint_is_not_begun_anew(recipe: Recipe) -> None:
+    folder = recipe.train("llm", "beheaded", "--max_epoch", "1")
+    (folder / "last.ckpt").unlink()
+    with pytest.raises(InputError, match="epoch_0_whole.pt is of an earlier run"):
+        recipe.train("llm", "beheaded", "--resume", "auto")
+
+
+def test_a_damaged_file_of_data_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    """Also where the reason that Arrow gives has several lines."""
+    data = write_corpus(tmp_path)
+    file = Path(data.read_text().splitlines()[0])
+    content = file.read_bytes()
+    file.write_bytes(content[:4] + bytes(20) + content[24:])
+    with pytest.raises(InputError, match=f"{file} is no readable parquet file: .*; make it anew"):
+        recipe.train("llm", "damaged", "--train_data", str(data))
+
+
+def test_a_checkpoint_that_finds_no_room_is_told(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(InputError, match="last.ckpt: File too large; make room"):
+            CheckpointWriter().save_checkpoint({"state_dict": torch.zeros(1000)}, tmp_path / "last.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_checkpoints_need_no_room_in_the_systems_temporary_folder(

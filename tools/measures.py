@@ -4,11 +4,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import numpy as np
 
-from cosyvoice.utils.frontend_utils import CHINESE, contains_chinese, spell_out_number
+from cosyvoice.cli.text_normalizer import TextNormalizer
+from cosyvoice.utils.frontend_utils import CHINESE
 
 # Unseen sentences of 6 to 14 words lie between 0.85 and 1.36 of what the same speaker's pace makes of them (40 by each
 # of flite's rms, slt, awb and kal16 and espeak-ng's en-us+f2, paces of 20 clips). With another sentence behind them
@@ -24,18 +24,18 @@ Vector = np.ndarray  # of norm 1
 
 
 def words_of(text: str) -> Words:
-    """What is compared: words in lower case without punctuation, English numbers spelled out, ideographs one by one."""
-    text = text.lower().replace("’", "'")
-    if re.search(r"\d", text) and not contains_chinese(text):
-        text = spell_out_number(text, _inflect())
-    return WORD.findall(text)
+    """What is compared: words as they are spoken, in lower case and without punctuation, ideographs one by one."""
+    return WORD.findall(_spoken(text).lower().replace("’", "'"))
 
 
 @cache
-def _inflect() -> Any:
-    import inflect  # takes seconds
+def _spoken(text: str) -> str:
+    return _normalizer().normalize(text)
 
-    return inflect.engine()
+
+@cache
+def _normalizer() -> TextNormalizer:
+    return TextNormalizer(str.split)
 
 
 def word_errors(hypothesis: Words, reference: Words) -> int:

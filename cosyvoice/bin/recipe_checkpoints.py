@@ -1,12 +1,10 @@
 """What a training run leaves: exchangeable weights with their losses every epoch, and the state to go on from."""
 
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 import yaml
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
@@ -18,14 +16,15 @@ from cosyvoice.utils.file_utils import atomic_write, save_tensors
 
 STATE_KEY = "recipe"
 LAST = "last.ckpt"
-DEALT_ANEW = ("processes", "num_workers")  # what may differ at the end of an epoch, where all batches have been seen
+# What may differ at the end of an epoch, where all batches have been seen.
+DEALT_ANEW = ("processes", "num_workers", "data_pipeline")
 
 
 class CheckpointWriter(TorchCheckpointIO):
     """Writes where it is told to: the trainer's own takes the way through memory and the system's temporary folder."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        torch.save(checkpoint, path)
+        save_tensors(checkpoint, Path(path))
 
 
 class RecipeCheckpoints(Checkpoint):
@@ -60,12 +59,13 @@ class RecipeCheckpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, model: RecipeModel) -> None:
         name = f"epoch_{model.current_epoch}_whole"
+        train = model.loss_sum / max(1, model.batches)
+        model.loss_sum, model.batches = 0.0, 0
         self.save_weights(trainer, model, f"{name}.pt")
-        self.save_losses(trainer, model, self.model_dir / f"{name}.yaml")
+        self.save_losses(trainer, model, train, self.model_dir / f"{name}.yaml")
         self.save_last(trainer, model.current_epoch + 1, 0)
         held_out = ", ".join(f"{key} {value:.4f}" for key, value in model.validation_means.items())
         if trainer.is_global_zero:
-            train = model.loss_sum / max(1, model.batches)
             print(f"epoch {model.current_epoch}: loss {train:.4f}; held out: {held_out}", flush=True)
 
     def save_weights(self, trainer: pl.Trainer, model: RecipeModel, name: str) -> None:
@@ -73,7 +73,7 @@ class RecipeCheckpoints(Checkpoint):
             counters = {"epoch": model.current_epoch, "step": model.steps}
             save_tensors({**model.part.state_dict(), **counters}, self.model_dir / name)
 
-    def save_losses(self, trainer: pl.Trainer, model: RecipeModel, path: Path) -> None:
+    def save_losses(self, trainer: pl.Trainer, model: RecipeModel, train: float, path: Path) -> None:
         """The sidecar that average_model.py reads."""
         if not trainer.is_global_zero:
             return
@@ -82,7 +82,7 @@ class RecipeCheckpoints(Checkpoint):
             "step": model.steps,
             "tag": "CV",
             "loss_dict": model.validation_means,
-            "train_loss": model.loss_sum / max(1, model.batches),
+            "train_loss": train,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "save_time": time.strftime("%d/%m/%Y %H:%M:%S"),
             **self.state,
@@ -95,19 +95,16 @@ class RecipeCheckpoints(Checkpoint):
         if not self.resumable:
             return
         self.epochs_done, self.batches_done = epochs_done, batches_done
-        temporary = self.model_dir / f".{LAST}"
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            os.replace(temporary, self.model_dir / LAST)
-        trainer.strategy.barrier("last.ckpt")
+        trainer.save_checkpoint(self.model_dir / LAST)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, model: RecipeModel, checkpoint: dict[str, Any]) -> None:
         progress = {"epochs_done": self.epochs_done, "batches_done": self.batches_done}
+        progress |= {"loss_sum": model.loss_sum, "batches": model.batches}
         checkpoint[STATE_KEY] = {"run": self.state, **progress}
 
 
 def read_progress(path: Path, state: dict[str, Any], model: RecipeModel) -> tuple[int, int]:
-    """Epochs done and batches done in the next one, of a `last.ckpt`.
+    """Epochs done and batches done in the next one, of a `last.ckpt`; the model gets the losses of these batches.
 
     Raises InputError where the file is damaged, or where the run it belongs to differs in `state` or its weights in
     names or shapes.
@@ -124,4 +121,5 @@ def read_progress(path: Path, state: dict[str, Any], model: RecipeModel) -> tupl
                 "--model_dir"
             )
     load_strict(model, content["state_dict"], str(path))
+    model.loss_sum, model.batches = found["loss_sum"], found["batches"]
     return found["epochs_done"], found["batches_done"]

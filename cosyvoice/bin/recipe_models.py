@@ -38,9 +38,6 @@ class RecipeModel(pl.LightningModule):
         """Optimiser steps so far; two optimisers step together."""
         return self.trainer.global_step // len(self.trainer.optimizers)
 
-    def on_train_epoch_start(self) -> None:
-        self.loss_sum, self.batches = 0.0, 0
-
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         seed_all(self.seed, self.current_epoch, batch_idx * self.trainer.world_size + self.global_rank)
         self.batches_in_group = batch_idx % self.accum_grad + 1

@@ -7,6 +7,7 @@ Without torchrun it runs as one process. `--resume auto` continues a run that wa
 """
 
 import argparse
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -72,11 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     last = args.model_dir / LAST
     resumable = args.train_engine == "torch_ddp"
     resumed = resumable and args.resume is not None and last.exists()
-    if not resumable or args.resume is None:
+    if not resumed:
         refuse_used_folder(args.model_dir)
     model = build_model(args, train_conf)
-    train_loader, cv_loader = build_loaders(args)
-    state = identity(args, train_conf, train_loader)
+    steps = own_or_common(args.config, "data_pipeline", args.model)
+    train_loader, cv_loader = build_loaders(args, steps)
+    state = identity(args, train_conf, steps, train_loader)
     if resumed:
         continue_from(last, state, model, train_loader, epochs(args, train_conf))
     keeper = RecipeCheckpoints(args.model_dir, train_conf.get("save_per_step", -1), resumable, state)
@@ -102,8 +104,12 @@ def check_numbers(train_conf: dict[str, Any], config: Path) -> None:
             raise InputError(f"{config}: {name} of train_conf is {value}; a number above 0 is needed")
 
 
-def identity(args: argparse.Namespace, train_conf: dict[str, Any], loader: "EpochLoader") -> dict[str, Any]:
+def identity(
+    args: argparse.Namespace, train_conf: dict[str, Any], steps: list[Any], loader: "EpochLoader"
+) -> dict[str, Any]:
     """What a run must keep when it is resumed: the optimiser's and the schedule's state bring their settings along."""
+    from cosyvoice.utils.model_yaml import spelled
+
     settings = {name: value for name, value in train_conf.items() if name not in FREE_TO_CHANGE}
     return {
         "model": args.model,
@@ -111,6 +117,7 @@ def identity(args: argparse.Namespace, train_conf: dict[str, Any], loader: "Epoc
         "processes": world_size(),
         "num_workers": args.num_workers,
         **settings,
+        "data_pipeline": hashlib.sha256(str(spelled(steps)).encode()).hexdigest(),
         "train_data": loader.dataset.fingerprint(),
     }
 
@@ -139,9 +146,8 @@ def world_size() -> int:
 def refuse_used_folder(model_dir: Path) -> None:
     """Checkpoints of two runs in one folder would be averaged."""
     if found := sorted(model_dir.glob("epoch_*")):
-        raise InputError(
-            f"{found[0]} is of an earlier run; give another --model_dir (--resume auto continues one of torch_ddp)"
-        )
+        remedy = "give another --model_dir (--resume auto continues one of torch_ddp that has its last.ckpt)"
+        raise InputError(f"{found[0]} is of an earlier run; {remedy}")
 
 
 # Building
@@ -175,14 +181,13 @@ def load_weights(part: "nn.Module", path: Path) -> None:
     load_strict(part, state, str(path))
 
 
-def build_loaders(args: argparse.Namespace) -> "tuple[EpochLoader, EpochLoader]":
+def build_loaders(args: argparse.Namespace, steps: list[Any]) -> "tuple[EpochLoader, EpochLoader]":
     import torch
 
     from cosyvoice.dataset.dataset import Dataset
     from cosyvoice.dataset.loader import EpochLoader
 
     gan = args.model == "hifigan"
-    steps = own_or_common(args.config, "data_pipeline", args.model)
     train = Dataset(args.train_data, steps, gan=gan, seed=args.seed)
     held_out = Dataset(args.cv_data, steps, "dev", gan=gan, shuffle=False, partition=False, seed=args.seed)
     pinned = args.pin_memory and torch.cuda.is_available()
@@ -209,15 +214,15 @@ def build_trainer(args: argparse.Namespace, train_conf: dict[str, Any], keeper: 
     import logging
 
     import pytorch_lightning as pl
-    import torch
     from pytorch_lightning.callbacks import TQDMProgressBar
     from pytorch_lightning.loggers import TensorBoardLogger
 
     from cosyvoice.bin.recipe_checkpoints import CheckpointWriter
+    from cosyvoice.utils.device import fastest_device
 
     for package in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
-    gpu = torch.cuda.is_available()
+    gpu = fastest_device().type == "cuda"
     if world_size() > 1 and args.dist_backend == "nccl" and not gpu:
         raise InputError("nccl connects GPUs, and there is none; use --ddp.dist_backend gloo")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

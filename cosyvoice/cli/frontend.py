@@ -199,6 +199,9 @@ def load_prompt(prompt_wav: Prompt, rate: int) -> Tensor:
         check_prompt(prompt_wav)
         return resample(prompt_wav.float(), PROMPT_RATE_HZ, rate)
     if not isinstance(prompt_wav, str | Path):
+        if not hasattr(prompt_wav, "seek"):
+            kind = type(prompt_wav).__name__
+            raise InputError(f"a prompt is a path, an open file or a tensor (1, samples) at 16 kHz, not {kind}")
         prompt_wav.seek(0)  # a stream is read once for every feature
     return load_wav(prompt_wav, rate)
 

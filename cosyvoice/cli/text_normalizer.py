@@ -89,7 +89,9 @@ class TextNormalizer:
     def _break_long(self, piece: str) -> list[str]:
         if self._token_count(piece) <= self.text_split.sentence_tokens:
             return [piece]
-        return break_long(piece, self._token_count, self.text_split.max_tokens)
+        *parts, rest = break_long(piece, self._token_count, self.text_split.max_tokens)
+        short = not has_words(rest) or self._token_count(rest) < self.text_split.merge_tokens
+        return [*parts[:-1], parts[-1] + rest] if parts and short else [*parts, rest]
 
     def _token_count(self, text: str) -> int:
         return len(self.encode(text))

@@ -95,7 +95,10 @@ class Dataset(IterableDataset):
 def read_list(path: Path) -> list[str]:
     if not path.is_file():
         raise InputError(f"{path} does not exist; tools/make_parquet_list.py writes data.list")
-    files = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        files = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no text; give the data.list that tools/make_parquet_list.py writes") from None
     if not files:
         raise InputError(f"{path} lists no parquet file; run tools/make_parquet_list.py again")
     return files

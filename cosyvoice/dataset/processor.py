@@ -53,7 +53,9 @@ def readable_parquet(file: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{file} is no readable parquet file: {error}; make it anew") from error
+        reason = " ".join(str(error).split())
+        remedy = "make it anew, or start in the folder that its path counts from"
+        raise InputError(f"{file} is no readable parquet file: {reason}; {remedy}") from error
 
 
 def tokenize(

@@ -151,7 +151,7 @@ def fingerprint_weights(path: Path) -> str:
 
 def _check_tensors(path: Path, state: dict) -> None:
     if "state_dict" in state:
-        raise InputError(f"{path} is a training checkpoint where weights are expected; merge it first")
+        raise InputError(f"{path} is a training checkpoint where weights are expected; merge or average it first")
     others = sorted(
         str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))
     )

@@ -11,7 +11,7 @@ DIGIT_MARKS = "⁰¹⁴-⁹₀-₉①-⑨⑴-⑼⒈-⒐⓪⓵-⓽⓿❶-❾➀-�
 MOST_NAMED_DIGITS = 36  # inflect counts up to decillions
 STOPS = {"zh": "。？！；：、.?!;", "en": ".?!;:"}  # where a paragraph may be cut
 FULL_STOP = {"zh": "。", "en": "."}
-CUTS = ("(?<=[,，、])", r"(?<=\s)", "")  # where a sentence that is far too long is cut, best place first
+CUTS = ("(?<=[。！？；])", "(?<=[,，、])", r"(?<=\s)", "")  # of a sentence that is far too long, best place first
 
 
 def contains_chinese(text: str) -> bool:
@@ -107,8 +107,8 @@ def _sentences(text: str, stops: str) -> list[str]:
 
 
 def break_long(text: str, length: Callable[[str], int], limit: int) -> list[str]:
-    """Cut a text without stops into pieces of at most limit: after commas; between two of them, only if there is no
-    other way, at blanks, and in a word that is longer still, anywhere.
+    """Cut a text into pieces of at most limit: after full-width stops, which English text does not end at, and commas;
+    between two of them, only if there is no other way, at blanks, and in a word that is longer still, anywhere.
     """
     pieces: list[str] = []
     for part in _parts(text, length, limit, CUTS):

@@ -105,6 +105,16 @@ def load_model_yaml(
         raise InputError(f"{path} is nested too deeply") from None
 
 
+def spelled(entry: Any) -> Any:
+    """What built entries of values and partial functions consist of, in plain types: equal where these are."""
+    if isinstance(entry, functools.partial):
+        function = f"{entry.func.__module__}.{entry.func.__qualname__}"
+        return [function, spelled(list(entry.args)), spelled(entry.keywords)]
+    if isinstance(entry, list):
+        return [spelled(item) for item in entry]
+    return {name: spelled(item) for name, item in entry.items()} if isinstance(entry, dict) else entry
+
+
 def _parse(path: Path) -> dict[str, Any]:
     """Top-level entries, unbuilt: plain values, lists, dicts, _Reference, _Target, _IgnoredCall."""
     if not path.is_file():

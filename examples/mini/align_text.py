@@ -90,7 +90,7 @@ def align(
         counts, jumps = np.full_like(counts, SMOOTHING), np.full_like(jumps, SMOOTHING)
         for path, (letters, phones) in zip(paths, pairs, strict=True):
             np.add.at(counts, (letters[path], phones), 1)
-            np.add.at(jumps, np.diff(path), 1)
+            np.add.at(jumps, np.diff(path).clip(max=MOST_SKIPPED), 1)
     return paths
 
 

@@ -107,12 +107,14 @@ if asks_for 5; then
     mkdir -p data
     join_lists "${train_sets[@]}" >data/train.data.list
     join_lists "${dev_sets[@]}" >data/dev.data.list
-    num_gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+    num_gpus=$(python -c "import torch
+from cosyvoice.utils.device import fastest_device
+print(torch.cuda.device_count() if fastest_device().type == 'cuda' else 0)")
     if [ "$num_gpus" -gt 0 ]; then
         # a port that is free: another run may be at work on other GPUs
         start=(torchrun --standalone --nproc_per_node="$num_gpus") dist_backend=nccl on_device=(--pin_memory --use_amp)
     else
-        echo "no GPU: one process on the CPU"
+        echo "no GPU that torch computes on: one process on the CPU"
         start=(python) dist_backend=gloo on_device=()
     fi
     for model in "${models[@]}"; do
