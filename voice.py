@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -196,11 +197,12 @@ def merge_run(run: Run, model_dir: Path, output_dir: Path, targets: dict[str, Pa
     """
     run.check_base(base_fingerprints(model_dir), model_dir)
     speakers, epochs = stored_speakers(output_dir, model_dir), {}
-    for part, target in targets.items():
-        base = read_state_dict(model_dir / f"{part}.pt")
-        adapters = run.best(part) if use_best else run.adapters[part]
-        save_tensors(merged(base, adapters, run.scale(part)), target)
-        progress = run.state["progress"][part]
-        epochs[part] = progress["best_epoch"] if use_best else len(progress["history"])
+    with ExitStack() as renaming:  # all at the end, so that a merge that is stopped mixes no old part with a new one
+        for part, target in targets.items():
+            base = read_state_dict(model_dir / f"{part}.pt")
+            adapters = run.best(part) if use_best else run.adapters[part]
+            save_tensors(merged(base, adapters, run.scale(part)), renaming.enter_context(atomic_write(target)))
+            progress = run.state["progress"][part]
+            epochs[part] = progress["best_epoch"] if use_best else len(progress["history"])
     speaker = write_speaker(run, speakers, output_dir)
     return [*targets.values(), speaker, write_sidecar(run, targets, epochs, output_dir)]

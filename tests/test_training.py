@@ -427,6 +427,19 @@ def test_merging_part_by_part_names_both_and_keeps_other_speakers(train, model_d
     assert torch.equal(speakers["bob"]["embedding"], others["bob"]["embedding"])
 
 
+def test_a_merge_that_fails_halfway_leaves_the_earlier_voice(train, model_dir: Path, tmp_path: Path) -> None:
+    train("--epochs", "1")
+    output = tmp_path / "output"
+    before = {path: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    run = read_run(output / "joint_joint_last.ckpt")
+    run.adapters["llm"] = {name: tensor + 1 for name, tensor in run.adapters["llm"].items()}
+    run.adapters["flow"] = {"no_layer.lora_A": torch.zeros(1)}
+    targets = {part: merged_path(output, part, "joint") for part in ("llm", "flow")}
+    with pytest.raises(InputError, match="it has no layer no_layer"):
+        merge_run(run, model_dir, output, targets, use_best=False)
+    assert {path: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
+
+
 def test_patience_ends_training(train, tmp_path: Path) -> None:
     train("--mode", "llm_only", "--epochs", "30", "--set", "early_stopping_patience=1", "--lr", "1.0")
     progress = read_run(tmp_path / "output/joint_llm_only_last.ckpt").state["progress"]["llm"]
