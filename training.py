@@ -33,11 +33,10 @@ PASSING_SHARE = 1.3  # of what is kept for gradients, with what is there for a m
 
 
 class Interrupted(Exception):
-    """Training was stopped by Ctrl-C, with everything saved in `checkpoint`."""
+    """Training was stopped by Ctrl-C, with everything saved."""
 
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(f"stopped; {checkpoint} is complete")
-        self.checkpoint = checkpoint
 
 
 @dataclass
@@ -137,8 +136,8 @@ def fit(
 ) -> None:
     """Train until every part has stopped, at most `max_epochs`. Raises Interrupted after Ctrl-C."""
     config = model.config
-    if device == "cuda" and config["precision"] in HALF_TYPES:
-        model.keep_base_in(HALF_TYPES[config["precision"]])
+    if dtype := half_type(config, device):
+        model.keep_base_in(dtype)
     mode = config["training_mode"]
     fresh = resume is None or resume.resolve() != last_checkpoint(output_dir, mode).resolve()
     keeper = CheckpointKeeper(output_dir, mode, fresh, listener)
@@ -169,6 +168,11 @@ def fit(
             raise KeyboardInterrupt from None
 
 
+def half_type(config: dict[str, Any], device: str) -> torch.dtype | None:
+    """What the frozen weights are kept in where it is computed in half precision: on a GPU."""
+    return HALF_TYPES.get(config["precision"]) if device == "cuda" else None
+
+
 def compute_precision(config: dict[str, Any], device: str) -> str:
     """The precision to compute in: a CPU gains nothing from float16."""
     wanted = config["precision"]
@@ -183,9 +187,9 @@ def clips_a_pass(model: JointModel, clips: Sequence[Clip], memory: int, device: 
     """
     config = model.config
     longest = max(clips, key=lambda clip: len(clip.text_token) + len(clip.speech_token))
-    half = device == "cuda" and config["precision"] in HALF_TYPES
+    frozen_bytes = 2 if half_type(config, device) else 4
     weights = sum(
-        weight.numel() * (ADAPTER_BYTES if weight.requires_grad else 2 if half else 4) for weight in model.parameters()
+        weight.numel() * (ADAPTER_BYTES if weight.requires_grad else frozen_bytes) for weight in model.parameters()
     )
     model.train()
     room = memory - PROCESS_BYTES - weights

@@ -6,8 +6,7 @@ At the sizes of CosyVoice-300M with random weights; `--model-dir` measures a mod
 once, whatever its place; only the cached keys, values and positions grow. Before each step the machine's reading is
 measured, and all precisions and places take turns, so that other load falls on all alike. `of limit` is the time in
 which the machine reads the weights of blocks and head, over the time taken at the first place. The error is that of
-log-probabilities along a sentence that float32 wrote, fed token by token. Each row follows as a line of JSON. On a GPU
-(`--device cuda`) there is float32 alone.
+log-probabilities along a sentence that float32 wrote, fed token by token. Each row follows as a line of JSON.
 """
 
 import argparse
@@ -18,7 +17,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measuring import BYTES_PER_FLOAT32, CONFIGS, READ_BYTES, add_device, add_measuring, build, step_weights, timed
+from measuring import (
+    BYTES_PER_FLOAT32,
+    CONFIGS,
+    READ_BYTES,
+    add_device,
+    add_measuring,
+    add_precisions,
+    build,
+    positive,
+    precisions,
+    step_weights,
+    timed,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +37,6 @@ if TYPE_CHECKING:
     from cosyvoice.llm.llm import TransformerLM
 
 BYTES_PER_WEIGHT = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-CPU_PRECISIONS = ("float32", "float16", "int8")
 WARM_UP = 2  # rounds that are not counted
 
 
@@ -34,7 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     import torch
 
-    from cosyvoice.transformer.precision import check_precision
     from utils import pick_device
 
     device = pick_device(args.device).type
@@ -44,13 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.inference_mode():
         weights = step_weights(plain)
         prefix, tokens = sentence(plain, args.compared)
-        precisions = args.precisions or (("float32",) if device == "cuda" else CPU_PRECISIONS)
-        for name in precisions:
-            check_precision(name, torch.device(device))
-        models = {name: prepared(plain, name) for name in precisions}
+        models = {name: prepared(plain, name) for name in precisions(args)}
         seconds, read_seconds = time_steps(models, args.tokens, args.repeats, device)
         bytes_per_second = READ_BYTES / statistics.median(read_seconds)
-        place = {"device": device, "threads": args.threads}
+        place = {"model": args.model_dir.name if args.model_dir else "random 300m"}
+        place |= {"device": device, "threads": args.threads}
         reading = f"reading at {bytes_per_second / 1e9:.1f} GB/s"
         print(f"{device}, {args.threads} threads, {weights:,} weights a step, {reading}")
         expected = log_probabilities(plain, prefix, tokens)
@@ -65,10 +72,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     places = (50, 500, 1000)
     parser.add_argument("--model-dir", type=Path, help="model folder (default: random weights, 300M sizes)")
-    parser.add_argument("--precisions", nargs="+", choices=BYTES_PER_WEIGHT, metavar="NAME",
-                        help=f"of {', '.join(BYTES_PER_WEIGHT)} (default: {' '.join(CPU_PRECISIONS)})")  # fmt: skip
-    parser.add_argument("--tokens", type=int, nargs="+", default=places, help="places compared (default: 50 500 1000)")
-    parser.add_argument("--compared", type=int, default=60, help="tokens of the sentence for the error (default: 60)")
+    add_precisions(parser, ("float32", "float16", "int8"))
+    parser.add_argument("--tokens", type=positive, nargs="+", default=places, metavar="N",
+                        help="places compared (default: 50 500 1000)")  # fmt: skip
+    parser.add_argument("--compared", type=positive, default=60, metavar="N",
+                        help="tokens of the sentence for the error (default: 60)")  # fmt: skip
     add_device(parser)
     add_measuring(parser, 20, "steps timed at each place")
     return parser.parse_args(argv)
@@ -138,7 +146,8 @@ def figures(seconds: dict[int, list[float]], limit: float) -> dict[str, Any]:
         place: [round(1e3 * value, 2) for value in (statistics.median(taken), min(taken), max(taken))]
         for place, taken in seconds.items()
     }
-    first, *_, last = (statistics.median(taken) for taken in seconds.values())
+    medians = [statistics.median(taken) for taken in seconds.values()]
+    first, last = medians[0], medians[-1]
     return {"ms": milliseconds, "last_over_first": last / first, "limit_ms": 1e3 * limit, "of_limit": limit / first}
 
 

@@ -5,7 +5,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,9 +49,30 @@ def add_models(parser: argparse.ArgumentParser) -> None:
                        help=f"of random weights: {', '.join(CONFIGS)} (default: all)")  # fmt: skip
 
 
-def add_precisions(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--precisions", nargs="+", default=("float32", "int8"), metavar="NAME",
-                        help="as inference_joint.py takes them (default: float32 int8)")  # fmt: skip
+def add_precisions(parser: argparse.ArgumentParser, usual: Sequence[str] = ("float32", "int8")) -> None:
+    """Add what `precisions` reads."""
+    parser.add_argument("--precisions", nargs="+", metavar="NAME", help="as inference_joint.py takes them (default: "
+                        f"of {' '.join(usual)} those that the device gains from)")  # fmt: skip
+    parser.set_defaults(usual=usual)
+
+
+def precisions(args: argparse.Namespace) -> list[str]:
+    """Those asked for, else the usual ones of this device. Raises InputError for one that it gains nothing from."""
+    import torch
+
+    from cosyvoice.transformer.precision import check_precision
+    from cosyvoice.utils.errors import InputError
+
+    device, found = torch.device(args.device), []
+    for name in args.precisions or args.usual:
+        try:
+            check_precision(name, device)
+        except InputError:
+            if args.precisions:
+                raise
+        else:
+            found.append(name)
+    return found
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -78,9 +99,11 @@ def positive(text: str) -> int:
 
 
 def sources(args: argparse.Namespace) -> dict[str, Path]:
-    """What `build` takes, by the name that rows give it."""
+    """What `build` takes, by the name that rows give it. Raises InputError for a folder that holds no model."""
+    from config import find_model_dir
+
     if args.model_dir:
-        return {args.model_dir.name: args.model_dir}
+        return {args.model_dir.name: find_model_dir(args.model_dir)}
     return {f"random {size}": CONFIGS[size] for size in args.sizes}
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measuring import Machine, add_models, add_precisions, measure_machine, sources, words
+from measuring import Machine, add_models, add_precisions, measure_machine, precisions, sources, words
 from synthesis import SPEECH_PER_TEXT, Speaker
 from train_steps import TEXT_TOKENS, gradients, joint_model, random_clip
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     for name, source in sources(args).items():
-        for precision in args.precisions:
+        for precision in precisions(args):
             with torch.inference_mode():
                 profile_speaking(machine, name, precision, source)
         for mode in TRAINED:

@@ -31,6 +31,7 @@ from measuring import (
     count_flops,
     measure_machine,
     positive,
+    precisions,
     repeated,
     show,
     sources,
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     for name, source in sources(args).items():
-        for precision in args.precisions:
+        for precision in precisions(args):
             torch.manual_seed(args.seed)
             speaker = Speaker(machine, name, precision, source, args.repeats)
             for text_tokens in args.text_tokens:

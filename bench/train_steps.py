@@ -23,9 +23,10 @@ from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from measuring import (
+    CONFIGS,
     Machine,
     add_device,
     add_measuring,
@@ -39,7 +40,7 @@ from measuring import (
     sources,
 )
 
-from config import MODES, settings_for
+from config import MINI_NAME, MODES, settings_for
 from speaking import SPEAKER_DIMENSIONS
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def measure(machine: Machine, name: str, source: Path, case: tuple[str, int, int
     mode, batch_size, length = case
     torch.set_num_threads(machine.threads)
     torch.manual_seed(seed)
-    model = joint_model(source, mode, seed)
+    model = joint_model(source, mode, seed, batch_size)
     clips = [random_clip(length)] * batch_size
     limit = count_flops(partial(gradients, model, clips)) / machine.flops_per_second
     seconds = time_steps(model, clips, machine.device, repeats)
@@ -101,15 +102,19 @@ def measure(machine: Machine, name: str, source: Path, case: tuple[str, int, int
     show(machine, labels | {"speech_tokens": len(clips[0].speech_token)}, seconds, limit, **figures)
 
 
-def joint_model(source: Path, mode: str, seed: int) -> "JointModel":
+def joint_model(source: Path, mode: str, seed: int, batch_size: int = 1) -> "JointModel":
     """The model as train_joint.py trains it, but each batch is one optimiser step."""
     import torch
 
     from llm_flow_model import JointModel
 
-    config = settings_for(source) | {"training_mode": mode, "accumulate_grad_batches": 1}
+    steps = {"training_mode": mode, "batch_size": batch_size, "accumulate_grad_batches": 1}
     parts = {part: build(source, part) for part in MODES[mode]}
-    return JointModel(parts, config, seed, torch.randn(SPEAKER_DIMENSIONS), origin={}).train()
+    return JointModel(parts, settings_of(source) | steps, seed, torch.randn(SPEAKER_DIMENSIONS), origin={}).train()
+
+
+def settings_of(source: Path) -> dict[str, Any]:
+    return settings_for(Path(MINI_NAME) if source == CONFIGS["mini"] else source)
 
 
 def random_clip(length: int) -> "Clip":
@@ -140,11 +145,10 @@ def time_steps(model: "JointModel", clips: "list[Clip]", device: str, repeats: i
     from torch.utils.data import DataLoader
 
     from dataset import collate
-    from llm_flow_model import HALF_TYPES
-    from training import compute_precision
+    from training import compute_precision, half_type
 
-    if device == "cuda" and model.config["precision"] in HALF_TYPES:
-        model.keep_base_in(HALF_TYPES[model.config["precision"]])
+    if dtype := half_type(model.config, device):
+        model.keep_base_in(dtype)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     ends: list[float] = []
     trainer = pl.Trainer(

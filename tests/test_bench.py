@@ -47,6 +47,26 @@ def test_decoding_is_measured_in_each_precision(tmp_path: Path, bench: Any) -> N
     assert all(row["ms"].keys() == {"5", "9"} and row["of_limit"] > 0 for row in rows)
 
 
+def test_a_processor_without_kernels_for_fewer_bits_is_measured_in_float32(
+    tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoEngines:
+        supported_engines = ("none",)
+
+    monkeypatch.setattr("torch.backends.quantized", NoEngines)
+    rows = bench("decode", "--model-dir", tiny_model_dir(tmp_path), "--tokens", 5, "--compared", 3)
+    assert [row["precision"] for row in rows] == ["float32"] and rows[0]["last_over_first"] == 1
+
+
+def test_the_mini_is_trained_with_its_own_settings(bench: Any) -> None:
+    import measuring
+    import train_steps
+
+    for size, rank in (("mini", 32), ("300m", 16)):
+        settings = train_steps.settings_of(measuring.CONFIGS[size])
+        assert settings["flow_lora"]["lora_r"] == rank
+
+
 def test_synthesis_is_measured_by_part_and_as_a_whole(
     tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,19 @@ def write_table(table: Mapping[str, str], path: Path) -> None:
         temporary.write_text("".join(f"{key} {value}\n" for key, value in table.items()), encoding="utf-8")
 
 
+def write_tables(
+    wavs: Mapping[str, str], texts: Mapping[str, str], speakers: Mapping[str, str], folder: Path
+) -> int:
+    """The four tables of a folder, of recording, text and speaker by utterance. Returns how many speakers there are."""
+    spk2utt: dict[str, list[str]] = {}
+    for utt, spk in speakers.items():
+        spk2utt.setdefault(spk, []).append(utt)
+    utterances = {spk: " ".join(utts) for spk, utts in spk2utt.items()}
+    for name, table in zip(TABLES, (wavs, texts, speakers, utterances), strict=True):
+        write_table(table, folder / name)
+    return len(spk2utt)
+
+
 def read_numbers(path: Path) -> dict[str, Numbers]:
     """A file of `save_tensors({utterance or speaker: list of numbers})`. Raises InputError where it is none."""
     content = load_tensors(path, "run the stage before this one again")

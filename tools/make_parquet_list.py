@@ -6,7 +6,7 @@
 Reads wav.scp, text, utt2spk and what stages 1 and 2 made. Writes parquet_000000000.tar and so on (Parquet, for
 all their name) and data.list, which names them; utt2data.list and spk2data.list name JSON files that tell where
 an utterance or a speaker is. Utterances that lack something are listed in make_parquet_list.failed in the source
-folder. A second run writes only the files whose content changed.
+folder. A second run writes only the parquet files whose content changed.
 """
 
 import argparse

@@ -6,11 +6,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from cosyvoice.utils.audio import KALDI_MELS, WHISPER_MELS
 from cosyvoice.utils.file_utils import atomic_write
 
 SPEECH_TOKENS = 4096
 SPEAKER_SIZE = 192
-WHISPER_MELS, KALDI_MELS = 128, 80
 TOKENIZER_CHANNELS = 16
 SPEAKER_CHANNELS = 64
 OPSET, IR_VERSION = 17, 8  # old enough for any onnxruntime of the last years

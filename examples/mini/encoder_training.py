@@ -37,7 +37,6 @@ EQ_NEPERS, EQ_POINTS = 1.5, 6  # standard deviation of a microphone's response, 
 
 @dataclass(frozen=True)
 class Recording:
-    utt: str
     wav: Path
     speaker: str
 
@@ -50,7 +49,7 @@ def read_recordings(folders: Sequence[Path]) -> list[Recording]:
         for utt, wav in read_table(folder / "wav.scp").items():
             if utt not in speakers:
                 raise InputError(f"{folder / 'utt2spk'} names no speaker of {utt}; make the corpus anew")
-            recordings.append(Recording(utt, Path(wav), speakers[utt]))
+            recordings.append(Recording(Path(wav), speakers[utt]))
     return recordings
 
 

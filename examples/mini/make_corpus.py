@@ -4,8 +4,9 @@
     examples/mini/make_corpus.py --des_dir data/mini --utterances 500
 
 Writes wav/UTT.wav, wav/UTT.phones ("end_seconds phone" a line, where the engine tells), and train/ and dev/ with
-wav.scp, text, utt2spk, spk2utt and make_corpus.failed. Every utterance has a sentence of its own, and none that the
-model is judged by. An utterance's name tells what it was made from, so that a second run does only what is missing.
+wav.scp, text, utt2spk, spk2utt and make_corpus.failed. Every utterance of a run has a sentence of its own, and none
+that the model is judged by. An utterance's name tells what it was made from, so that a second run does only what is
+missing.
 """
 
 import argparse
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     failures = synthesise(utterances, folder / "wav", options.num_processes)
     held_out = len(speakers) * options.dev_utterances  # first, so that more utterances leave the same ones held out
     for split, part in {"dev": utterances[:held_out], "train": utterances[held_out:]}.items():
-        write_tables(part, failures, folder, split)
+        write_split(part, failures, folder, split)
 
 
 def make_speakers(voices: Sequence[str] | None, variants: int, seed: int) -> list[Speaker]:
@@ -157,21 +158,17 @@ def speak(batch: Sequence[Utterance], wavs: Path) -> dict[str, str]:
     return failures
 
 
-def write_tables(utterances: Sequence[Utterance], failures: dict[str, str], folder: Path, split: str) -> None:
+def write_split(utterances: Sequence[Utterance], failures: dict[str, str], folder: Path, split: str) -> None:
     """The Kaldi-style tables of `folder`/`split`, of all utterances that did not fail."""
-    from tools.kaldi_folder import report_failures, write_table
+    from tools.kaldi_folder import report_failures, write_tables
 
     of_split = {utterance.name: failures[utterance.name] for utterance in utterances if utterance.name in failures}
     report_failures(of_split, len(utterances), folder / split / "make_corpus.failed")
     good = sorted((u for u in utterances if u.name not in failures), key=lambda u: u.name)
-    spk2utt: dict[str, list[str]] = {}
-    for utterance in good:
-        spk2utt.setdefault(utterance.speaker.name, []).append(utterance.name)
-    write_table({u.name: str(folder / "wav" / f"{u.name}.wav") for u in good}, folder / split / "wav.scp")
-    write_table({u.name: u.text for u in good}, folder / split / "text")
-    write_table({u.name: u.speaker.name for u in good}, folder / split / "utt2spk")
-    write_table({speaker: " ".join(names) for speaker, names in spk2utt.items()}, folder / split / "spk2utt")
-    print(f"{folder / split}: {len(good)} utterances of {len(spk2utt)} speakers")
+    wavs = {u.name: str(folder / "wav" / f"{u.name}.wav") for u in good}
+    texts, speakers = {u.name: u.text for u in good}, {u.name: u.speaker.name for u in good}
+    count = write_tables(wavs, texts, speakers, folder / split)
+    print(f"{folder / split}: {len(good)} utterances of {count} speakers")
 
 
 if __name__ == "__main__":

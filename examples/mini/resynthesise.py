@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def main(argv: Sequence[str] | None = None) -> None:
     from config import find_model_dir
     from cosyvoice.utils.command import seed_all
-    from utils import add_folders, add_seed
+    from utils import add_folders, add_seed, limit_threads
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--src_dir", type=Path, required=True, help="recordings NNN.wav and their texts NNN.txt")
@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cosyvoice.utils.file_utils import copy_file
     from speaking import write_wav
 
-    cosyvoice = CosyVoice(find_model_dir(options.model_dir))
+    model_dir = find_model_dir(options.model_dir)
+    limit_threads(model_dir)
+    cosyvoice = CosyVoice(model_dir)
     recordings = [found for found in find_recordings(options.src_dir) if found.audio and found.text]
     pass_through = from_mel if options.through == "mel" else from_tokens
     for recording in tqdm(recordings, unit="clip", disable=None):

@@ -58,8 +58,12 @@ class Festival(Voice):
 
     def speak(self, texts: Mapping[str, str], folder: Path) -> None:
         script = folder / "speak.scm"  # one for all: festival takes a second to start
-        script.write_text(f"(voice_{self.voice})\n" + "".join(map(self._commands, texts.items())), encoding="utf-8")
-        subprocess.run(["festival", "-b", script.name], cwd=folder, stderr=subprocess.DEVNULL, check=False)
+        left = list(texts.items())
+        while left:
+            script.write_text(f"(voice_{self.voice})\n" + "".join(map(self._commands, left)), encoding="utf-8")
+            subprocess.run(["festival", "-b", script.name], cwd=folder, stderr=subprocess.DEVNULL, check=False)
+            unspoken = [(name, text) for name, text in left if not (folder / f"{name}.wav").is_file()]
+            left = unspoken[1:]  # it ends at the first that it cannot speak
         for segments in folder.glob("*.segs"):
             lines = segments.read_text(encoding="utf-8").partition("#\n")[2].splitlines()
             phones = [(float(end), phone) for end, _, phone in map(str.split, lines)]

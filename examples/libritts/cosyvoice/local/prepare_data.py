@@ -23,20 +23,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--des_dir", type=Path, required=True, help="folder to write the tables to")
     options = parser.parse_args(argv)
 
-    from tools.kaldi_folder import report_failures, write_table
+    from tools.kaldi_folder import report_failures, write_tables
 
     recordings = find_recordings(options.src_dir.absolute())
     texts, failures = read_texts(recordings)
     report_failures(failures, len(recordings), options.des_dir / "prepare_data.failed")
-    utt2spk = {utt: speaker_of(utt, options.src_dir.absolute().name) for utt in texts}
-    spk2utt: dict[str, list[str]] = {}
-    for utt, spk in utt2spk.items():
-        spk2utt.setdefault(spk, []).append(utt)
-    write_table({utt: str(recordings[utt]) for utt in texts}, options.des_dir / "wav.scp")
-    write_table(texts, options.des_dir / "text")
-    write_table(utt2spk, options.des_dir / "utt2spk")
-    write_table({spk: " ".join(utts) for spk, utts in spk2utt.items()}, options.des_dir / "spk2utt")
-    print(f"{options.des_dir}: {len(texts)} utterances of {len(spk2utt)} speakers")
+    wavs = {utt: str(recordings[utt]) for utt in texts}
+    speakers = {utt: speaker_of(utt, options.src_dir.absolute().name) for utt in texts}
+    count = write_tables(wavs, texts, speakers, options.des_dir)
+    print(f"{options.des_dir}: {len(texts)} utterances of {count} speakers")
 
 
 def find_recordings(folder: Path) -> dict[str, Path]:
