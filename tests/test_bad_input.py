@@ -265,9 +265,18 @@ def test_a_mistake_is_one_line_with_its_remedy(
     assert not (places["root"] / "ran").exists()
 
 
-def test_a_full_graphics_card_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmuch advice"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling 2.00 GiB.\nmuch advice"),
+    ],
+)
+def test_a_full_graphics_card_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, trouble: Exception
+) -> None:
     def fill(_argv: None) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmuch advice")
+        raise trouble
 
     monkeypatch.setattr(sys, "argv", ["train_joint.py"])
     with pytest.raises(SystemExit) as left:

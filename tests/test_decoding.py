@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.llm.llm import TransformerLM
-from cosyvoice.transformer.decoding import LEAST_CAPTURED_FRAMES, CapturedSteps, CapturedStepsPool
+from cosyvoice.transformer.decoding import LEAST_CAPTURED_FRAMES, MOST_CAPTURED_FRAMES, CapturedSteps, CapturedStepsPool
 from cosyvoice.transformer.precision import LINEARS, MANY_FRAMES, check_precision, fastest_precision
 from cosyvoice.utils.command import Draws, seed_all
 from cosyvoice.utils.errors import InputError
@@ -98,6 +98,9 @@ def test_sequences_at_the_same_time_have_steps_of_their_own(plain: TransformerLM
     with llm.captured.lent(2 * LEAST_CAPTURED_FRAMES + 1) as longer:
         assert longer.capacity == 4 * LEAST_CAPTURED_FRAMES
     assert llm.captured.idle == [longer]  # it serves shorter ones too
+    longest = llm.following(frames[:, :20], MOST_CAPTURED_FRAMES)
+    assert torch.equal(next(longest), expected[0])
+    assert llm.captured.idle == [longer]
 
 
 @torch.inference_mode()

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state
 from parity import PARITY_DIR
 
 import clip_files
@@ -348,6 +350,22 @@ def test_a_tokenizer_of_another_rate_is_refused(
     run = SpeechTokenizer.run
     monkeypatch.setattr(SpeechTokenizer, "run", lambda self, *inputs: run(self, *inputs)[:, ::2])
     with pytest.raises(InputError, match="50 tokens for 2.0 s"):
+        prepare(model_dir, raw)
+
+
+def test_a_full_graphics_card_is_no_reason_to_leave_out_a_clip(
+    model_dir: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FullCard:
+        def get_inputs(self) -> list[SimpleNamespace]:
+            return [SimpleNamespace(name=name) for name in ("feats", "feats_length")]
+
+        def run(self, *request: object) -> None:
+            raise onnxruntime_pybind11_state.RuntimeException("Failed to allocate memory for requested buffer")
+
+    add(raw, "1.wav", tone(1.0))
+    monkeypatch.setattr(SpeechTokenizer, "open", lambda self: FullCard())
+    with pytest.raises(RuntimeError, match="Failed to allocate memory"):
         prepare(model_dir, raw)
 
 

@@ -65,6 +65,8 @@ class CosyVoice:
         if parts["flow"].input_frame_rate != TOKEN_RATE_HZ:
             raise InputError(f"{model_dir} is not a {TOKEN_RATE_HZ} Hz model; use CosyVoice-300M, -SFT or -Instruct")
         self.sample_rate = parts["sample_rate"]
+        modules = [parts[name] for name in MODEL_PARTS]
+        self.model = CosyVoiceModel(*modules, fp16=fp16, device=device, precision=precision)
         self.frontend = CosyVoiceFrontEnd(
             parts["get_tokenizer"],
             parts["feat_extractor"],
@@ -73,10 +75,9 @@ class CosyVoice:
             self.model_dir / "spk2info.pt",
             parts["allowed_special"],
             sample_rate=self.sample_rate,
+            device="cpu" if self.model.device.type == "cpu" else "auto",
             text_split=parts["text_split"],
         )
-        modules = [parts[name] for name in MODEL_PARTS]
-        self.model = CosyVoiceModel(*modules, fp16=fp16, device=device, precision=precision)
         files = {name: self.model_dir / f"{name}.pt" for name in MODEL_PARTS} | dict(weights or {})
         self.model.load(*(files[name] for name in MODEL_PARTS))
 

@@ -22,6 +22,7 @@ from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import MEL_HOP_SAMPLES, OVERLAP_TOKENS, mel_frames
 
 MEL_BINS = 80
+MOST_FFT_PLANS = 16  # kept on a GPU
 MIN_SPEED, MAX_SPEED = 0.5, 2.0
 HOP_SECONDS, MAX_HOP_SECONDS = 2, 4  # speech that one chunk of a stream adds
 
@@ -65,6 +66,8 @@ class CosyVoiceModel:
         self.precision = precision
         self.loaded = False
         self.llm, self.flow, self.hift = (part.to(self.device).eval() for part in (llm, flow, hift))
+        if self.device.type == "cuda":  # the vocoder makes two for a length of mel, in memory that torch does not count
+            torch.backends.cuda.cufft_plan_cache[self.device].max_size = MOST_FFT_PLANS
         self.fp16 = fp16 and self.device.type == "cuda"  # a CPU is slower in half precision, not faster
         if self.fp16:
             self.llm.half()

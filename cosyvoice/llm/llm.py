@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.llm.guided_attention import AttentionGuide
-from cosyvoice.transformer.decoding import CapturedStepsPool, prepare_stack
+from cosyvoice.transformer.decoding import MOST_CAPTURED_FRAMES, CapturedStepsPool, prepare_stack
 from cosyvoice.transformer.encoder import ConformerEncoder, TransformerEncoder
 from cosyvoice.transformer.label_smoothing_loss import LabelSmoothingLoss
 from cosyvoice.transformer.precision import LINEARS
@@ -283,13 +283,14 @@ class TransformerLM(nn.Module):
 
         They may lie where those before lay. At most `max_tokens` are sent.
         """
-        if self.captured is None:
+        frames = prefix.size(1) + max_tokens
+        if self.captured is None or frames > MOST_CAPTURED_FRAMES:
             cache = self.llm.new_cache()
             lm_input = prefix
             while True:
                 token = yield self.next_log_probabilities(lm_input, cache)
                 lm_input = self.speech_embedding.weight[token].view(1, 1, -1)
-        with self.captured.lent(prefix.size(1) + max_tokens) as steps:
+        with self.captured.lent(frames) as steps:
             log_p = self.next_log_probabilities(prefix, steps.cache)
             while True:
                 token = yield log_p

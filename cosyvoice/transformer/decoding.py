@@ -16,7 +16,8 @@ from cosyvoice.transformer.attention import AttentionCache, RelPositionMultiHead
 from cosyvoice.transformer.encoder import INITIAL_CACHE_FRAMES, TransformerEncoder
 from cosyvoice.transformer.precision import Convert, stacked
 
-LEAST_CAPTURED_FRAMES = 1024  # most sentences, so that one graph serves them
+LEAST_CAPTURED_FRAMES = 1024  # of short sentences, so that one graph serves them
+MOST_CAPTURED_FRAMES = 4096  # longer ones would keep gigabytes for the most that they could become
 WARM_UP_STEPS = 3  # in which libraries choose kernels and allocate workspaces, which no capture may do
 _capturing = threading.Lock()  # torch can do one at a time
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cosyvoice.utils.errors import DISK_TROUBLE, NO_PERMISSION, InputError
+from cosyvoice.utils.errors import DISK_TROUBLE, NO_PERMISSION, InputError, is_memory_trouble
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -32,7 +32,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         where = f" ({error.filename})" if error.filename else ""
         reason = f"{error.strerror}{where}; make room, or choose files and folders that can be read and written"
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be loaded
+        if not is_memory_trouble(error):
             raise
         reason = f"{str(error).splitlines()[0]} See 'CUDA out of memory' in README.md."
     except KeyboardInterrupt:

@@ -1,9 +1,12 @@
 """The one exception that means: the user can mend this; and the errors of files that mean it, too."""
 
 import errno
+import re
 
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 NO_PERMISSION = (errno.EACCES, errno.EPERM)
+# How torch, the libraries that it calls, and onnxruntime say that a GPU's memory is full.
+_MEMORY_TROUBLE = re.compile("out of memory|ALLOC_FAILED|CUFFT_INTERNAL_ERROR|Failed to allocate memory|CUDA failure 2")
 
 
 class InputError(Exception):
@@ -11,3 +14,7 @@ class InputError(Exception):
 
     Scripts print it on stderr without a traceback and exit with code 2.
     """
+
+
+def is_memory_trouble(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or _MEMORY_TROUBLE.search(str(error)) is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, kaldi_fbank, whisper_log_mel
-from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.errors import InputError, is_memory_trouble
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -47,7 +47,9 @@ class SpeechEncoder:
         has_cuda = CUDA in onnxruntime.get_available_providers()
         if self.device == "cuda" and not has_cuda:
             raise InputError("onnxruntime has no CUDA here; install onnxruntime-gpu, or use the device cpu")
-        providers = [CPU] if self.device == "cpu" or not has_cuda else [CUDA, CPU]
+        # or cuDNN's convolutions are searched for anew at each new length
+        cuda = (CUDA, {"cudnn_conv_algo_search": "HEURISTIC"})
+        providers = [CPU] if self.device == "cpu" or not has_cuda else [cuda, CPU]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = ONNX_THREADS
         options.inter_op_num_threads = ONNX_THREADS
@@ -67,7 +69,7 @@ class SpeechEncoder:
     def run(self, *inputs: np.ndarray) -> Tensor:
         """The first output for these inputs, in the order the file declares them.
 
-        Raises InputError where the file wants other inputs.
+        Raises InputError where the file wants other inputs, RuntimeError where a GPU's memory is full.
         """
         session = self.open()
         from onnxruntime.capi import onnxruntime_pybind11_state as failures
@@ -76,6 +78,8 @@ class SpeechEncoder:
         try:
             output = session.run(None, dict(zip(names, inputs, strict=True)))[0]
         except (ValueError, failures.InvalidArgument, failures.Fail, failures.RuntimeException) as error:
+            if is_memory_trouble(error):
+                raise RuntimeError(f"{self.path}: {error}") from error
             raise InputError(f"{self.path} takes other inputs; copy CosyVoice-300M's file again") from error
         return torch.from_numpy(output)
 
