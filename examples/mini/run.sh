@@ -26,7 +26,7 @@ base_voices=(slt awb kal16 ked)
 corpora=(voices texts wordnet speakers)
 declare -A trained_on=([llm_grammar]="voices texts" [llm]="voices texts wordnet"
     [flow]="voices speakers" [hifigan]="speakers")
-declare -A averaged=([llm]=1 [flow]=1 [hifigan]=3) # epochs: those at whose learning rate little moves any more
+declare -A averaged=([llm]=1 [flow]=1 [hifigan]=3) # epochs, of the least held-out loss
 
 asks_for() { # the number of a stage
     [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]
@@ -48,8 +48,8 @@ write_lists() { # of all runs, so that what is missing shows at the start
     done
 }
 
-train() { # the name of the run, the network, options; takes the shell's place, so that killing it ends the training
-    exec python cosyvoice/bin/train.py --config $config --model "$2" --seed "$seed" --resume auto \
+train() { # the name of the run, the network, options
+    python cosyvoice/bin/train.py --config $config --model "$2" --seed "$seed" --resume auto \
         --train_data "$work_dir/$1.train.list" --cv_data "$work_dir/$1.dev.list" \
         --model_dir "$work_dir/exp/$1" --tensorboard_dir "$work_dir/tensorboard/$1" --ddp.dist_backend gloo "${@:3}"
 }
@@ -95,20 +95,24 @@ for corpus in "${corpora[@]}"; do
 done
 
 if asks_for 5; then
-    echo "Stage 5: train hifigan, flow beside it, then llm with both cores"
+    echo "Stage 5: train the language model, and beside it the vocoder and then the flow"
     write_lists
-    train hifigan hifigan &
-    vocoder=$!
-    trap 'kill "$vocoder" 2>/dev/null || true' EXIT
-    (train flow flow)
-    wait "$vocoder"
+    set -m # process groups of their own, so that each is stopped whole
+    (
+        # simple sentences first; then all, with a second course of the learning rate
+        train llm_grammar llm
+        first=$(find "$work_dir/exp/llm_grammar" -name "epoch_*_whole.pt" | sort -V | tail -n 1)
+        train llm llm --checkpoint "$first" --max_epoch 3
+    ) &
+    (
+        train hifigan hifigan
+        train flow flow
+    ) &
+    set +m
+    trap 'for group in $(jobs -p); do kill -- "-$group"; done' EXIT
+    wait -n # where one fails, the other is stopped
+    wait -n
     trap - EXIT
-    # two threads that wait for each other in a loop, since nothing else needs the cores now
-    export OMP_NUM_THREADS=2 GOMP_SPINCOUNT=10000000
-    # simple sentences first; then all, with a second course of the learning rate
-    (train llm_grammar llm)
-    first=$(find "$work_dir/exp/llm_grammar" -name "epoch_*_whole.pt" | sort -V | tail -n 1)
-    (train llm llm --checkpoint "$first" --max_epoch 3)
 fi
 
 if asks_for 6; then
