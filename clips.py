@@ -1,7 +1,6 @@
 """From a recording and its text to one row of training data, or to the reason why there is none."""
 
 import hashlib
-import os
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import TOKEN_RATE_HZ
 from cosyvoice.utils.frontend_utils import has_words
 from cosyvoice.utils.model_yaml import load_model_yaml
-from utils import decode_text
+from utils import decode_text, is_unicode
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # the first of a name counts
 AUDIO_KINDS = " ".join(AUDIO_SUFFIXES)
@@ -65,7 +64,7 @@ def find_recordings(folder: Path) -> list[Recording]:
     """
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     for path in files:
-        if os.fsencode(path).decode(errors="replace") != str(path):
+        if not is_unicode(str(path)):
             raise InputError(f"the file name {path.name!r} in {folder} is not UTF-8; rename the file, 001.wav for one")
     audio: dict[str, Path] = {}
     for path in (path for suffix in AUDIO_SUFFIXES for path in files if path.suffix.lower() == suffix):

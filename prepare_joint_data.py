@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from config import find_input_dir, find_model_dir
 from cosyvoice.utils.command import check_least, run
 from cosyvoice.utils.errors import InputError
-from utils import add_device, add_folders, check_writable, in_parallel, repeated
+from utils import add_device, add_folders, check_writable, in_parallel, is_unicode, repeated
 
 if TYPE_CHECKING:
     from clips import ClipMaker, Outcome, Recording
@@ -52,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     check_least("--workers", options.workers)
     if not options.speaker.strip():
         raise InputError("--speaker is empty; give the speaker a name")
-    if options.speaker.encode(errors="replace").decode() != options.speaker:
+    if not is_unicode(options.speaker):
         raise InputError(f"--speaker {options.speaker!r} is not UTF-8; give the speaker another name")
     return options
 

@@ -98,9 +98,14 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int) 
         pool.shutdown(cancel_futures=True)
 
 
-def decode_text(data: bytes) -> str:
-    """UTF-8 with or without a byte-order mark; lines become one. Raises InputError for other encodings."""
+def is_unicode(text: str) -> bool:
+    """Whether it is text, and not bytes of another encoding that the system has passed on."""
+    return text.encode(errors="replace").decode() == text
+
+
+def decode_text(data: bytes, name: str = "the text") -> str:
+    """UTF-8 with or without a byte-order mark; lines become one. Raises InputError, by `name`, for other encodings."""
     try:
         return " ".join(data.decode("utf-8-sig").split())
     except UnicodeDecodeError as error:
-        raise InputError("the text is not UTF-8; save it in that encoding") from error
+        raise InputError(f"{name} is not UTF-8; save it in that encoding") from error

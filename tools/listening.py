@@ -63,7 +63,8 @@ def read_sayings(folder: Path, all_needed: bool = True) -> list[Saying]:
             if recording.audio is None or recording.text is None:
                 lacks = "no recording" if recording.audio is None else "no text"
                 raise InputError(f"{folder / recording.utt} has {lacks}; every NNN.wav needs its NNN.txt")
-            sayings.append(read_saying(recording.audio, read_text(recording.text)))
+            text = decode_text(recording.text.read_bytes(), f"{recording.text}: the text")
+            sayings.append(read_saying(recording.audio, text))
         except InputError as error:
             if all_needed:
                 raise
@@ -71,13 +72,6 @@ def read_sayings(folder: Path, all_needed: bool = True) -> list[Saying]:
     if len(sayings) < MIN_VOICED_CLIPS and not all_needed:
         raise InputError(f"{folder} holds {len(sayings)} recordings with texts; at least {MIN_VOICED_CLIPS} are needed")
     return sayings
-
-
-def read_text(path: Path) -> str:
-    try:
-        return decode_text(path.read_bytes())
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def read_saying(audio: Path, text: str) -> Saying:

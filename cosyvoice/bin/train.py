@@ -182,15 +182,14 @@ def load_weights(part: "nn.Module", path: Path) -> None:
 
 
 def build_loaders(args: argparse.Namespace, steps: list[Any]) -> "tuple[EpochLoader, EpochLoader]":
-    import torch
-
     from cosyvoice.dataset.dataset import Dataset
     from cosyvoice.dataset.loader import EpochLoader
+    from cosyvoice.utils.device import cuda_problem
 
     gan = args.model == "hifigan"
     train = Dataset(args.train_data, steps, gan=gan, seed=args.seed)
     held_out = Dataset(args.cv_data, steps, "dev", gan=gan, shuffle=False, partition=False, seed=args.seed)
-    pinned = args.pin_memory and torch.cuda.is_available()
+    pinned = args.pin_memory and not cuda_problem()
     loaders = [EpochLoader(data, args.num_workers, args.prefetch, pinned) for data in (train, held_out)]
     return loaders[0], loaders[1]
 
