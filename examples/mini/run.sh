@@ -102,7 +102,7 @@ if asks_for 5; then
         # simple sentences first; then all, with a second course of the learning rate
         train llm_grammar llm
         first=$(find "$work_dir/exp/llm_grammar" -name "epoch_*_whole.pt" | sort -V | tail -n 1)
-        train llm llm --checkpoint "$first" --max_epoch 3
+        train llm llm --checkpoint "$first" --max_epoch 4
     ) &
     (
         train hifigan hifigan
