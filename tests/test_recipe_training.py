@@ -19,7 +19,7 @@ from recipe import CLIPS_A_FILE, FILES, train_as, write_config, write_corpus
 from torch import Tensor
 
 from cosyvoice.bin import average_model, export_jit, export_onnx, train
-from cosyvoice.bin.recipe_checkpoints import CheckpointWriter, RecipeCheckpoints
+from cosyvoice.bin.recipe_checkpoints import LAST, STATE_KEY, CheckpointWriter, RecipeCheckpoints
 from cosyvoice.bin.recipe_models import SpeechModel
 from cosyvoice.utils.checkpoint import load_strict, read_state_dict
 from cosyvoice.utils.errors import InputError
@@ -180,6 +180,15 @@ def test_a_run_without_its_last_checkpoint_is_not_begun_anew(recipe: Recipe) -> 
     (folder / "last.ckpt").unlink()
     with pytest.raises(InputError, match="epoch_0_whole.pt is of an earlier run"):
         recipe.train("llm", "beheaded", "--resume", "auto")
+
+
+def test_a_run_of_another_version_is_not_resumed(recipe: Recipe) -> None:
+    last = recipe.train("llm", "earlier", "--max_epoch", "1") / LAST
+    content = torch.load(last, weights_only=True)
+    del content[STATE_KEY]["loss_sum"]
+    torch.save(content, last)
+    with pytest.raises(InputError, match=f"{last} is no state of a training run of this version"):
+        recipe.train("llm", "earlier", "--resume", "auto")
 
 
 def test_a_damaged_file_of_data_is_named(recipe: Recipe, tmp_path: Path) -> None:

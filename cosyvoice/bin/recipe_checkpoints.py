@@ -111,8 +111,8 @@ def read_progress(path: Path, state: dict[str, Any], model: RecipeModel) -> tupl
     """
     content = load_tensors(path, "leave --resume out", mapped=True)
     found = content.get(STATE_KEY, {})
-    if "run" not in found:
-        raise InputError(f"{path} is no state of a training run; leave --resume out")
+    if not {"run", "loss_sum", "batches"} <= found.keys():
+        raise InputError(f"{path} is no state of a training run of this version; train anew in another --model_dir")
     for key in [*state, *found["run"]]:
         then, now = found["run"].get(key), state.get(key)
         if then != now and (found["batches_done"] or key not in DEALT_ANEW):

@@ -109,7 +109,7 @@ if asks_for 5; then
         train flow flow
     ) &
     set +m
-    trap 'for group in $(jobs -p); do kill -- "-$group"; done' EXIT
+    trap 'for group in $(jobs -p); do kill -- "-$group" 2> /dev/null || true; done' EXIT
     wait -n # where one fails, the other is stopped
     wait -n
     trap - EXIT
