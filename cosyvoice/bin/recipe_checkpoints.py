@@ -106,20 +106,18 @@ class RecipeCheckpoints(Checkpoint):
 def read_progress(path: Path, state: dict[str, Any], model: RecipeModel) -> tuple[int, int]:
     """Epochs done and batches done in the next one, of a `last.ckpt`; the model gets the losses of these batches.
 
-    Raises InputError where the file is damaged, or where the run it belongs to differs in `state` or its weights in
-    names or shapes.
+    Raises InputError where the file is damaged or another version's, or where the run it belongs to differs in `state`
+    or its weights in names or shapes.
     """
-    content = load_tensors(path, "leave --resume out", mapped=True)
+    remedy = "train anew in another --model_dir"  # without --resume this folder is refused
+    content = load_tensors(path, remedy, mapped=True)
     found = content.get(STATE_KEY, {})
     if not {"run", "loss_sum", "batches"} <= found.keys():
-        raise InputError(f"{path} is no state of a training run of this version; train anew in another --model_dir")
+        raise InputError(f"{path} is no state of a training run of this version; {remedy}")
     for key in [*state, *found["run"]]:
         then, now = found["run"].get(key), state.get(key)
         if then != now and (found["batches_done"] or key not in DEALT_ANEW):
-            raise InputError(
-                f"{path} is of a run with {key} {then}, not {now}; give the same to resume, or train anew in another "
-                "--model_dir"
-            )
+            raise InputError(f"{path} is of a run with {key} {then}, not {now}; give the same to resume, or {remedy}")
     load_strict(model, content["state_dict"], str(path))
     model.loss_sum, model.batches = found["loss_sum"], found["batches"]
     return found["epochs_done"], found["batches_done"]
