@@ -5,7 +5,8 @@ CosyVoice-300M speaks Whisper's multilingual vocabulary: 50257 byte-pair pieces 
 vocabulary's first 256 ids alone, the single bytes: most of the longer pieces are too rare to be learnt.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from cosyvoice.utils.errors import InputError
@@ -20,6 +21,7 @@ WHISPER_TASKS = (None, "transcribe", "translate")
 PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
 BYTES = bytes((*PRINTED, *(byte for byte in range(256) if byte not in PRINTED)))  # the byte of each id
 BYTE_IDS = {byte: number for number, byte in enumerate(BYTES)}
+PIECE = re.compile(r"^\s+\S*\s*|\S+\s*")  # a word and the blanks behind it, the first one's also before it
 
 
 def get_tokenizer(
@@ -57,9 +59,22 @@ class ByteTokenizer:
         self.lowercase = lowercase
 
     def encode(self, text: str, allowed_special: str | set[str] = "all") -> list[int]:
-        """allowed_special belongs to every tokenizer's signature and changes nothing here."""
-        spelled = text.lower() if self.lowercase else text
-        return [BYTE_IDS[byte] for byte in spelled.encode("utf-8")]
+        """Return ids. allowed_special belongs to every tokenizer's signature and changes nothing here."""
+        return [number for word in self.encode_words(text) for number in word]
+
+    def encode_words(self, text: str, spelled: Callable[[], bool] = lambda: False) -> list[list[int]]:
+        """Return the ids of each word of `text.split()` with the blanks behind it; joined, they are those of `encode`.
+
+        spelled: asked for each word whether it is written in letters whatever else the tokenizer knows for it.
+        """
+        return [self._units(piece, spelled()) for piece in self._pieces(text)]
+
+    def _pieces(self, text: str) -> list[str]:
+        return PIECE.findall(text)
+
+    def _units(self, piece: str, spelled: bool) -> list[int]:
+        plain = piece.lower() if self.lowercase else piece
+        return [BYTE_IDS[byte] for byte in plain.encode("utf-8")]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; what is no UTF-8 becomes replacement characters."""

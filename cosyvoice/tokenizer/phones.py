@@ -1,0 +1,118 @@
+"""Text units for a model that learns from a few hours of speech: phones where a lexicon knows the word.
+
+English spelling takes more hours to learn than a small model has. So the model folder carries a pronunciation lexicon,
+a gzip file of UTF-8 lines `word PHONE PHONE ...`. A word that is not in it is written in letters, and the model learns
+to read those by seeing some known words in letters too (Kastner et al. 2019, "Representation mixing for TTS
+synthesis").
+"""
+
+import gzip
+import re
+import unicodedata
+import zlib
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+from cosyvoice.tokenizer.tokenizer import BYTE_IDS, BYTES, ByteTokenizer
+from cosyvoice.utils.errors import InputError
+
+# ARPAbet as Festival's lexicons write it. A vowel carries the stress of its syllable, and "ax" never has any.
+VOWELS = ("aa", "ae", "ah", "ao", "aw", "ay", "eh", "er", "ey", "ih", "iy", "ow", "oy", "uh", "uw")
+CONSONANTS = tuple("b ch d dh f g hh jh k l m n ng p r s sh t th v w y z zh".split())
+PHONES = ("ax0", *(vowel + stress for vowel in VOWELS for stress in "01"), *CONSONANTS)  # in the order of their ids
+PHONE_IDS = {phone: number for number, phone in enumerate(PHONES, len(BYTES))}
+
+LETTER = r"[^\W\d_]"
+# Single letters with full stops between them, or letters with apostrophes between them: "U.S", "don't"
+WORD = re.compile(rf"((?<!{LETTER}){LETTER}(?:\.{LETTER})+(?!{LETTER})|{LETTER}+(?:'{LETTER}+)*)")
+WITH_S = re.compile(r"(.+)'[sS]|([A-Z]{2,})s")  # Mary's, TVs
+ABBREVIATION = re.compile(r"[A-Z]{2,5}|[A-Za-z](?:\.[A-Za-z])+")  # a longer run of capitals is a word that is shouted
+# What books print, as people type it: a model that hears the one while it learns knows nothing of the other.
+TYPED = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": ",", "—": ",", "…": "."})
+HISSING = ("s", "z", "sh", "zh", "ch", "jh")
+VOICELESS = ("p", "t", "k", "f", "th")
+
+
+class PhoneTokenizer(ByteTokenizer):
+    """The bytes of lowercase UTF-8 text as ids 0 to 255, and the 55 phones of PHONES after them.
+
+    A run of letters becomes phones where the lexicon has it as it is or in lower case, with a possessive 's too.
+    Other abbreviations in capitals become the names of their letters, which the lexicon has as `a.` to `z.`. All else
+    stays bytes. Accents are dropped.
+
+    Raises InputError where the lexicon cannot be read, and on meeting an unknown phone in it.
+    """
+
+    def __init__(self, lexicon: Path) -> None:
+        super().__init__(lowercase=True)
+        self.path = lexicon
+        self.lexicon = read_lexicon(lexicon)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return text with the phones of a word between slashes: "/dh ax0/ zzyx"."""
+        parts = []
+        for are_phones, run in groupby(ids, lambda number: number >= len(BYTES)):
+            phones = (PHONES[number - len(BYTES)] for number in run) if are_phones else ()
+            parts.append(f"/{' '.join(phones)}/" if are_phones else super().decode(run))
+        return "".join(parts)
+
+    def phones_of(self, word: str, spelled: bool = False) -> list[str]:
+        """Return the phones of a run of letters; none where it is not known, or is to be `spelled` in letters."""
+        if phones := self._entry(word) or self._entry(word.lower()):
+            return [] if spelled else phones
+        if found := WITH_S.fullmatch(word):
+            stem = self.phones_of(found[1] or found[2], spelled)
+            return stem + _ending_s(stem[-1]) if stem else []
+        if ABBREVIATION.fullmatch(word):
+            names = [self._entry(f"{letter}.") for letter in word.lower() if letter != "."]
+            return [phone for name in names for phone in name] if all(names) else []
+        return []
+
+    def _entry(self, word: str) -> list[str]:
+        phones = self.lexicon.get(word, "").split()
+        for phone in phones:
+            if phone not in PHONE_IDS:
+                raise InputError(f"{self.path}: {word!r} has the unknown phone {phone!r}. Known are: {' '.join(PHONES)}")
+        return phones
+
+    def _pieces(self, text: str) -> list[str]:
+        return super()._pieces(" ".join(text.split()))
+
+    def _units(self, piece: str, spelled: bool) -> list[int]:
+        units = []
+        for number, part in enumerate(WORD.split(_plain(piece))):
+            phones = self.phones_of(part, spelled) if number % 2 else []  # words stand between what is none
+            units += [PHONE_IDS[phone] for phone in phones] or super()._units(part, spelled)
+        return units
+
+
+def get_phone_tokenizer(lexicon: Path) -> PhoneTokenizer:
+    """Return the tokenizer of models with `text_token_size: 311`. lexicon: a file of the model folder."""
+    return PhoneTokenizer(lexicon)
+
+
+def read_lexicon(path: Path) -> dict[str, str]:
+    """Return the phones of each word, separated by blanks. Raises InputError where the file is not a lexicon."""
+    remedy = "Copy it again from where the model comes from, or write it with examples/mini/make_lexicon.py"
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lexicon = dict(line.split(" ", 1) for line in file.read().splitlines())
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise InputError(f"{path} is not a gzip file of lines `word PHONE PHONE ...`: {error}. {remedy}") from None
+    if not lexicon or "" in lexicon or not all(lexicon.values()):
+        raise InputError(f"{path} has no words, or a line without a word or without phones. {remedy}")
+    return lexicon
+
+
+def _plain(word: str) -> str:
+    """Return the word without accents and printers' signs; what consists of accents alone stays as it is."""
+    decomposed = unicodedata.normalize("NFD", word.translate(TYPED))
+    return "".join(character for character in decomposed if unicodedata.category(character) != "Mn") or word
+
+
+def _ending_s(phone: str) -> list[str]:
+    """Return how a plural or possessive sounds after the phone."""
+    if phone in HISSING:
+        return ["ax0", "z"]
+    return ["s"] if phone in VOICELESS else ["z"]
