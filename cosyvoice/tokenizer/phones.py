@@ -26,7 +26,7 @@ PHONE_IDS = {phone: number for number, phone in enumerate(PHONES, len(BYTES))}
 LETTER = r"[^\W\d_]"
 # Single letters with full stops between them, or letters with apostrophes between them: "U.S", "don't"
 WORD = re.compile(rf"((?<!{LETTER}){LETTER}(?:\.{LETTER})+(?!{LETTER})|{LETTER}+(?:'{LETTER}+)*)")
-WITH_S = re.compile(r"(.+)'[sS]|([A-Z]{2,})s")  # Mary's, TVs
+WITH_S = re.compile(r"(.+?)'?s|(.+)'S")  # Mary's, cyclists, TVs, MARY'S
 ABBREVIATION = re.compile(r"[A-Z]{2,5}|[A-Za-z](?:\.[A-Za-z])+")  # a longer run of capitals is a word that is shouted
 # What books print, as people type it: a model that hears the one while it learns knows nothing of the other.
 TYPED = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": ",", "—": ",", "…": "."})
@@ -37,7 +37,7 @@ VOICELESS = ("p", "t", "k", "f", "th")
 class PhoneTokenizer(ByteTokenizer):
     """The bytes of lowercase UTF-8 text as ids 0 to 255, and the 55 phones of PHONES after them.
 
-    A run of letters becomes phones where the lexicon has it as it is or in lower case, with a possessive 's too.
+    A run of letters becomes phones where the lexicon has it as it is or in lower case, also without its final s or 's.
     Other abbreviations in capitals become the names of their letters, which the lexicon has as `a.` to `z.`. All else
     stays bytes. Accents are dropped.
 
@@ -59,11 +59,15 @@ class PhoneTokenizer(ByteTokenizer):
 
     def phones_of(self, word: str, spelled: bool = False) -> list[str]:
         """Return the phones of a run of letters; none where it is not known, or is to be `spelled` in letters."""
+        phones = self._phones_without_s(word, spelled)
+        if not phones and (found := WITH_S.fullmatch(word)):
+            stem = self._phones_without_s(found[1] or found[2], spelled)
+            phones = stem + _ending_s(stem[-1]) if stem else []
+        return phones
+
+    def _phones_without_s(self, word: str, spelled: bool) -> list[str]:
         if phones := self._entry(word) or self._entry(word.lower()):
             return [] if spelled else phones
-        if found := WITH_S.fullmatch(word):
-            stem = self.phones_of(found[1] or found[2], spelled)
-            return stem + _ending_s(stem[-1]) if stem else []
         if ABBREVIATION.fullmatch(word):
             names = [self._entry(f"{letter}.") for letter in word.lower() if letter != "."]
             return [phone for name in names for phone in name] if all(names) else []

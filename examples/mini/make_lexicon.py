@@ -42,6 +42,7 @@ from f r ax0 m
 was w ax0 z
 read r iy1 d
 dr d aa1 k t er0
+missus m ih1 s ax0 z
 i'm ay1 m
 you're y uh1 r
 we're w ih1 r
