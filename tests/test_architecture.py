@@ -21,6 +21,7 @@ RECIPE_SCRIPTS = (
     "cosyvoice/bin/export_onnx",
     "examples/libritts/cosyvoice/local/prepare_data",
     "examples/mini/make_corpus",
+    "examples/mini/make_lexicon",
     "examples/mini/align_text",
     "examples/mini/train_tokenizer",
     "examples/mini/train_speaker_encoder",

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from cosyvoice.dataset import processor
+from cosyvoice.tokenizer.tokenizer import get_byte_tokenizer
 from cosyvoice.utils.errors import InputError
-from examples.mini import align_text
+from cosyvoice.utils.frames import TOKEN_RATE_HZ
+from cosyvoice.tokenizer.phones import get_phone_tokenizer
+from examples.mini import align_text, make_lexicon
 from examples.mini.make_corpus import Speaker, Utterance, make_utterances
 from examples.mini.sentences import (
     JUDGED,
@@ -149,7 +152,10 @@ def test_phones_find_their_letters(tmp_path: Path) -> None:
     assert before == {wav: wav.with_suffix(".places").stat().st_mtime_ns for wav in spoken}
     right = total = 0
     for wav, text in spoken.items():
-        places = [int(place) for place in wav.with_suffix(".places").read_text().split()]
+        tokens = round(0.1 * len(wav.with_suffix(".phones").read_text().splitlines()) * TOKEN_RATE_HZ)
+        sample = {"wav": str(wav), "text": text, "speech_token": [0] * tokens}
+        (sample,) = processor.read_places(processor.tokenize([sample], get_byte_tokenizer, "all"))
+        places = sample["text_place"].tolist()
         assert places == sorted(places) and places[-1] < len(text)
         said = [text.lower()[place] for place in places[2::5]]  # the middle of each phone: 0.1 s are five tokens
         consonants = {"n": "n", "t": "t", "b": "b", "l": "l", "r": "r", "k": "c"}
@@ -168,11 +174,41 @@ def test_a_text_of_many_silent_letters_is_aligned() -> None:
     assert 0 <= path[0] < path[1] < 20
 
 
-def test_places_come_beside_the_recording(tmp_path: Path) -> None:
-    sample = {"wav": str(tmp_path / "u.wav"), "speech_token": [5, 6, 7, 8]}
-    (tmp_path / "u.places").write_text("0 0 3\n")
-    (found,) = processor.read_places([sample])
-    assert found["text_place"].tolist() == [0, 0, 3, 3]  # the last of a token that rounding has added
-    (tmp_path / "u.places").write_text("zero")
-    with pytest.raises(InputError, match="u.places does not tell places"):
-        list(processor.read_places([sample]))
+# The lexicon
+
+DICTIONARY = Path(__file__).parent / "data" / "cmudict_excerpt.out"
+
+
+@pytest.fixture
+def lexicon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+    monkeypatch.setattr(make_lexicon, "DICTIONARY", DICTIONARY)
+    make_lexicon.main(["--output", str(tmp_path / "lexicon.txt.gz")])
+    assert "entries, 0.00 MB" in capsys.readouterr().out
+    return tmp_path / "lexicon.txt.gz"
+
+
+def test_a_lexicon_is_the_same_each_time(lexicon: Path, tmp_path: Path) -> None:
+    make_lexicon.main(["--output", str(tmp_path / "again.gz")])
+    assert (tmp_path / "again.gz").read_bytes() == lexicon.read_bytes()
+
+
+def test_words_are_in_the_lexicon_as_people_say_them(lexicon: Path) -> None:
+    """The fifty commonest words, and some that are said in more than one way."""
+    said = """the dh ax0|be b iy0|to t ax0|of ax0 v|and ae0 n d|a ax0|in ih0 n|that dh ae1 t|have hh ae0 v|I ay0|it ih0 t
+for f ao0 r|not n aa1 t|on aa0 n|with w ih0 dh|he hh iy0|as ae0 z|you y uw0|do d uw1|at ae0 t|this dh ih1 s|but b ah0 t
+his hh ih0 z|by b ay0|from f r ax0 m|they dh ey0|we w iy0|say s ey1|her hh er0|she sh iy0|or ao0 r|an ax0 n|will w ih0 l
+my m ay0|one w ah1 n|all ao1 l|would w uh0 d|there dh eh1 r|their dh eh0 r|what w ah1 t|so s ow1|up ah1 p|out aw1 t
+if ih0 f|about ax0 b aw1 t|who hh uw1|get g eh1 t|which w ih1 ch|go g ow1|me m iy0|does d ah1 z|use y uw1 z|live l ih1 v
+minute m ih1 n ax0 t|read r iy1 d|houses hh aw1 z ih0 z|us ah0 s|US y uw1 eh1 s|don't d ow1 n t|we've w iy1 v
+it's ih0 t s|WWW """ + "d ah1 b ax0 l y uw0 " * 3
+    tokenizer = get_phone_tokenizer(lexicon)
+    for line in said.strip().replace("\n", "|").split("|"):
+        word, _, phones = line.partition(" ")
+        assert " ".join(tokenizer.phones_of(word)) == phones, word
+    assert "awol" in tokenizer.lexicon and all(map(tokenizer.phones_of, tokenizer.lexicon))
+
+
+def test_a_missing_dictionary_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_lexicon, "DICTIONARY", tmp_path / "absent.out")
+    with pytest.raises(InputError, match="absent.out does not exist. Run: apt-get install festlex-cmu"):
+        make_lexicon.main(["--output", str(tmp_path / "lexicon.txt.gz")])

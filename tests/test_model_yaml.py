@@ -11,7 +11,7 @@ import pytest
 from parity import PARITY_DIR
 
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.model_yaml import load_model_yaml
+from cosyvoice.utils.model_yaml import load_model_yaml, spelled
 
 Load = Callable[..., dict[str, Any]]
 
@@ -75,6 +75,32 @@ def test_plain_values_arrive_untouched(load: Load) -> None:
 def test_defaults_are_for_what_the_file_leaves_out(load: Load) -> None:
     parts = load("rate: 3\n", parts=("rate", "split"), defaults={"rate": 4, "split": None})
     assert parts == {"rate": 3, "split": None}
+
+
+def test_a_file_lies_beside_the_yaml(load: Load, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="words.txt does not exist, and cosyvoice.yaml needs it"):
+        load("a: !file words.txt\n")
+    (tmp_path / "words.txt").write_text("one")
+    assert load("a: [!file words.txt]\nb: !ref <a>\n") == {"a": [tmp_path / "words.txt"], "b": [tmp_path / "words.txt"]}
+    assert load("a: !file words.txt\nb: 1\n", parts=("b",)) == {"b": 1}
+    (tmp_path / "inner").mkdir()
+    for name in (tmp_path / "words.txt", "../words.txt", "inner/words.txt", "./words.txt", ".", "[words.txt]", "{}"):
+        with pytest.raises(InputError, match="cannot be read"):
+            load(f"a: !file {name}\n")
+    for name in ("..", "", "inner"):
+        with pytest.raises(InputError, match="does not exist"):
+            load(f"a: !file {name}\n")
+
+
+def test_files_count_by_their_content(load: Load, tmp_path: Path) -> None:
+    text = "a: !name:cosyvoice.tokenizer.phones.get_phone_tokenizer\n    lexicon: !file words.txt\n"
+    found = []
+    for folder, content in (("one", "x"), ("two", "x"), ("three", "y")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "words.txt").write_text(content)
+        (tmp_path / folder / "cosyvoice.yaml").write_text(text)
+        found.append(spelled(load_model_yaml(tmp_path / folder / "cosyvoice.yaml")))
+    assert found[0] == found[1] != found[2]
 
 
 def test_seed_calls_are_ignored(load: Load) -> None:

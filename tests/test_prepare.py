@@ -1,6 +1,7 @@
 """prepare_joint_data.py: recordings and texts in, parquet files and a report out."""
 
 import csv
+import gzip
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from parity import PARITY_DIR
 
 import clip_files
 from clips import ClipMaker, find_recordings, silence_share
+from cosyvoice.tokenizer.phones import get_phone_tokenizer
 from cosyvoice.utils.audio import load_wav
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.speech_encoders import SpeechTokenizer
@@ -152,6 +154,26 @@ def test_data_of_another_model_is_refused(model_dir: Path, raw: Path, tmp_path: 
     config.write_text(re.sub(r"get_tokenizer: !name:.*\n(    .*\n)*", f"get_tokenizer: {text_ids}\n", written))
     with pytest.raises(InputError, match="prepared with another model"):
         load_clips(data, other)
+
+
+def test_a_lexicon_belongs_to_the_model(model_dir: Path, raw: Path, tmp_path: Path) -> None:
+    """Data keep to its content, wherever the folder lies."""
+    phones = shutil.copytree(model_dir, tmp_path / "phones")
+    config, lexicon = phones / "cosyvoice.yaml", phones / "lexicon.txt.gz"
+    text_ids = "!name:cosyvoice.tokenizer.phones.get_phone_tokenizer\n    lexicon: !file lexicon.txt.gz\n"
+    written = config.read_text(encoding="utf-8")
+    config.write_text(re.sub(r"get_tokenizer: !name:.*\n(    .*\n)*", f"get_tokenizer: {text_ids}", written))
+    add(raw, "1.wav", tone(1.5))
+    with pytest.raises(InputError, match="lexicon.txt.gz does not exist"):
+        prepare(phones, raw)
+    lexicon.write_bytes(gzip.compress(b"a ax0\n"))
+    data = prepare(phones, raw)
+    assert rows(data)[0]["text_token"] == get_phone_tokenizer(lexicon).encode("A tone.")
+    moved = phones.rename(tmp_path / "moved")
+    assert len(load_clips(data, moved)) == 1
+    (moved / "lexicon.txt.gz").write_bytes(gzip.compress(b"a ey1\n"))
+    with pytest.raises(InputError, match="prepared with another model"):
+        load_clips(data, moved)
 
 
 def test_a_bad_clip_is_reported_and_the_rest_goes_on(

@@ -2,7 +2,7 @@
 
 Each step is a generator over what the step before yields: sample dicts up to `batch`, then lists of
 samples, then the padded dict. `mode` (train or dev) belongs to the common signature of the steps; only
-`equalize` depends on it.
+`tokenize` and `equalize` depend on it.
 """
 
 import logging
@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from cosyvoice.tokenizer.phones import PhoneTokenizer
+from cosyvoice.tokenizer.tokenizer import ByteTokenizer
 from cosyvoice.utils import audio
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.pitch import pitch_track
@@ -62,27 +64,55 @@ def tokenize(
     data: Iterable[Sample],
     get_tokenizer: Callable[[], Any],
     allowed_special: str | set[str],
+    spelled_share: float = 0.0,
     mode: str = "train",
 ) -> Iterator[Sample]:
-    """Adds `text_token`, the ids of `text`."""
+    """Adds `text_token`, the ids of `text`.
+
+    Tokenizers that go word by word also give `word_token_counts`, how many ids each word of `text.split()` has.
+    spelled_share: of the words, this share is written in letters in training though a PhoneTokenizer knows their phones.
+
+    Raises InputError for a spelled_share that is not from 0 to 1, or above 0 with another tokenizer.
+    """
     tokenizer = get_tokenizer()
+    if not 0 <= spelled_share <= 1:
+        raise InputError(f"tokenize: spelled_share is {spelled_share}. Give a number from 0 to 1")
+    if spelled_share and not isinstance(tokenizer, PhoneTokenizer):
+        raise InputError("tokenize: spelled_share works only with get_phone_tokenizer. Leave it out")
+    spells = spelled_share > 0 and mode == "train"
     for sample in data:
-        yield {**sample, "text_token": tokenizer.encode(sample["text"], allowed_special=allowed_special)}
+        if isinstance(tokenizer, ByteTokenizer):
+            words = tokenizer.encode_words(sample["text"], lambda: spells and random.random() < spelled_share)
+            counts = [len(word) for word in words]
+            yield {**sample, "text_token": [number for word in words for number in word], "word_token_counts": counts}
+        else:
+            yield {**sample, "text_token": tokenizer.encode(sample["text"], allowed_special=allowed_special)}
 
 
 def read_places(data: Iterable[Sample], mode: str = "train") -> Iterator[Sample]:
     """Adds `text_place` (S,), which text token each speech token says, from the .places beside the recording.
 
-    Raises InputError where that is missing or holds something else.
+    The file holds a number w + f for each speech token: it says word w of `text.split()`, and the share 0 <= f < 1 of
+    that word is over. So the numbers do not depend on how a word is written.
+
+    Raises InputError where the file is missing, holds something else, or names a word that the text does not have.
     """
     for sample in data:
         path = Path(sample["wav"]).with_suffix(".places")
+        if "word_token_counts" not in sample:
+            raise InputError("read_places needs a tokenizer that goes word by word. Use get_phone_tokenizer, for one")
+        counts = np.array(sample["word_token_counts"])
         try:
-            places = torch.tensor([int(place) for place in path.read_text(encoding="utf-8").split()])
+            places = np.array([float(place) for place in path.read_text(encoding="utf-8").split()])
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} does not tell places in the text: {error}; make it anew") from None
+            raise InputError(f"{path} does not tell places in the text: {error}. Make it again") from None
+        if not (len(places) and np.all((places >= 0) & (places < len(counts)))):
+            raise InputError(f"{path} is empty, or names a word that the text does not have. Make it again")
+        word = places.astype(int)
+        through = ((places - word) * counts[word]).astype(int)  # below counts[word], since the share is below 1
+        text_place = torch.from_numpy((np.cumsum(counts) - counts)[word] + through)
         index = torch.arange(len(sample["speech_token"])).clamp(max=len(places) - 1)  # rounding: a token more
-        yield {**sample, "text_place": places[index]}
+        yield {**sample, "text_place": text_place[index]}
 
 
 def filter(

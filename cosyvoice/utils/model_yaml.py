@@ -1,7 +1,8 @@
 """Reads a model folder's cosyvoice.yaml without executing anything that the file says.
 
 The dialect is HyperPyYAML's: `!new:` builds an object, `!name:` makes a partial function, `!ref <name>`
-refers to a top-level entry (or calculates with some), `!apply:` calls at load time. Here the file is parsed
+refers to a top-level entry (or calculates with some), `!apply:` calls at load time. One tag is our own: `!file NAME`
+is the path of a file that lies beside the YAML, and no other file can be named. Here the file is parsed
 by a safe YAML loader into a tree of values, references and targets. Targets outside a fixed list are an
 error; `!apply:` is known for seeds only and ignored. Only the parts asked for are built, and each top-level
 entry at most once.
@@ -35,6 +36,7 @@ TARGETS = frozenset(
         "cosyvoice.hifigan.hifigan.HiFiGan",
         "cosyvoice.hifigan.spectral_loss.SpectralLoss",
         "cosyvoice.utils.common.ras_sampling",
+        "cosyvoice.tokenizer.phones.get_phone_tokenizer",
         "cosyvoice.tokenizer.tokenizer.get_byte_tokenizer",
         "cosyvoice.tokenizer.tokenizer.get_tokenizer",
         "matcha.hifigan.models.MultiPeriodDiscriminator",
@@ -65,6 +67,13 @@ class _Reference:
     """`!ref`: the text after the tag, e.g. `<sample_rate>` or `<chunk_size> * <token_mel_ratio>`."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class _File:
+    """`!file`: the name of a file beside the YAML."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -106,17 +115,22 @@ def load_model_yaml(
 
 
 def spelled(entry: Any) -> Any:
-    """What built entries of values and partial functions consist of, in plain types: equal where these are."""
+    """Return what built entries of values and partial functions consist of, in plain types: equal where these are.
+
+    A file counts by its content, so the result does not depend on where the model folder lies.
+    """
     if isinstance(entry, functools.partial):
         function = f"{entry.func.__module__}.{entry.func.__qualname__}"
         return [function, spelled(list(entry.args)), spelled(entry.keywords)]
+    if isinstance(entry, Path):
+        return entry.read_bytes()
     if isinstance(entry, list):
         return [spelled(item) for item in entry]
     return {name: spelled(item) for name, item in entry.items()} if isinstance(entry, dict) else entry
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    """Top-level entries, unbuilt: plain values, lists, dicts, _Reference, _Target, _IgnoredCall."""
+    """Top-level entries, unbuilt: plain values, lists, dicts, _Reference, _File, _Target, _IgnoredCall."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; a model folder holds cosyvoice.yaml beside its .pt files")
     try:
@@ -184,6 +198,13 @@ def _construct_reference(loader: _Loader, node: yaml.Node) -> _Reference:
     return _Reference(loader.construct_scalar(node))
 
 
+def _construct_file(loader: _Loader, node: yaml.Node) -> _File:
+    name = loader.construct_scalar(node)
+    if Path(name).name != name:
+        raise _error(f"!file takes the name of a file beside this one, not {name!r}", node)
+    return _File(name)
+
+
 def _construct_call(loader: _Loader, path: str, node: yaml.Node) -> _IgnoredCall:
     if path not in IGNORED_CALLS:
         raise _error(f"calling {path!r} is not allowed", node)
@@ -194,6 +215,7 @@ _Loader.add_multi_constructor("!new:", _construct_target(partial=False))
 _Loader.add_multi_constructor("!name:", _construct_target(partial=True))
 _Loader.add_multi_constructor("!apply:", _construct_call)
 _Loader.add_constructor("!ref", _construct_reference)
+_Loader.add_constructor("!file", _construct_file)
 # YAML 1.1 takes `1e-06` for text: it wants a point in the mantissa and a sign in the exponent.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -225,6 +247,8 @@ class _Builder:
         match node:
             case _Reference():
                 return self.reference(node.text)
+            case _File():
+                return self.file(node.name)
             case _Target():
                 return self.target(node)
             case list():
@@ -242,6 +266,12 @@ class _Builder:
             return self.calculate(ast.parse(_REFERENCE.sub(r"\1", text).strip(), mode="eval").body)
         except (SyntaxError, TypeError, ArithmeticError) as error:
             raise InputError(f"{self.path}: cannot evaluate '!ref {text}': {error}") from None
+
+    def file(self, name: str) -> Path:
+        path = self.path.parent / name
+        if not path.is_file():
+            raise InputError(f"{path} does not exist, and {self.path.name} needs it. Copy it from the model's download")
+        return path
 
     def calculate(self, node: ast.expr) -> Any:
         match node:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Which byte of the text each speech token says, found from the phones whose times the engines told.
+"""Which part of the text each speech token says, found from the phones whose times the engines told.
 
     examples/mini/align_text.py --dirs data/mini/voices/train data/mini/voices/dev
 
 Reads wav.scp, text, and the .phones beside the recordings; writes .places beside them: for each token of 20 ms the
-number of a byte of the text, which guides the language model's attention while it learns to read. Letters and phones
-are aligned by a hidden Markov model over the letters (Vogel et al. 1996, "HMM-based word alignment in statistical
+number of a word and the share of it that is over, which guides the language model's attention while it learns to
+read (cosyvoice.dataset.processor.read_places). Letters and phones are aligned by a hidden Markov model over the letters (Vogel et al. 1996, "HMM-based word alignment in statistical
 translation"), which is trained on all their texts at once.
 """
 
@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs = [(letter_numbers(text), phones[wav][1]) for wav, text in texts.items()]
     paths = align(pairs, lambda work: tqdm(work, desc="aligning", unit="pass", disable=None))
     for path, (wav, (ends, _)) in zip(paths, phones.items(), strict=True):
-        places = path[phone_of_each(ends, round(ends[-1] * TOKEN_RATE_HZ))]
+        places = word_places(texts[wav])[path[phone_of_each(ends, round(ends[-1] * TOKEN_RATE_HZ))]]
         with atomic_write(wav.with_suffix(".places")) as temporary:
-            temporary.write_text(" ".join(map(str, places)) + "\n", encoding="utf-8")
+            temporary.write_text(" ".join(f"{place:.4f}" for place in places) + "\n", encoding="utf-8")
     print(f"{len(texts)} utterances: .places are beside the recordings")
 
 
@@ -65,6 +65,16 @@ def letter_numbers(text: str) -> "np.ndarray":
 
     known = {ord(letter): number for number, letter in enumerate(LETTERS)}
     return np.array([known.get(byte, len(LETTERS)) for byte in text.lower().encode("utf-8")])
+
+
+def word_places(text: str) -> "np.ndarray":
+    """Return for each byte of the text its word's number plus the share of that word before the byte's middle."""
+    import numpy as np
+
+    from cosyvoice.tokenizer.tokenizer import get_byte_tokenizer
+
+    sizes = map(len, get_byte_tokenizer(lowercase=True).encode_words(text))
+    return np.concatenate([number + (np.arange(size) + 0.5) / size for number, size in enumerate(sizes)])
 
 
 def align(
