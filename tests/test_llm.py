@@ -1,5 +1,6 @@
 """What helps the language model where it is trained from scratch, and stays out of everything else."""
 
+import gzip
 import math
 import re
 from collections.abc import Callable
@@ -196,10 +197,10 @@ def test_impossible_guides_are_refused(change: dict, message: str) -> None:
 # A small model by its YAML
 
 
-BYTES = """get_tokenizer: !name:cosyvoice.tokenizer.tokenizer.get_byte_tokenizer
-    lowercase: True
+UNITS = """get_tokenizer: !name:cosyvoice.tokenizer.phones.get_phone_tokenizer
+    lexicon: !file lexicon.txt.gz
 """
-EXTRA = """    text_token_size: 256
+EXTRA = """    text_token_size: 311
     input_corruption: 0.05
     guided_attention: {layers: [1], head: 0, weight: 1.0, width: 0.15}
 """
@@ -214,12 +215,14 @@ def config(tmp_path: Path) -> Path:
         r"    text_token_size: .*\n": EXTRA,
         r"(?<=        static_chunk_size: )1": "0",  # the text encoder's comes first
         r"use_cnn_module: False": "use_cnn_module: True\n        cnn_module_kernel: 7",
-        r"get_tokenizer: !name.*\n(    .*\n)+": BYTES,
+        r"get_tokenizer: !name.*\n(    .*\n)+": UNITS,
+        r"(?<=processor.tokenize\n)": "    spelled_share: 0.5\n",
         r"scheduler: warmuplr\n( +)scheduler_conf:": r"scheduler: cosine\n\1scheduler_conf:\n\1\1total_steps: 20",
     }.items():
         text, count = re.subn(old, new, text, count=1)
         assert count, old
     path.write_text(text, encoding="utf-8")
+    (tmp_path / "lexicon.txt.gz").write_bytes(gzip.compress(b"a ax0\nthe dh ax0\n"))
     return path
 
 
@@ -233,5 +236,5 @@ def test_all_of_it_are_settings_of_the_recipes_yaml(config: Path, monkeypatch: p
     assert second["loss"] < first["loss"] and second.keys() == {"loss", "acc"}
     llm = load_model_yaml(config, parts=("llm",))["llm"]
     load_strict(llm, read_state_dict(folder / "epoch_1_whole.pt"), "epoch_1_whole.pt")
-    assert llm.guide.layers == [1] and llm.text_embedding.weight.size(0) == 256
+    assert llm.guide.layers == [1] and llm.text_embedding.weight.size(0) == 311
     export_jit.export(llm.text_encoder.eval(), folder / "text_encoder.zip")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from cosyvoice.dataset import processor
+from cosyvoice.tokenizer.phones import get_phone_tokenizer
 from cosyvoice.tokenizer.tokenizer import get_byte_tokenizer
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import TOKEN_RATE_HZ
-from cosyvoice.tokenizer.phones import get_phone_tokenizer
 from examples.mini import align_text, make_lexicon
 from examples.mini.make_corpus import Speaker, Utterance, make_utterances
 from examples.mini.sentences import (
@@ -177,6 +177,15 @@ def test_a_text_of_many_silent_letters_is_aligned() -> None:
 # The lexicon
 
 DICTIONARY = Path(__file__).parent / "data" / "cmudict_excerpt.out"
+SAID = """
+the dh ax0|be b iy0|to t ax0|of ax0 v|and ae0 n d|a ax0|in ih0 n|that dh ae1 t|have hh ae0 v|I ay0|it ih0 t|for f ao0 r
+not n aa1 t|on aa0 n|with w ih0 dh|he hh iy0|as ae0 z|you y uw0|do d uw1|at ae0 t|this dh ih1 s|but b ah0 t|by b ay0
+his hh ih0 z|from f r ax0 m|they dh ey0|we w iy0|say s ey1|her hh er0|she sh iy0|or ao0 r|an ax0 n|will w ih0 l|my m ay0
+one w ah1 n|all ao1 l|would w uh0 d|there dh eh1 r|their dh eh0 r|what w ah1 t|so s ow1|up ah1 p|out aw1 t|if ih0 f
+about ax0 b aw1 t|who hh uw1|get g eh1 t|which w ih1 ch|go g ow1|me m iy0|does d ah1 z|use y uw1 z|live l ih1 v
+minute m ih1 n ax0 t|read r iy1 d|houses hh aw1 z ih0 z|us ah0 s|US y uw1 eh1 s|don't d ow1 n t|we've w iy1 v
+it's ih0 t s|WW d ah1 b ax0 l y uw0 d ah1 b ax0 l y uw0
+"""
 
 
 @pytest.fixture
@@ -194,16 +203,9 @@ def test_a_lexicon_is_the_same_each_time(lexicon: Path, tmp_path: Path) -> None:
 
 def test_words_are_in_the_lexicon_as_people_say_them(lexicon: Path) -> None:
     """The fifty commonest words, and some that are said in more than one way."""
-    said = """the dh ax0|be b iy0|to t ax0|of ax0 v|and ae0 n d|a ax0|in ih0 n|that dh ae1 t|have hh ae0 v|I ay0|it ih0 t
-for f ao0 r|not n aa1 t|on aa0 n|with w ih0 dh|he hh iy0|as ae0 z|you y uw0|do d uw1|at ae0 t|this dh ih1 s|but b ah0 t
-his hh ih0 z|by b ay0|from f r ax0 m|they dh ey0|we w iy0|say s ey1|her hh er0|she sh iy0|or ao0 r|an ax0 n|will w ih0 l
-my m ay0|one w ah1 n|all ao1 l|would w uh0 d|there dh eh1 r|their dh eh0 r|what w ah1 t|so s ow1|up ah1 p|out aw1 t
-if ih0 f|about ax0 b aw1 t|who hh uw1|get g eh1 t|which w ih1 ch|go g ow1|me m iy0|does d ah1 z|use y uw1 z|live l ih1 v
-minute m ih1 n ax0 t|read r iy1 d|houses hh aw1 z ih0 z|us ah0 s|US y uw1 eh1 s|don't d ow1 n t|we've w iy1 v
-it's ih0 t s|WWW """ + "d ah1 b ax0 l y uw0 " * 3
     tokenizer = get_phone_tokenizer(lexicon)
-    for line in said.strip().replace("\n", "|").split("|"):
-        word, _, phones = line.partition(" ")
+    for said in SAID.replace("\n", "|").strip("|").split("|"):
+        word, _, phones = said.partition(" ")
         assert " ".join(tokenizer.phones_of(word)) == phones, word
     assert "awol" in tokenizer.lexicon and all(map(tokenizer.phones_of, tokenizer.lexicon))
 

@@ -115,7 +115,7 @@ def test_a_damaged_lexicon_is_told(tmp_path: Path, content: bytes, message: str)
 def test_an_unknown_phone_is_told_where_it_is_met(tmp_path: Path) -> None:
     tokenizer = get_phone_tokenizer(write_lexicon(tmp_path, "the dh ax0\ncat k ae2 t\n"))
     assert tokenizer.encode("the")
-    with pytest.raises(InputError, match="lexicon.txt.gz: 'cat' has the unknown phone 'ae2'. Known are: ax0 aa0"):
+    with pytest.raises(InputError, match="lexicon.txt.gz: 'cat' has the unknown phone 'ae2'. Use those of ax0 aa0"):
         tokenizer.encode("cat")
 
 

@@ -67,10 +67,10 @@ def tokenize(
     spelled_share: float = 0.0,
     mode: str = "train",
 ) -> Iterator[Sample]:
-    """Adds `text_token`, the ids of `text`.
+    """Add `text_token`, the ids of `text`.
 
     Tokenizers that go word by word also give `word_token_counts`, how many ids each word of `text.split()` has.
-    spelled_share: of the words, this share is written in letters in training though a PhoneTokenizer knows their phones.
+    spelled_share: in training, this share of the words is written in letters though a PhoneTokenizer knows its phones.
 
     Raises InputError for a spelled_share that is not from 0 to 1, or above 0 with another tokenizer.
     """
@@ -90,7 +90,7 @@ def tokenize(
 
 
 def read_places(data: Iterable[Sample], mode: str = "train") -> Iterator[Sample]:
-    """Adds `text_place` (S,), which text token each speech token says, from the .places beside the recording.
+    """Add `text_place` (S,), which text token each speech token says, from the .places beside the recording.
 
     The file holds a number w + f for each speech token: it says word w of `text.split()`, and the share 0 <= f < 1 of
     that word is over. So the numbers do not depend on how a word is written.

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-from cosyvoice.tokenizer.tokenizer import BYTE_IDS, BYTES, ByteTokenizer
+from cosyvoice.tokenizer.tokenizer import BYTES, ByteTokenizer
 from cosyvoice.utils.errors import InputError
 
 # ARPAbet as Festival's lexicons write it. A vowel carries the stress of its syllable, and "ax" never has any.
 VOWELS = ("aa", "ae", "ah", "ao", "aw", "ay", "eh", "er", "ey", "ih", "iy", "ow", "oy", "uh", "uw")
-CONSONANTS = tuple("b ch d dh f g hh jh k l m n ng p r s sh t th v w y z zh".split())
-PHONES = ("ax0", *(vowel + stress for vowel in VOWELS for stress in "01"), *CONSONANTS)  # in the order of their ids
+CONSONANTS = "b ch d dh f g hh jh k l m n ng p r s sh t th v w y z zh"
+PHONES = ("ax0", *(vowel + stress for vowel in VOWELS for stress in "01"), *CONSONANTS.split())  # as their ids go
 PHONE_IDS = {phone: number for number, phone in enumerate(PHONES, len(BYTES))}
 
 LETTER = r"[^\W\d_]"
@@ -53,8 +53,9 @@ class PhoneTokenizer(ByteTokenizer):
         """Return text with the phones of a word between slashes: "/dh ax0/ zzyx"."""
         parts = []
         for are_phones, run in groupby(ids, lambda number: number >= len(BYTES)):
-            phones = (PHONES[number - len(BYTES)] for number in run) if are_phones else ()
-            parts.append(f"/{' '.join(phones)}/" if are_phones else super().decode(run))
+            numbers = list(run)
+            phones = " ".join(PHONES[number - len(BYTES)] for number in numbers if are_phones)
+            parts.append(f"/{phones}/" if are_phones else super().decode(numbers))
         return "".join(parts)
 
     def phones_of(self, word: str, spelled: bool = False) -> list[str]:
@@ -77,7 +78,8 @@ class PhoneTokenizer(ByteTokenizer):
         phones = self.lexicon.get(word, "").split()
         for phone in phones:
             if phone not in PHONE_IDS:
-                raise InputError(f"{self.path}: {word!r} has the unknown phone {phone!r}. Known are: {' '.join(PHONES)}")
+                known = " ".join(PHONES)
+                raise InputError(f"{self.path}: {word!r} has the unknown phone {phone!r}. Use those of {known}")
         return phones
 
     def _pieces(self, text: str) -> list[str]:

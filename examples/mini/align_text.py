@@ -4,9 +4,9 @@
     examples/mini/align_text.py --dirs data/mini/voices/train data/mini/voices/dev
 
 Reads wav.scp, text, and the .phones beside the recordings; writes .places beside them: for each token of 20 ms the
-number of a word and the share of it that is over, which guides the language model's attention while it learns to
-read (cosyvoice.dataset.processor.read_places). Letters and phones are aligned by a hidden Markov model over the letters (Vogel et al. 1996, "HMM-based word alignment in statistical
-translation"), which is trained on all their texts at once.
+number of a word and the share of it that is over, which guides the language model's attention while it learns to read.
+Letters and phones are aligned by a hidden Markov model over the letters (Vogel et al. 1996, "HMM-based word alignment
+in statistical translation"), which is trained on all their texts at once.
 """
 
 import argparse

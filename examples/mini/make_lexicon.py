@@ -3,8 +3,8 @@
 
     examples/mini/make_lexicon.py --output data/mini/lexicon.txt.gz
 
-Each line is `word PHONE PHONE ...`, with one pronunciation a word; `a.` to `z.` are the names of the letters, and "US" is
-not "us". Equal dictionaries give equal bytes.
+Each line is `word PHONE PHONE ...`, with one pronunciation a word. `a.` to `z.` are the names of the letters. Equal
+dictionaries give equal bytes.
 """
 
 import argparse
@@ -19,19 +19,18 @@ DICTIONARY = Path("/usr/share/festival/dicts/cmu/cmudict-0.4.out")  # where Debi
 ENTRY = re.compile(r'\("([A-Za-z]+)" (\w+) \((.*)\)\)')  # ("abuse" v (((ax) 0) ((b y uw z) 1)))
 SYLLABLE = re.compile(r"\(\(([a-z ]+)\) ([01])\)")
 
-# Of two pronunciations the first counts, which is the noun's, but here the one that has this tag.
-TAGS = {"minute": "n"} | dict.fromkeys(
-    "aged close collect combine conduct confine converse convert compress dictate does excuse exploit extract houses "
-    "implement impress insert invite lead live lives permit proceed produce putting reading refuse reject suspect "
-    "upset use uses".split(),
-    "v",
-)
+# Of two pronunciations the first counts, which is the noun's. In these words the verb's is heard more often.
+VERBS = """
+aged close collect combine conduct confine converse convert compress dictate does excuse exploit extract houses
+implement impress insert invite lead live lives permit proceed produce putting reading refuse reject suspect upset use
+uses
+"""
 # Words that nobody stresses in a sentence, where the dictionary has them as they are said alone.
-UNSTRESSED = (
-    "and or nor but if as than at by for in on with into am is are were be have has had will would can could should "
-    "i you he she it we they me him us them my your his its our their"
-).split()
-SPELLED_OUT = ("AI", "AM", "CIA", "ID", "IRA", "LED", "OS", "UN", "US")  # in capitals they are not the words they look like
+UNSTRESSED = """
+and or nor but if as than at by for in on with into am is are were be have has had will would can could should
+i you he she it we they me him us them my your his its our their
+"""
+SPELLED_OUT = ("AI", "AM", "CIA", "ID", "IRA", "LED", "OS", "UN", "US")  # not the words that they look like
 ADDED = """
 a ax0
 an ax0 n
@@ -43,6 +42,7 @@ was w ax0 z
 read r iy1 d
 dr d aa1 k t er0
 missus m ih1 s ax0 z
+minute m ih1 n ax0 t
 i'm ay1 m
 you're y uh1 r
 we're w ih1 r
@@ -123,14 +123,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_lexicon(dictionary: Iterable[str]) -> dict[str, str]:
     """Return each word's phones from the lines of Festival's dictionary; lines in another form are left out."""
     lexicon: dict[str, str] = {}
+    verbs = set(VERBS.split())
     names: dict[str, str] = {}
     for word, tag, syllables in (found.groups() for found in map(ENTRY.fullmatch, dictionary) if found):
         word, phones = word.lower(), phones_of(syllables)
         if len(word) == 1:
             names[f"{word}."] = phones  # the noun "a", which is its name, comes after the article
-        if word not in lexicon or TAGS.get(word) == tag:
+        if word not in lexicon or (word in verbs and tag == "v"):
             lexicon[word] = phones
-    lexicon |= {word: lexicon[word].replace("1", "0") for word in UNSTRESSED if word in lexicon}
+    lexicon |= {word: lexicon[word].replace("1", "0") for word in UNSTRESSED.split() if word in lexicon}
     added = dict(line.split(" ", 1) for line in ADDED.strip().splitlines())
     spelled_out = {word: " ".join(names[f"{letter}."] for letter in word.lower()) for word in SPELLED_OUT}
     return lexicon | names | added | spelled_out
