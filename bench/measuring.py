@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 CONFIGS = {
     "300m": ROOT / "examples" / "libritts" / "cosyvoice" / "conf" / "cosyvoice.yaml",
-    "mini": ROOT / "examples" / "mini" / "cosyvoice.yaml",
+    "mini": ROOT / "pretrained_models" / "CosyVoice-mini" / "cosyvoice.yaml",
 }
 BYTES_PER_FLOAT32 = 4
 READ_BYTES = 2**27  # more than any cache holds

@@ -44,10 +44,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def random_weights(config: Path, folder: Path, seed: int) -> Path:
-    """A model folder of this configuration, without the encoders, which speaking does not need."""
+    """A model folder of this configuration and its lexicon, without the encoders, which speaking does not need."""
     from tools.random_model import write_weights
 
-    shutil.copy(config, folder / "cosyvoice.yaml")
+    for path in (config, *config.parent.glob("lexicon.txt.gz")):
+        shutil.copy(path, folder)
     write_weights(folder, config, seed)
     return folder
 

@@ -102,6 +102,7 @@ def test_a_word_may_be_spelled_in_letters(tokenizer: PhoneTokenizer) -> None:
         (gzip.compress(b"the\ncat k ae1 t\n"), "not a gzip file of lines"),
         (gzip.compress(b" k ae1 t\n"), "a line without a word"),
         (gzip.compress(b"cat \n"), "without phones"),
+        (gzip.compress(b"cat  \n"), "without phones"),
         (gzip.compress(b""), "has no words"),
     ],
 )

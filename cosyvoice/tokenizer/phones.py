@@ -20,15 +20,15 @@ from cosyvoice.utils.errors import InputError
 # ARPAbet as Festival's lexicons write it. A vowel carries the stress of its syllable, and "ax" never has any.
 VOWELS = ("aa", "ae", "ah", "ao", "aw", "ay", "eh", "er", "ey", "ih", "iy", "ow", "oy", "uh", "uw")
 CONSONANTS = "b ch d dh f g hh jh k l m n ng p r s sh t th v w y z zh"
-PHONES = ("ax0", *(vowel + stress for vowel in VOWELS for stress in "01"), *CONSONANTS.split())  # as their ids go
+PHONES = ("ax0", *(vowel + stress for vowel in VOWELS for stress in "01"), *CONSONANTS.split())  # in the order of ids
 PHONE_IDS = {phone: number for number, phone in enumerate(PHONES, len(BYTES))}
 
 LETTER = r"[^\W\d_]"
 # Single letters with full stops between them, or letters with apostrophes between them: "U.S", "don't"
 WORD = re.compile(rf"((?<!{LETTER}){LETTER}(?:\.{LETTER})+(?!{LETTER})|{LETTER}+(?:'{LETTER}+)*)")
 WITH_S = re.compile(r"(.+?)'?s|(.+)'S")  # Mary's, cyclists, TVs, MARY'S
-ABBREVIATION = re.compile(r"[A-Z]{2,5}|[A-Za-z](?:\.[A-Za-z])+")  # a longer run of capitals is a word that is shouted
-# What books print, as people type it: a model that hears the one while it learns knows nothing of the other.
+ABBREVIATION = re.compile(r"[A-Z]{2,5}|[A-Za-z](?:\.[A-Za-z])+")  # more capitals are a shouted word
+# Printed signs and what people type for them: a model that has learned from typed texts does not know the others.
 TYPED = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": ",", "—": ",", "…": "."})
 HISSING = ("s", "z", "sh", "zh", "ch", "jh")
 VOICELESS = ("p", "t", "k", "f", "th")
@@ -37,9 +37,9 @@ VOICELESS = ("p", "t", "k", "f", "th")
 class PhoneTokenizer(ByteTokenizer):
     """The bytes of lowercase UTF-8 text as ids 0 to 255, and the 55 phones of PHONES after them.
 
-    A run of letters becomes phones where the lexicon has it as it is or in lower case, also without its final s or 's.
-    Other abbreviations in capitals become the names of their letters, which the lexicon has as `a.` to `z.`. All else
-    stays bytes. Accents are dropped.
+    A run of letters becomes phones where the lexicon has it, as it is or in lower case, or has it without a final s or
+    's. Other abbreviations in capitals become the names of their letters, which the lexicon has as `a.` to `z.`.
+    Everything else stays bytes. Accents are dropped.
 
     Raises InputError where the lexicon cannot be read, and on meeting an unknown phone in it.
     """
@@ -88,7 +88,7 @@ class PhoneTokenizer(ByteTokenizer):
     def _units(self, piece: str, spelled: bool) -> list[int]:
         units = []
         for number, part in enumerate(WORD.split(_plain(piece))):
-            phones = self.phones_of(part, spelled) if number % 2 else []  # words stand between what is none
+            phones = self.phones_of(part, spelled) if number % 2 else []  # the odd parts are the words
             units += [PHONE_IDS[phone] for phone in phones] or super()._units(part, spelled)
         return units
 
@@ -102,17 +102,17 @@ def read_lexicon(path: Path) -> dict[str, str]:
     """Return the phones of each word, separated by blanks. Raises InputError where the file is not a lexicon."""
     remedy = "Copy it again from where the model comes from, or write it with examples/mini/make_lexicon.py"
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            lexicon = dict(line.split(" ", 1) for line in file.read().splitlines())
+        text = gzip.decompress(path.read_bytes()).decode("utf-8")
+        lexicon = dict(line.split(" ", 1) for line in text.splitlines())
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InputError(f"{path} is not a gzip file of lines `word PHONE PHONE ...`: {error}. {remedy}") from None
-    if not lexicon or "" in lexicon or not all(lexicon.values()):
+    if not lexicon or "" in lexicon or not all(map(str.strip, lexicon.values())):
         raise InputError(f"{path} has no words, or a line without a word or without phones. {remedy}")
     return lexicon
 
 
 def _plain(word: str) -> str:
-    """Return the word without accents and printers' signs; what consists of accents alone stays as it is."""
+    """Return the word without accents and printed signs. A word of accents alone stays as it is."""
     decomposed = unicodedata.normalize("NFD", word.translate(TYPED))
     return "".join(character for character in decomposed if unicodedata.category(character) != "Mn") or word
 

@@ -63,9 +63,9 @@ class ByteTokenizer:
         return [number for word in self.encode_words(text) for number in word]
 
     def encode_words(self, text: str, spelled: Callable[[], bool] = lambda: False) -> list[list[int]]:
-        """Return the ids of each word of `text.split()` with the blanks behind it; joined, they are those of `encode`.
+        """Return the ids of each word of `text.split()` with the blanks behind it. Joined, they are those of `encode`.
 
-        spelled: asked for each word whether it is written in letters whatever else the tokenizer knows for it.
+        spelled: called once for each word. True: write it in letters, even if the tokenizer knows its phones.
         """
         return [self._units(piece, spelled()) for piece in self._pieces(text)]
 
