@@ -74,6 +74,10 @@ class PhoneTokenizer(ByteTokenizer):
             return [phone for name in names for phone in name] if all(names) else []
         return []
 
+    def knows(self, text: str) -> bool:
+        """Return whether every run of letters in the text becomes phones."""
+        return not any(chr(BYTES[number]).isalnum() for number in self.encode(text) if number < len(BYTES))
+
     def _entry(self, word: str) -> list[str]:
         phones = self.lexicon.get(word, "").split()
         for phone in phones:

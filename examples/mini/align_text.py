@@ -1,44 +1,41 @@
 #!/usr/bin/env python3
 """Which part of the text each speech token says, found from the phones whose times the engines told.
 
-    examples/mini/align_text.py --dirs data/mini/voices/train data/mini/voices/dev
+    examples/mini/align_text.py --lexicon data/mini/lexicon.txt.gz --dirs data/mini/texts/train data/mini/texts/dev
 
 Reads wav.scp, text, and the .phones beside the recordings; writes .places beside them: for each token of 20 ms the
 number of a word and the share of it that is over, which guides the language model's attention while it learns to read.
-Letters and phones are aligned by a hidden Markov model over the letters (Vogel et al. 1996, "HMM-based word alignment
-in statistical translation"), which is trained on all their texts at once.
+The phones that an engine spoke are aligned with those of the lexicon; few differ.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-LETTERS = "abcdefghijklmnopqrstuvwxyz' "  # all others are one symbol more
-MOST_SKIPPED = 6  # letters from one phone to the next, as in "thought"
-ITERATIONS = 5
-SPREAD = 0.06  # standard deviation, as a share of the text, of where the first iteration looks for a phone's letter
-SMOOTHING = 0.1  # added to every count
+SILENCE = "pau"
+OMITTED = 0.7  # cost of a phone that only one side has; silence costs less
+SILENT = 0.1
+ALIKE, UNLIKE = 0.5, 1.2  # cost of a vowel for a vowel or a consonant for a consonant, and of one for the other
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lexicon", type=Path, required=True, help="of make_lexicon.py")
     parser.add_argument("--dirs", type=Path, nargs="+", required=True, help="Kaldi-style folders of make_corpus.py")
     options = parser.parse_args(argv)
 
     from tqdm import tqdm
 
+    from cosyvoice.tokenizer.phones import PhoneTokenizer
     from cosyvoice.utils.errors import InputError
     from cosyvoice.utils.file_utils import atomic_write
     from cosyvoice.utils.frames import TOKEN_RATE_HZ
-    from examples.mini.speech_tokenizer import phone_of_each, read_phones
     from tools.kaldi_folder import read_table
 
+    tokenizer = PhoneTokenizer(options.lexicon)
     texts = {}  # by recording: two corpora may say one sentence in one voice, under one name
     for folder in options.dirs:
         said = read_table(folder / "text")
@@ -46,88 +43,92 @@ def main(argv: Sequence[str] | None = None) -> None:
         if unsaid := wavs.keys() - said.keys():
             raise InputError(f"{min(unsaid)} is in {folder}/wav.scp, but not in its text; run make_corpus.py again")
         texts |= {Path(wav): said[utt] for utt, wav in wavs.items()}
-    if all(wav.with_suffix(".places").is_file() for wav in texts):
-        print(f"{len(texts)} utterances: .places are there already; delete one to align anew")
-        return
-    phones = {wav: read_phones(wav.with_suffix(".phones")) for wav in texts}
-    pairs = [(letter_numbers(text), phones[wav][1]) for wav, text in texts.items()]
-    paths = align(pairs, lambda work: tqdm(work, desc="aligning", unit="pass", disable=None))
-    for path, (wav, (ends, _)) in zip(paths, phones.items(), strict=True):
-        places = word_places(texts[wav])[path[phone_of_each(ends, round(ends[-1] * TOKEN_RATE_HZ))]]
+    for wav, text in tqdm(texts.items(), desc="aligning", unit="utt", disable=None):
+        if wav.with_suffix(".places").is_file():
+            continue
+        ends, phones = read_phones(wav.with_suffix(".phones"))
+        of_phones = align(phones, tokenizer.encode_words(text))
+        centres = [(token + 0.5) / TOKEN_RATE_HZ for token in range(round(ends[-1] * TOKEN_RATE_HZ))]  # s
+        places = [of_phones[min(bisect_right(ends, centre), len(phones) - 1)] for centre in centres]
         with atomic_write(wav.with_suffix(".places")) as temporary:
             temporary.write_text(" ".join(f"{place:.4f}" for place in places) + "\n", encoding="utf-8")
     print(f"{len(texts)} utterances: .places are beside the recordings")
 
 
-def letter_numbers(text: str) -> "np.ndarray":
-    """One number for each byte of the text."""
-    import numpy as np
+def read_phones(path: Path) -> tuple[list[float], list[str]]:
+    """Return the ends of a recording's phones in seconds, and the phones.
 
-    known = {ord(letter): number for number, letter in enumerate(LETTERS)}
-    return np.array([known.get(byte, len(LETTERS)) for byte in text.lower().encode("utf-8")])
-
-
-def word_places(text: str) -> "np.ndarray":
-    """Return for each byte of the text its word's number plus the share of that word before the byte's middle."""
-    import numpy as np
-
-    from cosyvoice.tokenizer.tokenizer import get_byte_tokenizer
-
-    sizes = map(len, get_byte_tokenizer(lowercase=True).encode_words(text))
-    return np.concatenate([number + (np.arange(size) + 0.5) / size for number, size in enumerate(sizes)])
-
-
-def align(
-    pairs: "Sequence[tuple[np.ndarray, np.ndarray]]", progress: Callable[[Iterable[int]], Iterable[int]]
-) -> "list[np.ndarray]":
-    """For each (letters (T,), phones (P,)) the number of the letter that each phone belongs to, (P,), never falling.
-
-    progress: wraps the numbers of the passes and shows how far they are.
+    Raises InputError for a missing or empty file, and a line that is not "end_seconds phone".
     """
-    import numpy as np
+    from cosyvoice.utils.errors import InputError
 
-    sounds = 1 + max(phones.max() for _, phones in pairs)
-    counts = np.full((len(LETTERS) + 1, sounds), SMOOTHING)
-    for letters, phones in pairs:  # to begin with, a letter sounds like what is said at that share of the time
-        shares = (np.arange(len(phones))[:, None] + 0.5) / len(phones) - (np.arange(len(letters)) + 0.5) / len(letters)
-        near = np.exp(-(shares**2) / (2 * SPREAD**2))
-        for phone, weights in zip(phones, near / near.sum(axis=1, keepdims=True), strict=True):
-            np.add.at(counts[:, phone], letters, weights)
-    jumps = np.ones(MOST_SKIPPED + 1)
-    for _ in progress(range(ITERATIONS)):
-        emit, jump = (np.log(table / table.sum(axis=-1, keepdims=True)) for table in (counts, jumps))
-        paths = [best_path(emit[np.ix_(letters, phones)], jump) for letters, phones in pairs]
-        counts, jumps = np.full_like(counts, SMOOTHING), np.full_like(jumps, SMOOTHING)
-        for path, (letters, phones) in zip(paths, pairs, strict=True):
-            np.add.at(counts, (letters[path], phones), 1)
-            np.add.at(jumps, np.diff(path).clip(max=MOST_SKIPPED), 1)
-    return paths
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; make_corpus.py makes it, where the voice tells its phones")
+    ends, phones = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            end, phone = line.split()
+            ends.append(float(end))
+            phones.append(phone)
+        except ValueError:
+            raise InputError(f'{path}, line {number}: "{line}" is not "end_seconds phone"; make it again') from None
+    if not phones:
+        raise InputError(f"{path} is empty; delete it and its recording, and run make_corpus.py again")
+    return ends, phones
 
 
-def best_path(emit: "np.ndarray", jump: "np.ndarray") -> "np.ndarray":
-    """The likeliest letters of P phones, (P,): emit (T, P) and jump (MOST_SKIPPED + 1,) are logarithms (Viterbi).
+def align(spoken: Sequence[str], words: Sequence[Sequence[int]]) -> list[float]:
+    """Return for each spoken phone the number of the word it belongs to, plus the share of the word before its middle.
 
-    The first phone belongs to one of the first letters and the last to one of the last, as far as jumps reach.
+    words: ids of the phone tokenizer. Silence belongs to the end of the word before it. The alignment is the one with
+    the least cost of phones that differ or that only one side has (Levenshtein 1966).
     """
-    import numpy as np
+    from cosyvoice.tokenizer.phones import PHONES
+    from cosyvoice.tokenizer.tokenizer import BYTES
 
-    letters, phones = emit.shape
-    reach = max(len(jump), -(-letters // phones) + 1)  # a text of many silent letters needs longer jumps
-    jump = np.pad(jump, (0, reach - len(jump)), constant_values=jump.min())
-    score = np.full(letters, -np.inf)
-    score[:reach] = jump[: min(reach, letters)] + emit[:reach, 0]
-    came_by = np.zeros((phones, letters), dtype=int)
-    for phone in range(1, phones):
-        padded = np.concatenate([np.full(reach - 1, -np.inf), score])
-        options = np.lib.stride_tricks.sliding_window_view(padded, reach)[:, ::-1] + jump  # (T, reach)
-        came_by[phone] = options.argmax(axis=1)
-        score = options.max(axis=1) + emit[:, phone]
-    place = letters - 1 - score[::-1][:reach].argmax()
-    path = [place]
-    for phone in range(phones - 1, 0, -1):
-        place -= came_by[phone, place]
-        path.append(place)
-    return np.array(path[::-1])
+    expected = [
+        (word + (place + 0.5) / len(units), PHONES[unit - len(BYTES)].rstrip("01"))
+        for word, units in enumerate(words)
+        for place, unit in enumerate(units)
+        if unit >= len(BYTES)
+    ]
+    said = [phone for _, phone in expected]
+    costs = [[OMITTED * column for column in range(len(said) + 1)]]
+    for phone in spoken:
+        above, row = costs[-1], []
+        skipped = SILENT if phone == SILENCE else OMITTED
+        for column, cost in enumerate(above):
+            best = cost + skipped
+            if column:
+                best = min(best, above[column - 1] + difference(phone, said[column - 1]), row[-1] + OMITTED)
+            row.append(best)
+        costs.append(row)
+    places = [0.0] * len(spoken)
+    row, column = len(spoken), len(said)
+    while row:
+        phone, cost = spoken[row - 1], costs[row][column]
+        if column and cost == costs[row - 1][column - 1] + difference(phone, said[column - 1]):
+            places[row - 1] = expected[column - 1][0]
+            row, column = row - 1, column - 1
+        elif column and cost == costs[row][column - 1] + OMITTED:
+            column -= 1
+        else:  # a phone of the engine alone
+            if column and phone == SILENCE:
+                word = int(expected[column - 1][0])
+                places[row - 1] = word + 1 - 0.5 / len(words[word])
+            elif column:
+                places[row - 1] = expected[column - 1][0]
+            row -= 1
+    return places
+
+
+def difference(spoken: str, said: str) -> float:
+    """Return the cost of hearing one phone where the lexicon has the other."""
+    if spoken == said:
+        return 0.0
+    if spoken == SILENCE:
+        return 2 * OMITTED  # never
+    return ALIKE if (spoken[0] in "aeiou") == (said[0] in "aeiou") else UNLIKE
 
 
 if __name__ == "__main__":

@@ -17,6 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cosyvoice.tokenizer.phones import PhoneTokenizer
+    from examples.mini.voices import Voice
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_UTTERANCES = 25  # a killed run loses at most these, for each process
@@ -27,7 +32,7 @@ TEMPO_RANGE = (0.88, 1.15)
 
 @dataclass(frozen=True)
 class Speaker:
-    """A voice of `voices.VOICES`, or a pseudo-speaker made from one."""
+    """A voice, or a pseudo-speaker made from one."""
 
     name: str
     voice: str
@@ -54,6 +59,7 @@ class Utterance:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    from cosyvoice.tokenizer.phones import PhoneTokenizer
     from cosyvoice.utils.command import check_least
     from utils import add_seed
 
@@ -61,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--des_dir", type=Path, required=True, help="folder to write to")
     parser.add_argument("--utterances", type=int, default=500, help="to train on, per speaker (default: %(default)s)")
     parser.add_argument("--dev_utterances", type=int, default=10, help="held out, per speaker (default: %(default)s)")
-    parser.add_argument("--voices", nargs="+", help="names of voices (default: all eight)")
+    parser.add_argument("--voices", nargs="+", help="names of voices (default: the eight of flite, festival, espeak-ng)")
+    parser.add_argument("--lexicon", type=Path, help="of make_lexicon.py; only sentences whose words it has are spoken")
     parser.add_argument("--variants", type=int, default=0, help="pseudo-speakers per voice (default: %(default)s)")
     parser.add_argument("--sentences", choices=("grammar", "wordnet"), default="grammar", help="default: %(default)s")
     parser.add_argument("--num_processes", type=int, default=2, help="engines at a time (default: %(default)s)")
@@ -72,8 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = options.des_dir.absolute()
     speakers = make_speakers(options.voices, options.variants, options.seed)
     total = len(speakers) * (options.dev_utterances + options.utterances)
-    utterances = make_utterances(speakers, total, options.seed, options.sentences)
-    failures = synthesise(utterances, folder / "wav", options.num_processes)
+    tokenizer = options.lexicon and PhoneTokenizer(options.lexicon)
+    utterances = make_utterances(speakers, total, options.seed, options.sentences, tokenizer)
+    failures = synthesise(utterances, folder / "wav", options.num_processes, tokenizer)
     held_out = len(speakers) * options.dev_utterances  # first, so that more utterances leave the same ones held out
     for split, part in {"dev": utterances[:held_out], "train": utterances[held_out:]}.items():
         write_split(part, failures, folder, split)
@@ -83,16 +91,13 @@ def make_speakers(voices: Sequence[str] | None, variants: int, seed: int) -> lis
     """The voices and `variants` pseudo-speakers of each. Raises InputError for what is unknown or not installed."""
     import random
 
-    from cosyvoice.utils.errors import InputError
     from examples.mini.voices import VOICES, check_program
 
     if variants:
         check_program("sox")
     speakers = []
     for voice in voices or VOICES:
-        if voice not in VOICES:
-            raise InputError(f"--voices {voice}: known are {', '.join(VOICES)}")
-        VOICES[voice].check()
+        find_voice(voice).check()
         draw = random.Random(f"{seed} {voice}")  # its own, so that one voice's variants do not depend on the others
         speakers.append(Speaker(voice, voice))
         for number in range(1, variants + 1):
@@ -101,17 +106,43 @@ def make_speakers(voices: Sequence[str] | None, variants: int, seed: int) -> lis
     return speakers
 
 
-def make_utterances(speakers: Sequence[Speaker], total: int, seed: int, source: str = "grammar") -> list[Utterance]:
-    """The speakers in turn, each time with the next sentence, of the grammar's or of "wordnet"'s."""
+def find_voice(name: str) -> "Voice":
+    """Return an engine's voice, one of Kokoro's, or mix1, mix2, ... Raises InputError for other names."""
+    import re
+
+    from cosyvoice.utils.errors import InputError
+    from examples.mini.kokoro import NAMES, Kokoro
+    from examples.mini.voices import VOICES
+
+    if name in NAMES or re.fullmatch(r"mix\d+", name):
+        return Kokoro(name)
+    if name not in VOICES:
+        raise InputError(f"--voices {name} is not known. Use some of {', '.join((*VOICES, *NAMES))}, mix1, mix2, ...")
+    return VOICES[name]
+
+
+def make_utterances(
+    speakers: Sequence[Speaker],
+    total: int,
+    seed: int,
+    source: str = "grammar",
+    tokenizer: "PhoneTokenizer | None" = None,
+) -> list[Utterance]:
+    """The speakers in turn, each time with the next sentence, of the grammar's or of "wordnet"'s.
+
+    tokenizer: only sentences are drawn whose words its lexicon has.
+    """
     from examples.mini.sentences import JUDGED, Exclusion, draw_examples, draw_sentences, read_examples, read_sentences
 
-    exclusion = Exclusion(read_sentences(JUDGED))
+    exclusion = Exclusion(read_sentences(JUDGED), tokenizer)
     drawn = draw_examples(seed, exclusion, read_examples()) if source == "wordnet" else draw_sentences(seed, exclusion)
     sentences = islice(drawn, total)
     return [Utterance(speakers[number % len(speakers)], text) for number, text in enumerate(sentences)]
 
 
-def synthesise(utterances: Sequence[Utterance], wavs: Path, processes: int) -> dict[str, str]:
+def synthesise(
+    utterances: Sequence[Utterance], wavs: Path, processes: int, tokenizer: "PhoneTokenizer | None" = None
+) -> dict[str, str]:
     """Make the recordings that are missing. Returns {utterance: reason} of those that could not be made."""
     from tqdm import tqdm
 
@@ -130,21 +161,24 @@ def synthesise(utterances: Sequence[Utterance], wavs: Path, processes: int) -> d
     failures: dict[str, str] = {}
     missing = sum(map(len, batches))
     with tqdm(total=len(utterances), initial=len(utterances) - missing, unit="utt") as progress:
-        for batch, failed in zip(batches, in_parallel(lambda b: speak(b, wavs), batches, processes), strict=True):
+        for batch, failed in zip(batches, in_parallel(lambda b: speak(b, wavs, tokenizer), batches, processes), strict=True):
             failures |= failed
             progress.update(len(batch))
     return failures
 
 
-def speak(batch: Sequence[Utterance], wavs: Path) -> dict[str, str]:
+def speak(
+    batch: Sequence[Utterance], wavs: Path, tokenizer: "PhoneTokenizer | None" = None
+) -> dict[str, str]:
     """Recordings and phones of one speaker's utterances. Returns {utterance: reason} of those that failed."""
     import soundfile
 
-    from examples.mini.voices import VOICES, apply_effects
+    from examples.mini.voices import apply_effects
 
     speaker, failures = batch[0].speaker, {}
     with tempfile.TemporaryDirectory(dir=wavs, prefix=".speaking-") as temporary:
-        VOICES[speaker.voice].speak({utterance.name: utterance.text for utterance in batch}, Path(temporary))
+        texts = {utterance.name: utterance.text for utterance in batch}
+        find_voice(speaker.voice).speak(texts, Path(temporary), tokenizer)
         for utterance in batch:
             wav = Path(temporary) / f"{utterance.name}.wav"
             if not wav.is_file() or soundfile.info(wav).duration < MIN_SECONDS:

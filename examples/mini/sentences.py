@@ -4,9 +4,13 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cosyvoice.utils.errors import InputError
 from examples.mini.voices import PACKAGES
+
+if TYPE_CHECKING:
+    from cosyvoice.tokenizer.phones import PhoneTokenizer
 
 FOLDER = Path(__file__).parent
 GRAMMAR_FILE = FOLDER / "grammar.txt"
@@ -61,13 +65,18 @@ class Grammar:
 
 
 class Exclusion:
-    """The rule that keeps judged sentences out: no run of RUN_WORDS words in common, nor the whole of a shorter one."""
+    """The rule that keeps judged sentences out: no run of RUN_WORDS words in common, nor the whole of a shorter one.
 
-    def __init__(self, sentences: Iterable[str]) -> None:
+    Given a tokenizer, it keeps out every sentence with a word that the lexicon does not have, too.
+    """
+
+    def __init__(self, sentences: Iterable[str], tokenizer: "PhoneTokenizer | None" = None) -> None:
         self.runs = {run for sentence in sentences for run in word_runs(sentence)}
+        self.tokenizer = tokenizer
 
     def __contains__(self, sentence: str) -> bool:
-        return not self.runs.isdisjoint(word_runs(sentence))
+        unknown = self.tokenizer is not None and not self.tokenizer.knows(sentence)
+        return unknown or not self.runs.isdisjoint(word_runs(sentence))
 
 
 def word_runs(sentence: str) -> Iterator[tuple[str, ...]]:

@@ -3,90 +3,179 @@
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from cosyvoice.utils.audio import WHISPER_MELS, whisper_log_mel
+from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, WHISPER_MELS, load_wav, whisper_log_mel
 from cosyvoice.utils.command import seed_all
-from cosyvoice.utils.errors import InputError
-from examples.mini.encoder_training import (
-    LN10,
-    Recording,
-    Training,
-    augment,
-    draw,
-    export,
-    load_features,
-    read_recordings,
-    wrapped,
-)
-from examples.mini.speech_tokenizer import CODES, STRIDE, ScalarQuantiser, Tokenizer, TokenizerFile, token_phones
+from cosyvoice.utils.frames import TOKEN_RATE_HZ
+from examples.mini.encoder_training import Recording, Training, draw, export, read_recordings, round_weights
+from examples.mini.speech_tokenizer import CHANNELS, FIRST_BLOCKS, LEVELS, Block, Encoder, TokenizerFile
+from examples.mini.whisper_encoder import BLOCKS, WIDTH, To80Bins, WhisperEncoder
+from matcha.utils.audio import mel_spectrogram
 
-CROP_TOKENS = 125  # 2.5 s
+CROP_TOKENS = 100  # 2 s
 BATCH = 16
-PEAK_RATE = 3e-3
-WARP_RANGE = (0.92, 1.09)
-NEPERS_PER_UNIT = 4 * LN10  # Whisper's features are (log10 power + 4) / 4
+PEAK_RATE = 1.5e-3
+SAMPLE_RATE_HZ, HOP_SAMPLES, MEL_BINS = 22050, 256, 80  # of the mel that the flow makes of the tokens
+MEL_MEAN, MEL_SPREAD = -6.0, 2.3  # of log-mel, about
+SPEAKER_SIZE = 64
+TEXT_BLOCKS, MEL_BLOCKS, FEATURE_BLOCKS = 2, 5, 3
+FEATURE_WEIGHT = 0.3
+PULL = 0.15  # on the mean distance of neighbouring frames: the fewer changes, the easier for a language model
+
+
+@dataclass
+class Utterance:
+    """One recording, with what the frozen networks make of it whole; float16."""
+
+    start: Tensor  # (N, WIDTH), of Whisper's first blocks
+    features: Tensor  # (N, WIDTH), of Whisper's whole encoder
+    mel: Tensor  # (80, T)
 
 
 class Corpus:
-    """Features and phones of the recordings, in memory."""
+    """The recordings in memory; those too short for a crop are left out."""
 
     def __init__(self, recordings: Sequence[Recording]) -> None:
-        self.recordings = recordings
-        self.feats = [
-            feats[:, : feats.shape[1] // STRIDE * STRIDE]  # whole tokens, (128, 2 N)
-            for feats in load_features(recordings, lambda wav: whisper_log_mel(wav)[0])
-        ]
-        self.phones = [
-            token_phones(recording.wav.with_suffix(".phones"), feats.shape[1] // STRIDE)  # (N,)
-            for recording, feats in zip(recordings, self.feats, strict=True)
-        ]
+        start, whole = whisper_start(), WhisperEncoder.pretrained(BLOCKS)
+        to_80_bins = To80Bins()
+        progress = tqdm(recordings, desc="features", unit="utt", disable=None)
+        read = [(recording, listen(recording.wav, to_80_bins, start, whole)) for recording in progress]
+        long_enough = [(recording, utterance) for recording, utterance in read if len(utterance.start) >= CROP_TOKENS]
+        self.recordings, self.utterances = map(list, zip(*long_enough, strict=True))
 
-    def draw_batch(self) -> tuple[Tensor, Tensor]:
-        """Crops of log-mel (B, 128, 2 N), changed as other voices and rooms would, and their phones (B, N)."""
-        feats, phones = [], []
-        for index in random.sample(range(len(self.feats)), min(BATCH, len(self.feats))):
-            tokens = len(self.phones[index])
-            start = random.randrange(tokens)
-            feats.append(self.feats[index][:, wrapped(STRIDE * start, STRIDE * CROP_TOKENS, STRIDE * tokens)])
-            phones.append(self.phones[index][wrapped(start, CROP_TOKENS, tokens)])
-        log_mel = torch.stack(feats).float()
-        warped = warp_bins(log_mel, torch.empty(len(feats)).uniform_(*WARP_RANGE))
-        return augment(warped * NEPERS_PER_UNIT) / NEPERS_PER_UNIT, torch.stack(phones)
+    def draw_batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return crops: start and features (B, N, WIDTH), mel (B, 80, T), and mel of other places (B, 80, T)."""
+        chosen = random.sample(self.utterances, min(BATCH, len(self.utterances)))
+        return tuple(torch.stack(parts).float() for parts in zip(*map(crop, chosen), strict=True))
+
+
+def whisper_start() -> WhisperEncoder:
+    """Return Whisper's first blocks with weights of 8 bits, as the tokenizer's file has them."""
+    start = WhisperEncoder.pretrained(FIRST_BLOCKS)
+    round_weights(start)
+    return start
+
+
+@torch.no_grad()
+def listen(wav: Path, to_80_bins: To80Bins, start: WhisperEncoder, whole: WhisperEncoder) -> Utterance:
+    """Return what the frozen networks make of a recording. Raises InputError for bad audio."""
+    speech = load_wav(wav, PROMPT_RATE_HZ)[:, : MAX_PROMPT_SECONDS * PROMPT_RATE_HZ]
+    log_mel = to_80_bins(whisper_log_mel(speech))
+    return Utterance(start(log_mel)[0].half(), whole(log_mel)[0].half(), flow_mel(wav)[0].half())
+
+
+def flow_mel(wav: Path) -> Tensor:
+    """Return the log-mel (1, 80, T) that the flow is to make, shifted and scaled to about unit variance."""
+    speech = load_wav(wav, SAMPLE_RATE_HZ)
+    mel = mel_spectrogram(speech, 1024, MEL_BINS, SAMPLE_RATE_HZ, HOP_SAMPLES, 1024, 0, 8000, center=False)
+    return (mel - MEL_MEAN) / MEL_SPREAD
+
+
+def crop(utterance: Utterance) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the same 2 s of start, features and mel, and a mel of 2 s from anywhere in the utterance."""
+    frames = mel_frames(CROP_TOKENS)
+    first = random.randint(0, len(utterance.start) - CROP_TOKENS)
+    tokens = slice(first, first + CROP_TOKENS)
+    last = max(utterance.mel.shape[1] - frames, 0)
+    begin, elsewhere = min(mel_frames(first), last), random.randint(0, last)
+    mels = [F.pad(utterance.mel[:, at : at + frames], (0, max(frames - utterance.mel.shape[1], 0))) for at in (begin, elsewhere)]
+    return utterance.start[tokens], utterance.features[tokens], *mels
+
+
+def mel_frames(tokens: int) -> int:
+    return round(tokens / TOKEN_RATE_HZ * SAMPLE_RATE_HZ / HOP_SAMPLES)
+
+
+class Model(nn.Module):
+    """The tokenizer's encoder, and three networks that make its tokens tell what is said, and not by whom.
+
+    `speaker` sums up another piece of the recording; tokens and speaker must give the mel, and the tokens alone what
+    Whisper's whole encoder knows.
+    """
+
+    def __init__(self, levels: Sequence[int] = LEVELS) -> None:
+        super().__init__()
+        self.encoder = Encoder(levels)
+        self.speaker = SpeakerSummary()
+        self.decoder = MelDecoder(len(levels))
+        self.features = nn.Sequential(
+            nn.Linear(len(levels), CHANNELS), *(Block() for _ in range(FEATURE_BLOCKS)), nn.Linear(CHANNELS, WIDTH)
+        )
+        self.feature_norm = nn.BatchNorm1d(WIDTH, affine=False)
+
+    def losses(self, start: Tensor, features: Tensor, mel: Tensor, elsewhere: Tensor) -> dict[str, Tensor]:
+        """Return the terms of the loss, unweighted; shapes as Corpus.draw_batch gives them."""
+        quantised = self.encoder(start)  # (B, N, D)
+        target = self.feature_norm(features.transpose(1, 2)).transpose(1, 2)
+        return {
+            "mel": (self.decoder(quantised, self.speaker(elsewhere), mel.shape[2]) - mel).abs().mean(),
+            "features": F.mse_loss(self.features(quantised), target),
+            "change": (quantised[:, 1:] - quantised[:, :-1]).abs().mean(),
+        }
+
+
+class SpeakerSummary(nn.Module):
+    """A vector of SPEAKER_SIZE numbers from a mel: two convolutions, mean and spread over time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames = nn.Sequential(nn.Conv1d(MEL_BINS, 128, 5), nn.GELU(), nn.Conv1d(128, 128, 5), nn.GELU())
+        self.project = nn.Linear(256, SPEAKER_SIZE)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """(B, 80, T) -> (B, SPEAKER_SIZE)."""
+        hidden = self.frames(mel)
+        return self.project(torch.cat([hidden.mean(dim=2), hidden.std(dim=2)], dim=1))
+
+
+class MelDecoder(nn.Module):
+    """Tokens and speaker to mel: blocks at the tokens' rate, then at the mel's."""
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(dimensions, CHANNELS)
+        self.tokens = nn.ModuleList(Block(speaker_size=SPEAKER_SIZE) for _ in range(TEXT_BLOCKS))
+        self.frames = nn.ModuleList(Block(speaker_size=SPEAKER_SIZE) for _ in range(MEL_BLOCKS))
+        self.to_mel = nn.Sequential(nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, MEL_BINS))
+
+    def forward(self, quantised: Tensor, speaker: Tensor, frames: int) -> Tensor:
+        """(B, N, D) and (B, SPEAKER_SIZE) -> (B, 80, frames)."""
+        hidden = self.embed(quantised)
+        for block in self.tokens:
+            hidden = block(hidden, speaker)
+        hidden = F.interpolate(hidden.transpose(1, 2), frames, mode="linear").transpose(1, 2)  # (B, N, C) -> (B, T, C)
+        for block in self.frames:
+            hidden = block(hidden, speaker)
+        return self.to_mel(hidden).transpose(1, 2)
 
 
 def train(data: Sequence[Path], dev: Sequence[Path], output: Path, utterances: int, steps: int, seed: int) -> dict:
-    """Writes `output` and returns what its tokens are worth on `dev`."""
-    train_corpus = Corpus(draw(labelled(data), utterances, seed))
-    dev_corpus = Corpus(labelled(dev))
+    """Write `output` and return what its tokens are worth on `dev`."""
+    train_corpus = Corpus(draw(read_recordings(data), utterances, seed))
+    dev_corpus = Corpus(read_recordings(dev))
     seed_all(seed)
-    model = Tokenizer()
+    model = Model()
     training = Training(model, train_corpus.recordings, steps, seed, PEAK_RATE, output)
 
     def batch_loss() -> Tensor:
-        feats, phones = train_corpus.draw_batch()
-        return F.cross_entropy(model(feats).transpose(1, 2), phones)  # (B, N, phones) -> (B, phones, N)
+        terms = model.losses(*train_corpus.draw_batch())
+        return terms["mel"] + FEATURE_WEIGHT * terms["features"] + PULL * terms["change"]
 
     def report() -> str:
-        results = measure(model, dev_corpus)
-        return f"dev phone accuracy {results['phone_accuracy']:.3f}, {results['codes_used']} codes in use"
+        return ", ".join(f"dev {name} {value:.3f}" for name, value in measure(model, dev_corpus).items())
 
     training.run(batch_loss, report)
-    export(TokenizerFile(model), example_inputs, output, "indices", {"feats": {2: "T"}, "indices": {1: "N"}})
+    file = TokenizerFile(whisper_start(), model.encoder)
+    export(file, example_inputs, output, "indices", {"feats": {2: "T"}, "indices": {1: "N"}})
     training.checkpoint.unlink(missing_ok=True)
     return measure(model, dev_corpus) | speaker_leak(model, train_corpus, dev_corpus)
-
-
-def labelled(folders: Sequence[Path]) -> list[Recording]:
-    """Those that have .phones. Raises InputError where there are none."""
-    recordings = [r for r in read_recordings(folders) if r.wav.with_suffix(".phones").is_file()]
-    if not recordings:
-        raise InputError(f"{', '.join(map(str, folders))}: no recording has .phones beside it; use make_corpus.py")
-    return recordings
 
 
 def example_inputs(frames: int) -> dict[str, Tensor]:
@@ -96,48 +185,40 @@ def example_inputs(frames: int) -> dict[str, Tensor]:
     }
 
 
-def warp_bins(feats: Tensor, factors: Tensor) -> Tensor:
-    """(B, bins, T) with bin b taken from b times the item's factor (B,), as shorter or longer vocal tracts sound."""
-    bins = feats.shape[1]
-    source = (torch.arange(bins) * factors[:, None]).clamp(max=bins - 1)  # (B, bins)
-    below = source.long().clamp(max=bins - 2)
-    share = (source - below)[:, :, None]
-    pick = below[:, :, None].expand(-1, -1, feats.shape[2])
-    return feats.gather(1, pick) * (1 - share) + feats.gather(1, pick + 1) * share
+@torch.no_grad()
+def codes_of(model: Model, utterance: Utterance) -> Tensor:
+    """Return the codes (N,) of one recording."""
+    model.eval()
+    return model.encoder.quantiser.indices(model.encoder(utterance.start[None].float()))[0].long()
 
 
 @torch.no_grad()
-def tokens_of(model: Tokenizer, feats: Tensor) -> tuple[Tensor, Tensor]:
-    """Of one recording (128, T): codes (N,), and the phones (N,) that are read from them."""
+def measure(model: Model, corpus: Corpus) -> dict[str, float]:
+    """Return the losses on whole recordings, how many equally frequent codes would tell as much, and repeats."""
     model.eval()
-    quantised = model.encode(feats[None].float())  # (1, N, DIMENSIONS)
-    return ScalarQuantiser.indices(quantised)[0], model.to_phones(quantised)[0].argmax(dim=1)
+    codes, terms = [], []
+    for utterance in corpus.utterances:
+        codes.append(codes_of(model, utterance))
+        mel = utterance.mel[None].float()
+        terms.append(model.losses(utterance.start[None].float(), utterance.features[None].float(), mel, mel))
+    shares = torch.bincount(torch.cat(codes), minlength=model.encoder.quantiser.codes) / sum(map(len, codes))
+    used = shares[shares > 0]
+    repeats = sum(int((of_one[1:] == of_one[:-1]).sum()) for of_one in codes) / sum(len(of_one) - 1 for of_one in codes)
+    means = {name: float(torch.stack([term[name] for term in terms]).mean()) for name in ("mel", "features")}
+    return means | {"perplexity": math.exp(-float((used * used.log()).sum())), "repeats": repeats}
 
 
-def measure(model: Tokenizer, corpus: Corpus) -> dict[str, float]:
-    """Share of tokens whose phone is found, codes in use, and how many equally frequent ones would tell as much."""
-    codes, found = map(torch.cat, zip(*(tokens_of(model, feats) for feats in corpus.feats), strict=True))
-    counts = torch.bincount(codes, minlength=CODES)
-    shares = counts[counts > 0] / counts.sum()
-    return {
-        "phone_accuracy": (found == torch.cat(corpus.phones)).float().mean().item(),
-        "codes_used": int((counts > 0).sum()),
-        "perplexity": math.exp(-(shares * shares.log()).sum().item()),
-    }
-
-
-def speaker_leak(model: Tokenizer, train_corpus: Corpus, dev: Corpus) -> dict[str, float]:
-    """How often each token's most frequent speaker in `train_corpus` is right on `dev`, and what guessing gives."""
+def speaker_leak(model: Model, train_corpus: Corpus, dev: Corpus) -> dict[str, float]:
+    """Return how often each token's most frequent speaker in `train_corpus` is right on `dev`, and what guessing gives."""
     speakers = sorted({recording.speaker for recording in train_corpus.recordings})
-    counts = torch.zeros(CODES, len(speakers))
-    for recording, feats in zip(train_corpus.recordings, train_corpus.feats, strict=True):
-        codes, _ = tokens_of(model, feats)
-        counts[:, speakers.index(recording.speaker)] += torch.bincount(codes, minlength=CODES)
+    counts = torch.zeros(model.encoder.quantiser.codes, len(speakers))
+    for recording, utterance in zip(train_corpus.recordings, train_corpus.utterances, strict=True):
+        codes = codes_of(model, utterance)
+        counts[:, speakers.index(recording.speaker)] += torch.bincount(codes, minlength=len(counts))
     counts /= counts.sum(dim=0).clamp(min=1)  # every speaker as likely
     right, total = 0, 0
-    for recording, feats in zip(dev.recordings, dev.feats, strict=True):
-        codes, _ = tokens_of(model, feats)
-        guesses = counts[codes.long()].argmax(dim=1)
+    for recording, utterance in zip(dev.recordings, dev.utterances, strict=True):
+        guesses = counts[codes_of(model, utterance)].argmax(dim=1)
         right += sum(speakers[guess] == recording.speaker for guess in guesses.tolist())
-        total += len(codes)
+        total += len(guesses)
     return {"speaker_from_token": right / total, "speaker_by_chance": 1 / len(speakers)}

@@ -7,8 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cosyvoice.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from cosyvoice.tokenizer.phones import PhoneTokenizer
 
 PACKAGES = (
     "sudo apt-get install flite festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts "
@@ -31,10 +35,10 @@ class Voice(ABC):
         """Raise InputError where the engine or this voice is not installed."""
 
     @abstractmethod
-    def speak(self, texts: Mapping[str, str], folder: Path) -> None:
+    def speak(self, texts: Mapping[str, str], folder: Path, tokenizer: "PhoneTokenizer | None" = None) -> None:
         """Write NAME.wav for each name in `texts` and, where the engine tells, NAME.phones: "end_seconds phone" a line.
 
-        A sentence that the engine cannot speak leaves no wav.
+        tokenizer: tells the phones to an engine that speaks those. A sentence that the engine cannot speak leaves no wav.
         """
 
 
@@ -43,7 +47,7 @@ class Flite(Voice):
         if self.voice not in output_of("flite", "-lv").split():
             raise InputError(f"flite has no voice {self.voice}; {PACKAGES}")
 
-    def speak(self, texts: Mapping[str, str], folder: Path) -> None:
+    def speak(self, texts: Mapping[str, str], folder: Path, tokenizer: "PhoneTokenizer | None" = None) -> None:
         for name, text in texts.items():
             wav = str(folder / f"{name}.wav")
             segments = output_of("flite", "-voice", self.voice, "-psdur", "-t", text, "-o", wav)
@@ -56,7 +60,7 @@ class Festival(Voice):
         if self.voice not in re.findall(r"\w+", output_of("festival", "-b", "(print (voice.list))")):
             raise InputError(f"festival has no voice {self.voice}; {PACKAGES}")
 
-    def speak(self, texts: Mapping[str, str], folder: Path) -> None:
+    def speak(self, texts: Mapping[str, str], folder: Path, tokenizer: "PhoneTokenizer | None" = None) -> None:
         script = folder / "speak.scm"  # one for all: festival takes a second to start
         left = list(texts.items())
         while left:
@@ -83,7 +87,7 @@ class Espeak(Voice):
     def check(self) -> None:
         output_of("espeak-ng", "--version")
 
-    def speak(self, texts: Mapping[str, str], folder: Path) -> None:
+    def speak(self, texts: Mapping[str, str], folder: Path, tokenizer: "PhoneTokenizer | None" = None) -> None:
         for name, text in texts.items():
             output_of("espeak-ng", "-v", self.voice, "-w", str(folder / f"{name}.wav"), text)
 
@@ -101,10 +105,10 @@ def apply_effects(wav: Path, effects: list[str], tempo: float) -> None:
         write_phones(phones, [(float(end) / tempo, phone) for end, phone in map(str.split, lines)])
 
 
-def check_program(program: str) -> None:
+def check_program(program: str, packages: str = PACKAGES) -> None:
     """Raise InputError where it is not installed."""
     if shutil.which(program) is None:
-        raise InputError(f"{program} is not installed; {PACKAGES}")
+        raise InputError(f"{program} is not installed; {packages}")
 
 
 def output_of(program: str, *arguments: str) -> str:

