@@ -51,6 +51,11 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_seed, default=SEED, help="seed of all random draws (default: %(default)s)")
 
 
+def add_seeds(parser: argparse.ArgumentParser) -> None:
+    told = f"everything is spoken once with each (default: {SEED})"
+    parser.add_argument("--seeds", type=_seed, nargs="+", default=[SEED], metavar="SEED", help=told)
+
+
 def _seed(text: str) -> int:
     if not text.isdecimal():
         raise InputError(f"--seed {text}: a whole number from 0 up is needed")

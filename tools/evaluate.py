@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Judges speech: is it what was to be said, does it talk on, and whose voice is it?
+"""Judge speech: can it be understood, whose voice is it, how good does it sound, and does it talk on?
 
     python tools/evaluate.py --text-file examples/mini/eval_sentences.txt --reference examples/raw_audio
     python tools/evaluate.py --wavs FOLDER --reference examples/raw_audio
 
-The first speaks with the newest voice of the output folder and judges that; the second judges recordings NNN.wav
-that say NNN.txt. Prints a table, and writes evaluation.json and evaluation.png. Beside each figure stands that of
-the target speaker's own recordings, which is the ceiling. `make eval` installs the judges.
+The first command speaks with the newest voice of the output folder and judges that; the second judges recordings
+NNN.wav that say NNN.txt. Both print a table, and write evaluation.json and evaluation.png. Beside each figure stands
+that of the target speaker's own recordings, which is the ceiling. `make eval` installs the judges.
 
-    word error       of a recogniser; the same heard words against wrong texts must come near 1
+    word error       of Whisper base; the same heard words against wrong texts must come near 1
+    phoneme error    of hama, which has no language model; in English only, with the same control
     duration ratio   to the target speaker's own seconds per character; where it is high, the voice talks on
+    DNSMOS overall   how good it sounds, from 1 to 5
     similarity       to the mean of the target speaker's recordings, and the margin over the nearest base voice
 
 A base model is judged by its files: --llm MODEL/llm.pt --flow MODEL/flow.pt --speaker NAME.
@@ -19,6 +21,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     from tools.evaluation_report import Evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
-JUDGES = ("pocketsphinx", "whisper")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     from speaking import add_voice
-    from utils import add_device, add_folders, add_seed
+    from utils import add_device, add_folders, add_seeds
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     judged = parser.add_argument_group("what is judged").add_mutually_exclusive_group(required=True)
@@ -64,9 +66,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     compared.add_argument(
         "--base-voices", type=Path, metavar="FOLDER", help="holds a folder of recordings for each base voice"
     )
-    judge = parser.add_argument_group("judge")
-    judge.add_argument("--judge", choices=JUDGES, default=JUDGES[0], help="of the words (default: %(default)s)")
-    judge.add_argument("--whisper-weights", type=Path, metavar="FILE", help="a .pt of OpenAI's Whisper")
+    parser.add_argument_group("judges").add_argument(
+        "--language", metavar="CODE", help="of the texts, e.g. de (default: zh for Chinese characters, else en)"
+    )
     results = parser.add_argument_group("results")
     results.add_argument(
         "--results", type=Path, metavar="FOLDER", help="for JSON, picture and wavs (default: OUTPUT_DIR/evaluation)"
@@ -74,36 +76,40 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_voice(parser)
     add_folders(parser, "model", "output")
     add_device(parser)
-    add_seed(parser)
+    add_seeds(parser)
     return parser.parse_args(argv)
 
 
 def evaluate(args: argparse.Namespace) -> "Evaluation":
     """Speak where there are texts, and ask the judges. What is missing shows before the work."""
+    from cosyvoice.utils.frontend_utils import contains_chinese
     from speaking import read_lines
     from tools.evaluation_report import Evaluation
-    from tools.judges import open_judge, open_speaker_judges, optional
+    from tools.judges import open_judges
     from tools.listening import judge_all, original_pace, read_saying, read_sayings, read_voices
-    from utils import pick_device
+    from tools.packages import optional
 
-    lines = read_lines(None, args.text_file, args.results / "spoken.wav") if args.text_file else []
-    judge = open_judge(args.judge, args.whisper_weights, str(pick_device(args.device)))
-    speaker_judges = open_speaker_judges(args.model_dir)
+    seeds = args.seeds if args.text_file else []
+    lines = {seed: read_lines(None, args.text_file, args.results / f"spoken_{seed}.wav") for seed in seeds}
+    recordings = read_sayings(args.wavs) if args.wavs else []
+    texts = [saying.text for saying in recordings] + [line.text for line in chain(*lines.values())]
+    judges = open_judges(args.language or ("zh" if any(map(contains_chinese, texts)) else "en"))
     with optional():
         import matplotlib  # noqa: F401
     originals = read_sayings(args.reference, all_needed=False)
     bases = read_voices(args.base_voices, args.reference) if args.base_voices else {}
     voice, real_time_factor = speak(lines, args) if lines else (None, None)
-    spoken = read_sayings(args.wavs) if args.wavs else [read_saying(line.output, line.text) for line in lines]
-    judged = judge_all(spoken, originals, bases, judge, speaker_judges)
-    unknown_words = judge.unknown_words([saying.words for saying in (*spoken, *originals)])
+    spoken = [read_saying(line.output, line.text, seed) for seed in lines for line in lines[seed]]
+    judged = judge_all(recordings or spoken, originals, bases, judges)
     options = {name: str(value) for name, value in vars(args).items() if value is not None}
-    made_with = {"options": options, "voice": voice}
-    return Evaluation(made_with, original_pace(originals), unknown_words, *judged, real_time_factor)
+    return Evaluation({"options": options, "voice": voice}, original_pace(originals), *judged, real_time_factor)
 
 
-def speak(lines: Sequence["Line"], args: argparse.Namespace) -> tuple[dict[str, str], float]:
-    """Speak every line into its wav, its text beside it. Returns what spoke, and the real-time factor."""
+def speak(lines: dict[int, list["Line"]], args: argparse.Namespace) -> tuple[dict[str, str], float]:
+    """Speak the lines of every seed into their wavs, the text beside each.
+
+    Returns what each part of the voice was loaded from, and the real-time factor.
+    """
     from tqdm import tqdm
 
     from cosyvoice.utils.file_utils import atomic_write
@@ -111,11 +117,12 @@ def speak(lines: Sequence["Line"], args: argparse.Namespace) -> tuple[dict[str, 
 
     voice = open_voice(args, args.model_dir)
     started, total = time.perf_counter(), 0.0
-    spoken = voice.speak(lines, speed=1.0, seed=args.seed, together=args.batch_size)
-    for line, seconds in tqdm(spoken, desc="speaking", total=len(lines), unit="sentence"):
-        total += seconds
-        with atomic_write(line.output.with_suffix(".txt")) as temporary:
-            temporary.write_text(line.text + "\n", encoding="utf-8")
+    for seed, own in lines.items():
+        spoken = voice.speak(own, speed=1.0, seed=seed, together=args.batch_size)
+        for line, seconds in tqdm(spoken, desc=f"speaking with seed {seed}", total=len(own), unit="sentence"):
+            total += seconds
+            with atomic_write(line.output.with_suffix(".txt")) as temporary:
+                temporary.write_text(line.text + "\n", encoding="utf-8")
     return voice.sources, (time.perf_counter() - started) / total
 
 

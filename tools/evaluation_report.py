@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosyvoice.utils.file_utils import atomic_write
-from tools.judges import optional
 from tools.measures import STOPS_EARLY_RATIO, TALKS_ON_RATIO, WRONG_TEXT_FLOOR, Clip, Figures, figures
+from tools.packages import optional
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,17 +23,20 @@ WIDTH_INCHES, HEIGHT_INCHES, DOTS_PER_INCH = 10, 9, 120
 class Evaluation:
     """Everything that was found out, and from what."""
 
-    made_with: dict[str, Any]  # judge, voice, folders, seed
+    made_with: dict[str, Any]  # options and voice
     pace_seconds_per_character: float
-    unknown_words: list[str]  # to the judge of content
     spoken: list[Clip]
     originals: list[Clip]
     real_time_factor: float | None  # where the speaking was timed
 
     @cached_property
     def figures(self) -> dict[str, Figures]:
-        """Of what is judged, and of the target speaker's own recordings, which are the ceiling."""
-        return {"spoken": figures(self.spoken, self.real_time_factor), "originals": figures(self.originals)}
+        """Of what is judged, of each seed where there are several, and of the originals, which are the ceiling."""
+        seeds = dict.fromkeys(clip.seed for clip in self.spoken)
+        found = {"spoken": figures(self.spoken, self.real_time_factor)}
+        if len(seeds) > 1:
+            found |= {f"seed {seed}": figures([clip for clip in self.spoken if clip.seed == seed]) for seed in seeds}
+        return found | {"originals": figures(self.originals)}
 
     @property
     def has_base_voices(self) -> bool:
@@ -43,11 +46,12 @@ class Evaluation:
         """What a reader of the figures must know."""
         notes = []
         for name, found in self.figures.items():
-            control = found.wrong_text_word_error
-            if control is not None and control < WRONG_TEXT_FLOOR:
-                notes.append(f"{name}: word errors mean little, for wrong texts score only {control:.2f}")
-        if self.unknown_words:
-            notes.append(f"the judge does not know {', '.join(self.unknown_words)}: each counts as an error")
+            for unit, content in found.contents.items():
+                control = content.wrong_text_error
+                if control is not None and control < WRONG_TEXT_FLOOR:
+                    notes.append(f"{name}: {unit} errors mean little, because wrong texts have only {control:.2f}")
+        if "phoneme" not in self.figures["originals"].contents:
+            notes.append("phonemes are judged in English only")
         if not self.has_base_voices:
             notes.append("margins are not measured without recordings of the base voices (--base-voices)")
         return notes
@@ -64,10 +68,12 @@ def table(evaluation: Evaluation) -> str:
 
 def column(found: Figures) -> dict[str, str]:
     """The cells of one set of clips by their labels."""
-    cells = {
-        "sentences": str(found.sentences),
-        "word error": number(found.word_error),
-        f"  against wrong texts (at least {WRONG_TEXT_FLOOR})": number(found.wrong_text_word_error),
+    cells = {"sentences": str(found.sentences)}
+    for unit, content in found.contents.items():
+        cells[f"{unit} error"] = number(content.error)
+        cells[f"  against wrong texts (at least {WRONG_TEXT_FLOOR}, {unit}s)"] = number(content.wrong_text_error)
+    cells |= {
+        "DNSMOS overall": number(found.quality.ovr),
         "duration ratio": number(found.duration_ratio),
         "  lowest and highest": " ".join(map(number, found.duration_ratio_range)),
         f"  sentences that talk on (above {TALKS_ON_RATIO})": str(found.talk_on),
@@ -103,14 +109,16 @@ def write_json(evaluation: Evaluation, path: Path) -> None:
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:
-    """Word error, duration and similarity of every sentence: first what was spoken, then the originals."""
+    """Draw errors, duration and similarity of every sentence: first what was spoken, then the originals."""
     with optional():
         from matplotlib.figure import Figure
 
     judge = next(iter(evaluation.spoken[0].voices))
     figure = Figure((WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
-    words, durations, voices = figure.subplots(3, sharex=True)
-    plot(words, evaluation, "word error", lambda clip: clip.errors / clip.words)
+    errors, durations, voices = figure.subplots(3, sharex=True)
+    plot(errors, evaluation, "word error", lambda clip: clip.contents["word"].error_rate)
+    if "phoneme" in evaluation.spoken[0].contents:
+        plot(errors, evaluation, "x: phoneme error", lambda clip: clip.contents["phoneme"].error_rate, "x", "tab:red")
     plot(durations, evaluation, "duration ratio", lambda clip: clip.duration_ratio)
     plot(voices, evaluation, f"similarity ({judge})", lambda clip: target_similarity(clip, judge))
     for threshold in (TALKS_ON_RATIO, STOPS_EARLY_RATIO):

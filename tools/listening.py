@@ -12,21 +12,23 @@ from clips import AUDIO_SUFFIXES, MIN_RATE_HZ, find_recordings
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
-from tools.judges import Judge, SpeakerJudge
+from tools.judges import Judges, SpeakerJudge
 from tools.measures import (
     Clip,
     ClipVoice,
+    Heard,
+    Units,
     Vector,
-    Words,
     centroid,
     characters,
     clip_voices,
+    compare,
     pace,
     similarities,
     similarities_to_others,
-    word_errors,
     words_of,
 )
+from tools.recognisers import Recogniser
 from utils import decode_text
 
 MIN_VOICED_CLIPS = 2  # of each voice: the target's are compared with one another
@@ -39,13 +41,14 @@ class Saying:
     audio: Path
     text: str
     wav_16k: Tensor  # (1, samples)
+    seed: int | None = None  # of what was spoken here
 
     @property
     def seconds(self) -> float:
         return self.wav_16k.shape[1] / PROMPT_RATE_HZ
 
     @property
-    def words(self) -> Words:
+    def words(self) -> Units:
         return words_of(self.text)
 
 
@@ -74,10 +77,10 @@ def read_sayings(folder: Path, all_needed: bool = True) -> list[Saying]:
     return sayings
 
 
-def read_saying(audio: Path, text: str) -> Saying:
+def read_saying(audio: Path, text: str, seed: int | None = None) -> Saying:
     if not has_words(text):
         raise InputError(f"the text of {audio} has no words to compare with")
-    return Saying(audio, text, load_wav(audio, PROMPT_RATE_HZ, MIN_RATE_HZ))
+    return Saying(audio, text, load_wav(audio, PROMPT_RATE_HZ, MIN_RATE_HZ), seed)
 
 
 def read_voices(folder: Path, target: Path) -> dict[str, list[Tensor]]:
@@ -93,20 +96,25 @@ def read_voices(folder: Path, target: Path) -> dict[str, list[Tensor]]:
     return voices
 
 
-def judge_words(sayings: Sequence[Saying], judge: Judge, seconds_per_character: float) -> list[Clip]:
-    """What is heard, against what was to be said and how long that should take; voices are not judged yet."""
-    heard = judge.transcribe([saying.wav_16k for saying in sayings], [saying.words for saying in sayings])
+def recognise(sayings: Sequence[Saying], judge: Recogniser) -> list[Heard]:
+    clips = tqdm(sayings, desc=judge.name, unit="clip", leave=False)
+    return [compare(judge.hear(saying.wav_16k), judge.expect(saying.text)) for saying in clips]
+
+
+def judge_speech(sayings: Sequence[Saying], judges: Judges, seconds_per_character: float) -> list[Clip]:
+    """Judge what is heard, how good it sounds and how long it takes; voices are not judged yet."""
+    heard = {judge.unit: recognise(sayings, judge) for judge in judges.recognisers}
     return [
         Clip(
             name=saying.audio.stem,
             text=saying.text,
-            heard=hypothesis,
-            words=len(saying.words),
-            errors=word_errors(words_of(hypothesis), saying.words),
+            seed=saying.seed,
             seconds=saying.seconds,
             duration_ratio=saying.seconds / (seconds_per_character * characters(saying.words)),
+            contents={unit: clips[i] for unit, clips in heard.items()},
+            quality=judges.quality.rate(saying.wav_16k),
         )
-        for saying, hypothesis in zip(sayings, heard, strict=True)
+        for i, saying in enumerate(tqdm(sayings, desc="quality", unit="clip", leave=False))
     ]
 
 
@@ -143,13 +151,12 @@ def judge_all(
     spoken: Sequence[Saying],
     originals: Sequence[Saying],
     bases: dict[str, list[Tensor]],
-    judge: Judge,
-    speaker_judges: Sequence[SpeakerJudge],
+    judges: Judges,
 ) -> tuple[list[Clip], list[Clip]]:
     """What was spoken and the target speaker's originals, judged alike."""
     rate = original_pace(originals)
-    sets = judge_words(spoken, judge, rate), judge_words(originals, judge, rate)
-    for speaker_judge in speaker_judges:
+    sets = judge_speech(spoken, judges, rate), judge_speech(originals, judges, rate)
+    for speaker_judge in judges.speakers:
         found = judge_voices(spoken, originals, bases, speaker_judge)
         for clips, voices in zip(sets, found, strict=True):
             for clip, voice in zip(clips, voices, strict=True):
