@@ -52,8 +52,8 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
 
 
 def add_seeds(parser: argparse.ArgumentParser) -> None:
-    told = f"everything is spoken once with each (default: {SEED})"
-    parser.add_argument("--seeds", type=_seed, nargs="+", default=[SEED], metavar="SEED", help=told)
+    help_text = f"of all random draws; everything is spoken once with each (default: {SEED})"
+    parser.add_argument("--seeds", type=_seed, nargs="+", default=[SEED], metavar="SEED", help=help_text)
 
 
 def _seed(text: str) -> int:

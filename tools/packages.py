@@ -7,6 +7,8 @@ from pathlib import Path
 
 from cosyvoice.utils.errors import InputError
 
+REINSTALL = "Run: python -m pip install --force-reinstall --no-deps -r requirements-eval.txt"
+
 
 @contextmanager
 def optional() -> Iterator[None]:
@@ -25,5 +27,5 @@ def packaged_file(package: str, path: str) -> Path:
     with optional():
         file = Path(distribution(package).locate_file(path))
     if not file.is_file():
-        raise InputError(f"the package {package} has no {path}. Install the version that requirements-eval.txt names.")
+        raise InputError(f"the package {package} has no {path}. {REINSTALL}")
     return file

