@@ -1,4 +1,4 @@
-"""The packages of requirements-eval.txt, which the suite itself does without."""
+"""Packages that carry weights, which the suite itself does without: for judging, and for making CosyVoice-mini."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,25 +7,31 @@ from pathlib import Path
 
 from cosyvoice.utils.errors import InputError
 
-REINSTALL = "Run: python -m pip install --force-reinstall --no-deps -r requirements-eval.txt"
+OF_JUDGES = "requirements-eval.txt"
+OF_MINI = "examples/mini/requirements.txt"
 
 
 @contextmanager
-def optional() -> Iterator[None]:
-    """Import a judge's package inside this. Raises InputError with the remedy where the package is missing."""
+def optional(requirements: str = OF_JUDGES) -> Iterator[None]:
+    """Import a package of such a file inside this. Raises InputError with the remedy where it is missing."""
     try:
         yield
     except ImportError as error:
-        raise InputError(f"a package of the judges is missing ({error}). Run: make eval") from None
+        raise InputError(f"a package of {requirements} is missing ({error}). {remedy(requirements)}") from None
 
 
-def packaged_file(package: str, path: str) -> Path:
+def remedy(requirements: str = OF_JUDGES) -> str:
+    """Return what to do where its packages are missing or damaged."""
+    return f"Run: python -m pip install --force-reinstall --no-deps -r {requirements}"
+
+
+def packaged_file(package: str, path: str, requirements: str = OF_JUDGES) -> Path:
     """Return where an installed package keeps a file, without importing the package.
 
     Raises InputError where the package or the file is missing.
     """
-    with optional():
+    with optional(requirements):
         file = Path(distribution(package).locate_file(path))
     if not file.is_file():
-        raise InputError(f"the package {package} has no {path}. {REINSTALL}")
+        raise InputError(f"the package {package} has no {path}. {remedy(requirements)}")
     return file

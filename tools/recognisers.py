@@ -14,7 +14,7 @@ from torch import Tensor
 from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, whisper_log_mel
 from cosyvoice.utils.errors import InputError
 from tools.measures import Units, english_words_of, words_of
-from tools.packages import REINSTALL, optional, packaged_file
+from tools.packages import optional, packaged_file, remedy
 
 if TYPE_CHECKING:
     from whisper.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def whisper_files() -> dict[str, bytes]:
     folder = packaged_file(package, first).parent
     weights = b"".join(packaged_file(*part).read_bytes() for part in WHISPER_PARTS)
     if hashlib.sha256(weights).hexdigest() != WHISPER_SHA256:
-        raise InputError(f"{folder} does not hold the known weights of Whisper. {REINSTALL}")
+        raise InputError(f"{folder} does not hold the known weights of Whisper. {remedy()}")
     others = ("config.json", "tokenizer.json", "vocabulary.txt")
     return {"model.bin": weights} | {name: (folder / name).read_bytes() for name in others}
 

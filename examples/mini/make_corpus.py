@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The corpus of CosyVoice-mini: synthetic speech in Kaldi-style folders.
 
-    examples/mini/make_corpus.py --des_dir data/mini --utterances 500
+    examples/mini/make_corpus.py --des_dir data/mini/texts --utterances 500
 
 Writes wav/UTT.wav, wav/UTT.phones ("end_seconds phone" a line, where the engine tells), and train/ and dev/ with
 wav.scp, text, utt2spk, spk2utt and make_corpus.failed. Every utterance of a run has a sentence of its own, and none
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--voices", nargs="+", help="names of voices (default: the eight of flite, festival, espeak-ng)")
     parser.add_argument("--lexicon", type=Path, help="of make_lexicon.py; only sentences whose words it has are spoken")
     parser.add_argument("--variants", type=int, default=0, help="pseudo-speakers per voice (default: %(default)s)")
-    parser.add_argument("--sentences", choices=("grammar", "wordnet"), default="grammar", help="default: %(default)s")
+    parser.add_argument("--sentences", choices=("grammar", "wordnet", "both"), default="grammar", help="default: %(default)s")
     parser.add_argument("--num_processes", type=int, default=2, help="engines at a time (default: %(default)s)")
     add_seed(parser)
     options = parser.parse_args(argv)
@@ -128,15 +128,19 @@ def make_utterances(
     source: str = "grammar",
     tokenizer: "PhoneTokenizer | None" = None,
 ) -> list[Utterance]:
-    """The speakers in turn, each time with the next sentence, of the grammar's or of "wordnet"'s.
+    """The speakers in turn, each time with the next sentence, of the grammar's, of "wordnet"'s, or of "both" in turn.
 
     tokenizer: only sentences are drawn whose words its lexicon has.
     """
     from examples.mini.sentences import JUDGED, Exclusion, draw_examples, draw_sentences, read_examples, read_sentences
 
     exclusion = Exclusion(read_sentences(JUDGED), tokenizer)
-    drawn = draw_examples(seed, exclusion, read_examples()) if source == "wordnet" else draw_sentences(seed, exclusion)
-    sentences = islice(drawn, total)
+    drawn = []
+    if source != "wordnet":
+        drawn.append(draw_sentences(seed, exclusion))
+    if source != "grammar":
+        drawn.append(draw_examples(seed, exclusion, read_examples()))
+    sentences = islice(chain.from_iterable(zip(*drawn, strict=False)), total)
     return [Utterance(speakers[number % len(speakers)], text) for number, text in enumerate(sentences)]
 
 

