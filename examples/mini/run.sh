@@ -19,9 +19,9 @@ model_dir=${model_dir:-pretrained_models/CosyVoice-mini}
 seed=${seed:-1986}
 num_jobs=${num_jobs:-2}
 
-# Five neural voices that speak, and mixtures of them; two of flite's and two of festival's, whose many sentences teach
+# Four neural voices that speak, and mixtures of five; two of flite's and two of festival's, whose many sentences teach
 # reading; pseudo-speakers and three people, so that a voice never heard before is nothing new.
-base_voices=(alpha gongitsune nezumi tebukuro kumo)
+base_voices=(alpha gongitsune nezumi kumo)
 mixtures=(mix{1..30})
 reading_voices=(slt awb kal16 ked)
 corpora=(voices mixes texts speakers prompts)
@@ -69,14 +69,14 @@ if asks_for 0; then
     python examples/mini/make_lexicon.py --output "$lexicon"
     python examples/mini/make_prompts.py --des_dir "$work_dir/prompts" --num_processes "$num_jobs"
     make_corpus speakers --variants 7 --utterances 40 --dev_utterances 1 --seed $((seed + 2))
-    make_corpus mixes --voices "${mixtures[@]}" --sentences wordnet --utterances 25 --dev_utterances 1 --seed $((seed + 1))
+    make_corpus mixes --voices "${mixtures[@]}" --sentences wordnet --utterances 14 --dev_utterances 1 --seed $((seed + 1))
     make_corpus voices --voices "${base_voices[@]}" --sentences both --utterances 240 --dev_utterances 8 --seed "$seed"
-    make_corpus texts --voices "${reading_voices[@]}" --sentences both --utterances 2500 --dev_utterances 15 --seed $((seed + 3))
+    make_corpus texts --voices "${reading_voices[@]}" --sentences both --utterances 1600 --dev_utterances 10 --seed $((seed + 3))
 fi
 
 if asks_for 1; then
     echo "Stage 1: speech tokenizer, speaker encoder, places in the texts"
-    python examples/mini/train_tokenizer.py --data "$work_dir"/{voices,mixes,speakers,prompts}/train \
+    python examples/mini/train_tokenizer.py --data "$work_dir"/{mixes,speakers,prompts}/train \
         --dev "$work_dir"/{mixes,prompts}/dev --output "$work_dir/speech_tokenizer_v1.onnx" --seed "$seed"
     python examples/mini/make_speaker_encoder.py --output "$work_dir/campplus.onnx"
     python examples/mini/align_text.py --lexicon "$lexicon" --dirs "$work_dir"/{voices,mixes,texts}/{train,dev}
