@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dev", type=Path, nargs="+", required=True, help="Kaldi-style folders to measure on")
     parser.add_argument("--output", type=Path, required=True, help="file to write: speech_tokenizer_v1.onnx")
     parser.add_argument("--utterances", type=int, default=3000, help="drawn from the data (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3000, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2500, help="of training (default: %(default)s)")
     add_seed(parser)
     options = parser.parse_args(argv)
     for name in ("utterances", "steps"):
