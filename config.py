@@ -205,7 +205,7 @@ def find_model_dir(given: str | Path | None) -> Path:
     for folder in (*places, mini):
         if (folder / "cosyvoice.yaml").is_file():
             if folder == mini:
-                print(f"no {MODEL_NAMES[0]} found: using {MINI_NAME}, which speaks English modestly (docs/mini.md)")
+                print(f"no {MODEL_NAMES[0]} found: using {MINI_NAME}, which cannot be understood yet (docs/mini.md)")
             return folder
     looked = ", ".join(str(parent / "pretrained_models") for parent in _search_roots())
     raise InputError(f"no model folder {MODEL_NAMES[0]} in {looked}; name one with --model-dir, or {_DOWNLOAD}")
