@@ -25,8 +25,9 @@ base_voices=(alpha gongitsune nezumi kumo)
 mixtures=(mix{1..30})
 reading_voices=(slt awb kal16 ked)
 corpora=(voices mixes texts speakers prompts)
-declare -A trained_on=([llm]="voices mixes texts" [flow]="voices mixes speakers prompts"
-    [hifigan]="voices mixes speakers prompts")
+# what is named twice is heard twice as often
+declare -A trained_on=([llm]="voices voices voices mixes mixes texts" [flow]="voices voices mixes mixes speakers prompts"
+    [hifigan]="voices voices mixes mixes speakers prompts")
 declare -A averaged=([llm]=1 [flow]=1 [hifigan]=3) # epochs, of the least held-out loss
 
 mkdir -p "$work_dir"
@@ -70,7 +71,7 @@ if asks_for 0; then
     python examples/mini/make_prompts.py --des_dir "$work_dir/prompts" --num_processes "$num_jobs"
     make_corpus speakers --variants 7 --utterances 40 --dev_utterances 1 --seed $((seed + 2))
     make_corpus mixes --voices "${mixtures[@]}" --sentences wordnet --utterances 14 --dev_utterances 1 --seed $((seed + 1))
-    make_corpus voices --voices "${base_voices[@]}" --sentences both --utterances 240 --dev_utterances 8 --seed "$seed"
+    make_corpus voices --voices "${base_voices[@]}" --sentences both --utterances 200 --dev_utterances 8 --seed "$seed"
     make_corpus texts --voices "${reading_voices[@]}" --sentences both --utterances 1600 --dev_utterances 10 --seed $((seed + 3))
 fi
 
