@@ -103,13 +103,13 @@ for corpus in "${corpora[@]}"; do
 done
 
 if asks_for 5; then
-    echo "Stage 5: train the language model, and beside it the vocoder and then the flow"
+    echo "Stage 5: train the language model, and beside it the flow and then the vocoder"
     write_lists
     set -m # process groups of their own, so that each is stopped whole
     train llm llm &
     (
-        train hifigan hifigan
         train flow flow
+        train hifigan hifigan
     ) &
     set +m
     trap 'for group in $(jobs -p); do kill -- "-$group" 2> /dev/null || true; done' EXIT
