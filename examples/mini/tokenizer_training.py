@@ -1,4 +1,4 @@
-"""Training of the speech tokenizer, and what its tokens are worth."""
+"""Train the speech tokenizer, and measure how good its tokens are."""
 
 import math
 import random
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, WHISPER_MELS, load_wav, whisper_log_mel
 from cosyvoice.utils.command import seed_all
+from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import TOKEN_RATE_HZ
 from examples.mini.encoder_files import export, round_weights
 from examples.mini.encoder_training import Recording, Training, draw, read_recordings
@@ -33,7 +34,7 @@ PULL = 0.15  # on the mean distance of neighbouring frames: the fewer changes, t
 
 @dataclass
 class Utterance:
-    """One recording, with what the frozen networks make of it whole; float16."""
+    """The outputs of the frozen networks for one whole recording, in float16."""
 
     start: Tensor  # (N, WIDTH), of Whisper's first blocks
     features: Tensor  # (N, WIDTH), of Whisper's whole encoder
@@ -41,7 +42,7 @@ class Utterance:
 
 
 class Corpus:
-    """The recordings in memory; those too short for a crop are left out."""
+    """The recordings in memory; those too short for a crop are left out. Raises InputError if none is left."""
 
     def __init__(self, recordings: Sequence[Recording]) -> None:
         start, whole = whisper_start(), WhisperEncoder.pretrained(BLOCKS)
@@ -49,6 +50,8 @@ class Corpus:
         progress = tqdm(recordings, desc="features", unit="utt", disable=None)
         read = [(recording, listen(recording.wav, to_80_bins, start, whole)) for recording in progress]
         long_enough = [(recording, utterance) for recording, utterance in read if len(utterance.start) >= CROP_TOKENS]
+        if not long_enough:
+            raise InputError(f"no recording lasts {CROP_TOKENS / TOKEN_RATE_HZ:g} s. Give folders with longer ones")
         self.recordings, self.utterances = map(list, zip(*long_enough, strict=True))
 
     def draw_batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -66,7 +69,7 @@ def whisper_start() -> WhisperEncoder:
 
 @torch.no_grad()
 def listen(wav: Path, to_80_bins: To80Bins, start: WhisperEncoder, whole: WhisperEncoder) -> Utterance:
-    """Return what the frozen networks make of a recording. Raises InputError for bad audio."""
+    """Return the outputs of the frozen networks for the first 30 s. Raises InputError for bad audio."""
     speech = load_wav(wav, PROMPT_RATE_HZ)[:, : MAX_PROMPT_SECONDS * PROMPT_RATE_HZ]
     log_mel = to_80_bins(whisper_log_mel(speech))
     return Utterance(start(log_mel)[0].half(), whole(log_mel)[0].half(), flow_mel(wav)[0].half())
@@ -98,8 +101,8 @@ def mel_frames(tokens: int) -> int:
 class Model(nn.Module):
     """The tokenizer's encoder, and three networks that make its tokens tell what is said, and not by whom.
 
-    `speaker` sums up another piece of the recording; tokens and speaker must give the mel, and the tokens alone what
-    Whisper's whole encoder knows.
+    `speaker` sums up another piece of the recording. `decoder` predicts the mel from tokens and speaker. `features`
+    predicts the output of Whisper's whole encoder from the tokens alone.
     """
 
     def __init__(self, levels: Sequence[int] = LEVELS) -> None:
@@ -159,7 +162,7 @@ class MelDecoder(nn.Module):
 
 
 def train(data: Sequence[Path], dev: Sequence[Path], output: Path, utterances: int, steps: int, seed: int) -> dict:
-    """Write `output` and return what its tokens are worth on `dev`."""
+    """Train, write `output`, and return how good its tokens are on `dev`. Raises InputError for bad corpora."""
     train_corpus = Corpus(draw(read_recordings(data), utterances, seed))
     dev_corpus = Corpus(read_recordings(dev))
     seed_all(seed)
@@ -196,7 +199,7 @@ def codes_of(model: Model, utterance: Utterance) -> Tensor:
 
 @torch.no_grad()
 def measure(model: Model, corpus: Corpus) -> dict[str, float]:
-    """Return the losses on whole recordings, how many equally frequent codes would tell as much, and repeats."""
+    """Return the losses on whole recordings, the perplexity of the codes, and the share of codes that repeat."""
     model.eval()
     codes, terms = [], []
     for utterance in corpus.utterances:
@@ -211,7 +214,10 @@ def measure(model: Model, corpus: Corpus) -> dict[str, float]:
 
 
 def speaker_leak(model: Model, train_corpus: Corpus, dev: Corpus) -> dict[str, float]:
-    """Return how often each token's most frequent speaker in `train_corpus` is right on `dev`, and what guessing gives."""
+    """Return how often the token alone tells the speaker on `dev`, and how often a blind guess would.
+
+    The guess for a token is the speaker who says it most often in `train_corpus`.
+    """
     speakers = sorted({recording.speaker for recording in train_corpus.recordings})
     counts = torch.zeros(model.encoder.quantiser.codes, len(speakers))
     for recording, utterance in zip(train_corpus.recordings, train_corpus.utterances, strict=True):

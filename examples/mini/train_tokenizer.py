@@ -3,7 +3,7 @@
 
     examples/mini/train_tokenizer.py --data data/mini/train --dev data/mini/dev --output speech_tokenizer_v1.onnx
 
-A killed run is continued by the same command. The last line of the output is a JSON of what the tokens are worth on the
+The same command continues a killed run. The last line of the output is a JSON that tells how good the tokens are on the
 dev folders.
 """
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A folder of recordings and texts for each speaker of a Kaldi-style folder, as tools/evaluate.py compares with.
+"""Make a folder of recordings and texts for each speaker of a Kaldi-style folder, for tools/evaluate.py.
 
     examples/mini/voice_folders.py --src_dir data/mini/voices/dev --des_dir data/mini/base_voices
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     wavs, texts, speakers = (read_table(options.src_dir / name) for name in ("wav.scp", "text", "utt2spk"))
     if unknown := wavs.keys() - (texts.keys() & speakers.keys()):
-        raise InputError(f"{options.src_dir}: {min(unknown)} is not in text or utt2spk; run make_corpus.py again")
+        raise InputError(f"{options.src_dir}: {min(unknown)} is not in text or utt2spk. Run make_corpus.py again")
     for utt, wav in wavs.items():
         target = options.des_dir / speakers[utt] / f"{utt}.wav"
         copy_file(Path(wav), target)

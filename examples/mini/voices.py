@@ -1,4 +1,4 @@
-"""Speech engines that speak a batch of sentences each: flite, festival and espeak-ng, with voices of free licences."""
+"""Speech engines with freely licensed voices: flite, festival and espeak-ng."""
 
 import re
 import shutil
@@ -18,12 +18,12 @@ PACKAGES = (
     "sudo apt-get install flite festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts "
     "festlex-cmu festlex-poslex espeak-ng sox wordnet-base"
 )
-HELD_OUT = "rms"  # the voice that few-shot training is shown on: no model may know it before
+HELD_OUT = "rms"  # the voice of the few-shot demonstration: no model may know it before
 
 
 @dataclass(frozen=True)
 class Voice(ABC):
-    """One voice of an engine, by the engine's own name."""
+    """A voice, under the engine's own name."""
 
     voice: str
 
@@ -32,13 +32,13 @@ class Voice(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise InputError where the engine or this voice is not installed."""
+        """Raise InputError if the engine or this voice is not installed."""
 
     @abstractmethod
     def speak(self, texts: Mapping[str, str], folder: Path, tokenizer: "PhoneTokenizer | None" = None) -> None:
-        """Write NAME.wav for each name in `texts` and, where the engine tells, NAME.phones: "end_seconds phone" a line.
+        """Write NAME.wav for each name in `texts`, and NAME.phones with lines "end_seconds phone" if the engine tells.
 
-        tokenizer: tells the phones to an engine that speaks those. A sentence that the engine cannot speak leaves no wav.
+        tokenizer: gives the phones to an engine that speaks phones. A sentence that it cannot speak leaves no wav.
         """
 
 
@@ -93,7 +93,7 @@ class Espeak(Voice):
 
 
 def apply_effects(wav: Path, effects: list[str], tempo: float) -> None:
-    """Change a recording by sox's effects, and the times of its phones by the factor `tempo` that they speed it up."""
+    """Apply sox's effects to a recording, which speed it up by `tempo`, and adapt the times of its phones."""
     if not effects:
         return
     changed = wav.with_name(f"changed-{wav.name}")
@@ -106,13 +106,13 @@ def apply_effects(wav: Path, effects: list[str], tempo: float) -> None:
 
 
 def check_program(program: str, packages: str = PACKAGES) -> None:
-    """Raise InputError where it is not installed."""
+    """Raise InputError if the program is not installed."""
     if shutil.which(program) is None:
         raise InputError(f"{program} is not installed; {packages}")
 
 
 def output_of(program: str, *arguments: str) -> str:
-    """What the program prints. Raises InputError where it is not installed."""
+    """Return what the program prints. Raises InputError if it is not installed."""
     check_program(program)
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=False).stdout
 

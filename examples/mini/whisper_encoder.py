@@ -42,7 +42,7 @@ class WhisperEncoder(nn.Module):
 
     @classmethod
     def pretrained(cls, blocks: int) -> "WhisperEncoder":
-        """Return it with Whisper's weights, frozen. Raises InputError where they are not installed."""
+        """Return an encoder with Whisper's weights, frozen. Raises InputError if they are not installed."""
         encoder = cls(blocks)
         encoder.load_state_dict(encoder_state(read_variables(whisper_files()["model.bin"]), blocks))
         return encoder.eval().requires_grad_(False)
