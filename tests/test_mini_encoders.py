@@ -16,7 +16,6 @@ import whisper.model
 from torch import Tensor, nn
 
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, WHISPER_HOP_SAMPLES, WHISPER_MELS, whisper_log_mel
-from cosyvoice.utils.checkpoint import read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer
 from examples.mini import (
@@ -109,7 +108,7 @@ def test_filters_are_mixed_without_subtracting() -> None:
 
 
 def test_the_encoder_equals_whispers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With two blocks for six, to be quick; stored in half precision as CTranslate2 does."""
+    """Two blocks instead of six are quicker. The weights are in half precision, as CTranslate2 stores them."""
     monkeypatch.setattr(whisper_encoder, "BLOCKS", 2)
     theirs = whisper_audio_encoder(frames=1500)
     content = write_variables(ctranslate2_variables(theirs))
@@ -308,6 +307,7 @@ def quick() -> None:
             patch.setattr(tokenizer_training, name, 1)
         patch.setattr(encoder_files, "CHECKED_FRAMES", (20, 21, 300))
         patch.setattr(encoder_training, "CHECKPOINT_STEPS", 5)
+        patch.setattr(encoder_training, "REPORTS", 1)
         yield
 
 
@@ -318,7 +318,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path) -> tuple[Path, dict[str, float]]:
-    """A file after a few steps, and what the script prints of it."""
+    """Train a few steps. Return the file and the figures that the script prints."""
     with redirect_stdout(StringIO()) as printed:
         path = train(corpus, "first")
     return path, json.loads(printed.getvalue().splitlines()[-1])
@@ -355,7 +355,10 @@ def features(wav: Path) -> tokenizer_training.Corpus:
 
 
 def test_a_killed_training_ends_as_an_uninterrupted_one(
-    corpus: Path, trained: tuple[Path, dict[str, float]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    corpus: Path,
+    trained: tuple[Path, dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole_step = encoder_training.Training._step
 
@@ -431,8 +434,8 @@ def test_every_term_of_the_loss_falls_and_teaches_the_encoder(corpus: Path) -> N
         for name, term in terms.items() if len(losses) == 1 else ():
             optimiser.zero_grad()
             term.backward(retain_graph=True)
-            parts = {key.partition(".")[0] for key, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-            assert parts == taught[name], name
+            grads = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+            assert {key.partition(".")[0] for key, grad in grads.items() if grad.any()} == taught[name], name
         optimiser.zero_grad()
         (terms["mel"] + terms["features"] + 0.1 * terms["change"]).backward()
         optimiser.step()
@@ -440,7 +443,7 @@ def test_every_term_of_the_loss_falls_and_teaches_the_encoder(corpus: Path) -> N
 
 
 def test_codes_of_known_recordings_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two speakers with a code of their own and one in common: half of the tokens tell who it is."""
+    """Two speakers have one code each, and one in common."""
     codes = {"a": [1, 1, 2, 2], "b": [3, 3, 2, 2], "unheard": [3, 1, 3, 2]}
     corpus = object.__new__(tokenizer_training.Corpus)
     corpus.recordings = [Recording(Path(f"{name}.wav"), name) for name in ("a", "b")]
@@ -483,7 +486,7 @@ def test_short_recordings_are_left_out_and_long_ones_cut(corpus: Path, tmp_path:
 
 
 def test_crops_of_features_and_mel_are_of_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features and mel that both hold their time; the mel of the end is moved by a frame at most."""
+    """Features and mel hold their own time in seconds."""
     monkeypatch.setattr(tokenizer_training, "CROP_TOKENS", 100)
     seconds = 4
     start = (torch.arange(50 * seconds) / 50)[:, None].expand(-1, 3)
@@ -517,8 +520,8 @@ def test_bad_corpora_are_errors(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenizerFile, Path]:
-    """A tokenizer with random weights that uses many of its codes, and its file."""
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenizerFile, SpeechTokenizer]:
+    """Return a tokenizer with random weights that uses many of its codes, and its file."""
     torch.manual_seed(6)
     start = WhisperEncoder(2)
     start.positions.normal_(std=0.3)
@@ -530,12 +533,12 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenizerF
         file.encoder.to_code[1].weight *= 3
     path = tmp_path_factory.mktemp("tokenizer") / "speech_tokenizer_v1.onnx"
     export(file, tokenizer_training.example_inputs, path, "indices", {"feats": {2: "T"}, "indices": {1: "N"}})
-    return file, path
+    return file, SpeechTokenizer(path, "cpu")
 
 
 @pytest.fixture(scope="module")
-def speaker_encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[CAMPlus, Path]:
-    """CAM++ with random weights, and its file."""
+def speaker_encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[CAMPlus, SpeakerEncoder]:
+    """Return CAM++ with random weights, and its file."""
     folder = tmp_path_factory.mktemp("campplus")
     torch.manual_seed(5)
     network = CAMPlus().eval()
@@ -543,43 +546,45 @@ def speaker_encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[CAMPlus, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packages, "packaged_file", lambda package, path: folder / "weights.pt")
         make_speaker_encoder.main(["--output", str(folder / "campplus.onnx")])
-    return network, folder / "campplus.onnx"
+    return network, SpeakerEncoder(folder / "campplus.onnx", "cpu")
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.205, 0.21, 3.0, 30.0])
 def test_the_files_take_speech_of_any_length(
-    tokenizer_file: tuple[TokenizerFile, Path], speaker_encoder: tuple[CAMPlus, Path], seconds: float
+    tokenizer_file: tuple[TokenizerFile, SpeechTokenizer],
+    speaker_encoder: tuple[CAMPlus, SpeakerEncoder],
+    seconds: float,
 ) -> None:
     wav = speech(seconds)
     frames = wav.shape[1] // WHISPER_HOP_SAMPLES
-    tokens = SpeechTokenizer(tokenizer_file[1], "cpu")(wav)
+    tokens = tokenizer_file[1](wav)
     assert tokens.shape == (1, (frames + 1) // 2)
     assert tokens.min() >= 0 and tokens.max() < CODES
-    assert SpeakerEncoder(speaker_encoder[1], "cpu")(wav).shape == (1, 192)
+    assert speaker_encoder[1](wav).shape == (1, 192)
 
 
-def test_silence_has_tokens(tokenizer_file: tuple[TokenizerFile, Path]) -> None:
-    tokens = SpeechTokenizer(tokenizer_file[1], "cpu")(torch.zeros(1, PROMPT_RATE_HZ))
+def test_silence_has_tokens(tokenizer_file: tuple[TokenizerFile, SpeechTokenizer]) -> None:
+    tokens = tokenizer_file[1](torch.zeros(1, PROMPT_RATE_HZ))
     assert tokens.shape == (1, 50) and tokens.min() >= 0 and tokens.max() < CODES
 
 
 def test_the_files_declare_their_interfaces(
-    tokenizer_file: tuple[TokenizerFile, Path], speaker_encoder: tuple[CAMPlus, Path]
+    tokenizer_file: tuple[TokenizerFile, SpeechTokenizer], speaker_encoder: tuple[CAMPlus, SpeakerEncoder]
 ) -> None:
-    session = SpeechTokenizer(tokenizer_file[1], "cpu").open()
+    session = tokenizer_file[1].open()
     feats, length = session.get_inputs()
     (indices,) = session.get_outputs()
     assert (feats.name, feats.type, feats.shape) == ("feats", "tensor(float)", [1, WHISPER_MELS, "T"])
     assert (length.name, length.type, length.shape) == ("feats_length", "tensor(int32)", [1])
     assert (indices.name, indices.type, indices.shape) == ("indices", "tensor(int32)", [1, "N"])
-    session = SpeakerEncoder(speaker_encoder[1], "cpu").open()
+    session = speaker_encoder[1].open()
     (fbank,), (vector,) = session.get_inputs(), session.get_outputs()
     assert (fbank.name, fbank.type, fbank.shape) == ("input", "tensor(float)", [1, "T", 80])
     assert (vector.name, vector.type, vector.shape[1]) == ("output", "tensor(float)", 192)
 
 
-def test_frames_beyond_the_length_do_not_count(tokenizer_file: tuple[TokenizerFile, Path]) -> None:
-    tokenizer = SpeechTokenizer(tokenizer_file[1], "cpu")
+def test_frames_beyond_the_length_do_not_count(tokenizer_file: tuple[TokenizerFile, SpeechTokenizer]) -> None:
+    tokenizer = tokenizer_file[1]
     feats = np.random.default_rng(2).standard_normal((1, WHISPER_MELS, 60), dtype=np.float32)
     length = np.array([33], dtype=np.int32)
     tokens = tokenizer.run(feats, length)
@@ -589,27 +594,27 @@ def test_frames_beyond_the_length_do_not_count(tokenizer_file: tuple[TokenizerFi
 
 
 def test_the_tokenizers_file_is_small_and_keeps_whispers_blocks_rounded(
-    tokenizer_file: tuple[TokenizerFile, Path],
+    tokenizer_file: tuple[TokenizerFile, SpeechTokenizer],
 ) -> None:
-    file, path = tokenizer_file
-    assert 10.5e6 < path.stat().st_size < 11.2e6
+    file, tokenizer = tokenizer_file
+    assert 10.5e6 < tokenizer.path.stat().st_size < 11.2e6
     inputs = tokenizer_training.example_inputs(999)
     with torch.no_grad():
         expected = file(*inputs.values())
-    found = SpeechTokenizer(path, "cpu").run(*(value.numpy() for value in inputs.values()))
+    found = tokenizer.run(*(value.numpy() for value in inputs.values()))
     assert (found == expected).float().mean() > 0.97 and len(found.unique()) > 100
-    stored = onnx.load(str(path)).graph.initializer
+    stored = onnx.load(str(tokenizer.path)).graph.initializer
     in_bytes = sum(int(np.prod(tensor.dims)) for tensor in stored if tensor.data_type == onnx.TensorProto.INT8)
     assert in_bytes == sum(p.numel() for p in file.start.parameters() if p.dim() > 1)
 
 
-def test_the_speaker_encoders_file_is_the_network_with_rounded_weights(
-    speaker_encoder: tuple[CAMPlus, Path], tmp_path: Path
+def test_the_speaker_encoder_is_the_network_with_rounded_weights(
+    speaker_encoder: tuple[CAMPlus, SpeakerEncoder],
 ) -> None:
-    network, path = speaker_encoder
-    assert 6.9e6 < path.stat().st_size < 7.6e6  # as many weights, in a byte each
+    network, encoder = speaker_encoder
+    assert 6.9e6 < encoder.path.stat().st_size < 7.6e6  # as many weights, in a byte each
     inputs = make_speaker_encoder.example_inputs(200)["input"]
-    found = SpeakerEncoder(path, "cpu").run(inputs.numpy())
+    found = encoder.run(inputs.numpy())
     with torch.no_grad():
         assert torch.cosine_similarity(found, network(inputs)).item() > 0.99
         round_weights(network)

