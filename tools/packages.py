@@ -9,6 +9,7 @@ from cosyvoice.utils.errors import InputError
 
 OF_JUDGES = "requirements-eval.txt"
 OF_MINI = "examples/mini/requirements.txt"
+INSTALL = {OF_JUDGES: "make eval", OF_MINI: f"python -m pip install --no-deps -r {OF_MINI}"}
 
 
 @contextmanager
@@ -17,11 +18,12 @@ def optional(requirements: str = OF_JUDGES) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise InputError(f"a package of {requirements} is missing ({error}). {remedy(requirements)}") from None
+        message = f"a package of {requirements} is missing ({error}). Run: {INSTALL[requirements]}"
+        raise InputError(message) from None
 
 
 def remedy(requirements: str = OF_JUDGES) -> str:
-    """Return what to do where its packages are missing or damaged."""
+    """Return what to do where its packages are damaged."""
     return f"Run: python -m pip install --force-reinstall --no-deps -r {requirements}"
 
 
