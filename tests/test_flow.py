@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from cosyvoice.flow.decoder import ConditionalDecoder
 from cosyvoice.flow.flow import MaskedDiffWithXvec, draw_prefix_length
-from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
+from cosyvoice.flow.flow_matching import ConditionalCFM, MelPredictingCFM, TrainingDraw
 from cosyvoice.flow.length_regulator import InterpolateRegulator
+from cosyvoice.flow.mel_predictor import MelPredictor
 from cosyvoice.transformer.encoder import ConformerEncoder
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import OVERLAP_TOKENS, mel_frames
@@ -389,6 +390,83 @@ def test_bfloat16_stays_close_to_float32() -> None:
     assert half_loss.dtype == half_mel.dtype == torch.float32
     torch.testing.assert_close(half_loss, loss, rtol=0.02, atol=0)
     assert (half_mel - mel).abs().mean() < 0.05 * mel.abs().mean()
+
+
+# --- a network that predicts the mel
+
+
+class KnownMel(nn.Module):
+    """Predicts 2 mu with conditions, and 0 without."""
+
+    in_channels = 4 * MELS
+
+    def forward(self, x: Tensor, mask: Tensor, mu: Tensor, t: Tensor, spks: Tensor, cond: Tensor) -> Tensor:
+        return 2 * mu
+
+
+def build_mel_predictor() -> MelPredictor:
+    torch.manual_seed(0)
+    options = {"channels": 12, "kernel_size": 3, "num_blocks": 2, "mel_mean": -5.0, "mel_std": 2.0}
+    return MelPredictor(4 * MELS, MELS, **options).eval()
+
+
+def mel_predicting_cfm(estimator: nn.Module, **params: Any) -> MelPredictingCFM:
+    return MelPredictingCFM(3 * MELS, CFM_PARAMS | params, n_spks=1, spk_emb_dim=MELS, estimator=estimator)
+
+
+@pytest.mark.parametrize("n_timesteps", [1, 4, 10])
+def test_a_predicted_mel_is_reached_from_any_noise_in_any_number_of_steps(n_timesteps: int) -> None:
+    mu = torch.randn(1, MELS, 7, generator=torch.Generator().manual_seed(1))
+    conditions = {"spks": torch.zeros(1, MELS), "cond": torch.zeros_like(mu)}
+    torch.manual_seed(2)
+    mel, _ = mel_predicting_cfm(KnownMel())(mu, torch.ones(1, 1, 7), n_timesteps, **conditions)
+    torch.testing.assert_close(mel, 1.7 * 2 * mu)  # guidance of 0.7 away from the mel without conditions, which is 0
+
+
+def test_a_predicted_mel_is_compared_with_the_mel() -> None:
+    mel = torch.randn(2, MELS, 6, generator=torch.Generator().manual_seed(1))
+    conditions = {"spks": torch.zeros(2, MELS), "cond": torch.zeros_like(mel)}
+    mask = torch.tensor([[[1, 1, 1, 1, 1, 1]], [[1, 1, 1, 1, 0, 0]]])
+    cfm = mel_predicting_cfm(KnownMel(), training_cfg_rate=0.0)
+    right, _ = cfm.compute_loss(mel, mask, mel / 2, **conditions)
+    wrong, _ = cfm.compute_loss(mel, mask, (mel + 3) / 2, **conditions)
+    torch.testing.assert_close(right, torch.tensor(0.0))
+    torch.testing.assert_close(wrong, torch.tensor(9.0))
+
+
+def test_the_mel_predictor_sees_nothing_of_the_padding_and_follows_each_input() -> None:
+    predictor, inputs = build_mel_predictor(), estimator_inputs([9, 4])
+    mel = predictor(**inputs)
+    assert mel.shape == (2, MELS, 9) and (mel[1, :, 4:] == 0).all()
+    alone = {name: value[1:, ..., :4] if value.dim() == 3 else value[1:] for name, value in inputs.items()}
+    torch.testing.assert_close(mel[1:, :, :4], predictor(**alone))
+    for name in ("x", "mu", "t", "spks", "cond"):
+        moved = predictor(**inputs | {name: inputs[name] + 0.5})
+        assert (moved - mel).abs().amax(dim=(1, 2)).gt(1e-4).all(), name
+
+
+def test_the_mel_predictor_learns_to_let_go_of_the_noise() -> None:
+    """Its mel is a function of the tokens; a flow that keeps its noise fails by the noise's spread, which is 1."""
+    torch.manual_seed(0)
+    cfm = mel_predicting_cfm(build_mel_predictor().train(), inference_cfg_rate=0.0)
+    optimizer = torch.optim.Adam(cfm.parameters(), lr=5e-3)
+    frames, mask = 20, torch.ones(16, 1, 20)
+    for _ in range(300):
+        mu = torch.randn(16, MELS, frames)
+        loss, _ = cfm.compute_loss(2 * mu - 5, mask, mu, torch.zeros(16, MELS), torch.zeros_like(mu))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    mel, _ = cfm.eval()(mu, mask, 10, spks=torch.zeros(16, MELS), cond=torch.zeros_like(mu))
+    assert (mel - (2 * mu - 5)).square().mean().sqrt() < 0.5
+
+
+def test_the_mel_predictor_computes_the_same_in_its_form_for_inference() -> None:
+    predictor, inputs = build_mel_predictor(), estimator_inputs([9, 4])
+    mel = predictor(**inputs)
+    predictor.prepare_inference(lambda linear: nn.Sequential(linear))
+    assert all(isinstance(block.pointwise[2], nn.Sequential) for block in predictor.blocks)
+    torch.testing.assert_close(predictor(**inputs), mel)
 
 
 # --- settings

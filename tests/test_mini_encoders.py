@@ -15,6 +15,7 @@ import torch
 import whisper.model
 from torch import Tensor, nn
 
+from cosyvoice.transformer.convnext import ConvNeXtBlock
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, WHISPER_HOP_SAMPLES, WHISPER_MELS, whisper_log_mel
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer
@@ -28,7 +29,7 @@ from examples.mini import (
 )
 from examples.mini.encoder_files import export, round_weights
 from examples.mini.encoder_training import Recording
-from examples.mini.speech_tokenizer import LEVELS, Block, Encoder, ScalarQuantiser, TokenizerFile
+from examples.mini.speech_tokenizer import LEVELS, Encoder, ScalarQuantiser, TokenizerFile
 from examples.mini.whisper_encoder import BLOCKS, WIDTH, To80Bins, WhisperEncoder, read_variables
 from tools import packages
 from tools.campplus import CAMPlus
@@ -76,15 +77,15 @@ def test_the_quantiser_rounds_to_the_nearest_level_and_passes_gradients(count: i
     torch.testing.assert_close(hidden.grad, slope)
 
 
-def test_a_block_without_speaker_sees_five_frames_and_with_one_is_moved_by_it() -> None:
+def test_a_block_without_condition_sees_five_frames_and_with_one_is_moved_by_it() -> None:
     torch.manual_seed(1)
-    hidden, speakers = torch.randn(1, 11, 8), torch.randn(2, 4)
+    hidden, conditions = torch.randn(1, 11, 8), torch.randn(2, 4)
     changed = hidden.clone()
     changed[:, 5] += 1
-    block = Block(8)
+    block = ConvNeXtBlock(8)
     moved = (block(changed) - block(hidden)).abs().amax(dim=(0, 2)) > 1e-6
     assert moved.tolist() == [3 <= frame <= 7 for frame in range(11)]
-    adapted = Block(8, speaker_size=4)(hidden.expand(2, -1, -1), speakers)
+    adapted = ConvNeXtBlock(8, condition_size=4)(hidden.expand(2, -1, -1), conditions)
     assert adapted.shape == (2, 11, 8) and not torch.allclose(adapted[0], adapted[1])
 
 

@@ -79,15 +79,15 @@ class ConditionalCFM(nn.Module):
     def compute_loss(
         self, x1: Tensor, mask: Tensor, mu: Tensor, spks: Tensor | None = None, cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mean squared velocity error over the valid mel cells, and the noisy mel y (B, M, T) it is taken at.
+        """Mean squared error of the prediction over the valid mel cells, and the noisy mel y (B, M, T) it is taken at.
 
         x1 (B, M, T) is the mel, mask (B, 1, T) true at frames, mu (B, M, T), spks (B, S), cond (B, M, T).
         """
         draw = self.draw_training(x1)
         y, u = optimal_transport_path(x1, draw.z, draw.t, self.params.sigma_min)
         mu, spks, cond = (_keep_items(condition, draw.keep) for condition in (mu, spks, cond))
-        v = self.estimator(y.to(mu.dtype), mask, mu, draw.t.flatten(), spks, cond)
-        squared_error = ((v.float() - u) * mask).square().sum()
+        predicted = self.estimator(y.to(mu.dtype), mask, mu, draw.t.flatten(), spks, cond)
+        squared_error = ((predicted.float() - self._target(x1, u)) * mask).square().sum()
         return squared_error / (mask.sum() * u.shape[1]), y
 
     def draw_training(self, x1: Tensor) -> TrainingDraw:
@@ -160,10 +160,34 @@ class ConditionalCFM(nn.Module):
 
         def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
             both = torch.cat([x, x]).to(mu.dtype)  # one call: conditional items first, then unconditional
-            v, v_unconditional = estimator(both, masks, mu, t.expand(2 * batch), spks, cond).chunk(2)
-            return (1 + w) * v - w * v_unconditional
+            with_conditions, without = estimator(both, masks, mu, t.expand(2 * batch), spks, cond).chunk(2)
+            return self._velocity((1 + w) * with_conditions - w * without, x, t)
 
         return integrate_euler(guided_velocity, x, t_span)
+
+    def _target(self, x1: Tensor, u: Tensor) -> Tensor:
+        """What the network is to predict on the path to the mel x1, whose velocity is u."""
+        return u
+
+    def _velocity(self, predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The velocity at x (B, M, T) and time t that the network's prediction says."""
+        return predicted
+
+
+class MelPredictingCFM(ConditionalCFM):
+    """A flow whose network predicts the mel at the path's end, from which the velocity follows.
+
+    A network narrower than what it would take to carry noise and mel cannot predict the noise, and so not the
+    velocity; of the mel it need only know what the tokens say (Li and He 2025, "Back to Basics: Let Denoising
+    Generative Models Denoise", section 3). The loss is the mean squared error of the mel.
+    """
+
+    def _target(self, x1: Tensor, u: Tensor) -> Tensor:
+        return x1
+
+    def _velocity(self, predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        kept = 1 - self.params.sigma_min  # of the noise, over the whole path
+        return (predicted - kept * x) / (1 - kept * t)
 
 
 def _for_halves(estimator: nn.Module, device: torch.device) -> Callable[..., Tensor]:

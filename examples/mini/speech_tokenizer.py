@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cosyvoice.transformer.convnext import ConvNeXtBlock
 from examples.mini.whisper_encoder import WIDTH, To80Bins, WhisperEncoder
 
 FIRST_BLOCKS = 2  # of Whisper, whose weights stay as they are
@@ -49,37 +50,13 @@ class ScalarQuantiser(nn.Module):
         return (self.count - 1) / 2
 
 
-class Block(nn.Module):
-    """A residual depthwise convolution over time and a two-layer network at each frame (Liu et al. 2022, ConvNeXt).
-
-    With a speaker, a projection of its vector scales and shifts the hidden frames.
-    """
-
-    def __init__(self, channels: int = CHANNELS, speaker_size: int = 0, kernel: int = 5, factor: int = 3) -> None:
-        super().__init__()
-        self.depthwise = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, groups=channels)
-        self.norm = nn.LayerNorm(channels)
-        self.pointwise = nn.Sequential(
-            nn.Linear(channels, factor * channels), nn.GELU(), nn.Linear(factor * channels, channels)
-        )
-        self.adapt = nn.Linear(speaker_size, 2 * channels) if speaker_size else None
-
-    def forward(self, hidden: Tensor, speaker: Tensor | None = None) -> Tensor:
-        """(B, N, C) and (B, S) -> (B, N, C)."""
-        nearby = self.norm(self.depthwise(hidden.transpose(1, 2)).transpose(1, 2))
-        if self.adapt is not None:
-            scale, shift = self.adapt(speaker).unsqueeze(1).chunk(2, dim=2)  # (B, 1, C) each
-            nearby = nearby * (1 + scale) + shift
-        return hidden + self.pointwise(nearby)
-
-
 class Encoder(nn.Module):
     """The trained part of the tokenizer: from Whisper's hidden frames to quantised ones."""
 
     def __init__(self, levels: Sequence[int] = LEVELS) -> None:
         super().__init__()
         self.normalise = nn.BatchNorm1d(WIDTH, affine=False)
-        self.blocks = nn.Sequential(nn.Linear(WIDTH, CHANNELS), *(Block() for _ in range(DEPTH)))
+        self.blocks = nn.Sequential(nn.Linear(WIDTH, CHANNELS), *(ConvNeXtBlock(CHANNELS) for _ in range(DEPTH)))
         self.to_code = nn.Sequential(nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, len(levels)))
         self.quantiser = ScalarQuantiser(levels)
 

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cosyvoice.transformer.convnext import ConvNeXtBlock
 from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, WHISPER_MELS, load_wav, whisper_log_mel
 from cosyvoice.utils.command import seed_all
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import TOKEN_RATE_HZ
 from examples.mini.encoder_files import export, round_weights
 from examples.mini.encoder_training import Recording, Training, draw, read_recordings
-from examples.mini.speech_tokenizer import CHANNELS, FIRST_BLOCKS, LEVELS, Block, Encoder, TokenizerFile
+from examples.mini.speech_tokenizer import CHANNELS, FIRST_BLOCKS, LEVELS, Encoder, TokenizerFile
 from examples.mini.whisper_encoder import BLOCKS, WIDTH, To80Bins, WhisperEncoder
 from matcha.utils.audio import mel_spectrogram
 
@@ -111,7 +112,7 @@ class Model(nn.Module):
         self.speaker = SpeakerSummary()
         self.decoder = MelDecoder(len(levels))
         self.features = nn.Sequential(
-            nn.Linear(len(levels), CHANNELS), *(Block() for _ in range(FEATURE_BLOCKS)), nn.Linear(CHANNELS, WIDTH)
+            nn.Linear(len(levels), CHANNELS), *(ConvNeXtBlock(CHANNELS) for _ in range(FEATURE_BLOCKS)), nn.Linear(CHANNELS, WIDTH)
         )
         self.feature_norm = nn.BatchNorm1d(WIDTH, affine=False)
 
@@ -146,8 +147,8 @@ class MelDecoder(nn.Module):
     def __init__(self, dimensions: int) -> None:
         super().__init__()
         self.embed = nn.Linear(dimensions, CHANNELS)
-        self.tokens = nn.ModuleList(Block(speaker_size=SPEAKER_SIZE) for _ in range(TEXT_BLOCKS))
-        self.frames = nn.ModuleList(Block(speaker_size=SPEAKER_SIZE) for _ in range(MEL_BLOCKS))
+        self.tokens = nn.ModuleList(ConvNeXtBlock(CHANNELS, SPEAKER_SIZE) for _ in range(TEXT_BLOCKS))
+        self.frames = nn.ModuleList(ConvNeXtBlock(CHANNELS, SPEAKER_SIZE) for _ in range(MEL_BLOCKS))
         self.to_mel = nn.Sequential(nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, MEL_BINS))
 
     def forward(self, quantised: Tensor, speaker: Tensor, frames: int) -> Tensor:
