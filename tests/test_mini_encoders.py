@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from cosyvoice.transformer.convnext import ConvNeXtBlock
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, WHISPER_HOP_SAMPLES, WHISPER_MELS, whisper_log_mel
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.model_yaml import load_model_yaml
 from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer
 from examples.mini import (
     encoder_files,
     encoder_training,
+    make_flow_start,
     make_speaker_encoder,
     tokenizer_training,
     train_tokenizer,
@@ -56,6 +58,7 @@ def test_the_quantiser_reaches_every_code_and_each_has_its_own_number(levels: tu
     indices = quantiser.indices(quantised)
     assert indices.dtype == torch.int32
     assert indices.unique().tolist() == list(range(quantiser.codes)) == list(range(int(np.prod(levels))))
+    torch.testing.assert_close(quantiser.numbers(indices), quantised)
 
 
 def test_the_first_number_is_the_lowest_digit_of_a_code() -> None:
@@ -87,6 +90,28 @@ def test_a_block_without_condition_sees_five_frames_and_with_one_is_moved_by_it(
     assert moved.tolist() == [3 <= frame <= 7 for frame in range(11)]
     adapted = ConvNeXtBlock(8, condition_size=4)(hidden.expand(2, -1, -1), conditions)
     assert adapted.shape == (2, 11, 8) and not torch.allclose(adapted[0], adapted[1])
+
+
+def test_the_flow_starts_from_vectors_that_are_alike_where_the_codes_numbers_are(tmp_path: Path) -> None:
+    config, start = Path(make_flow_start.__file__).with_name("cosyvoice.yaml"), tmp_path / "start.pt"
+    (tmp_path / "cosyvoice.yaml").write_bytes(config.read_bytes())
+    options = ["--config", str(tmp_path / "cosyvoice.yaml"), "--output", str(start), "--seed", "7"]
+    make_flow_start.main(options)
+    state = torch.load(start)
+    load_model_yaml(config, parts=("flow",))["flow"].load_state_dict(state)
+    vectors = state["input_embedding.weight"]
+    assert vectors.std() == pytest.approx(1, abs=0.2)
+    numbers = ScalarQuantiser().numbers(torch.arange(CODES))
+    rows, columns = torch.triu_indices(CODES, CODES, 1)
+    near = (numbers[rows] - numbers[columns]).norm(dim=1), (vectors[rows] - vectors[columns]).norm(dim=1)
+    assert torch.corrcoef(torch.stack(near))[0, 1] > 0.8  # of random vectors it would be 0
+    make_flow_start.main([*options[:3], str(tmp_path / "again.pt"), *options[4:]])
+    assert all(torch.equal(value, state[name]) for name, value in torch.load(tmp_path / "again.pt").items())
+
+
+def test_a_flow_of_another_tokenizer_is_refused() -> None:
+    with pytest.raises(InputError, match="has 4096 speech tokens, but the tokenizer 1000"):
+        make_flow_start.token_vectors(4096, 128)
 
 
 # Whisper's features and encoder

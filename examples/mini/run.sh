@@ -105,10 +105,11 @@ done
 if asks_for 5; then
     echo "Stage 5: train the language model, and beside it the flow and then the vocoder"
     write_lists
+    python examples/mini/make_flow_start.py --config $config --output "$work_dir/exp/flow_start.pt" --seed "$seed"
     set -m # process groups of their own, so that each is stopped whole
     train llm llm &
     (
-        train flow flow
+        train flow flow --checkpoint "$work_dir/exp/flow_start.pt"
         train hifigan hifigan
     ) &
     set +m

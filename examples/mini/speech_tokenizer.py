@@ -44,6 +44,11 @@ class ScalarQuantiser(nn.Module):
         digits = (quantised * self.half + self.half).round().to(torch.int32)
         return (digits * self.places).sum(dim=-1).to(torch.int32)
 
+    def numbers(self, indices: Tensor) -> Tensor:
+        """(...) -> (..., D), what forward gave before indices()."""
+        digits = indices[..., None] // self.places % self.count
+        return (digits - self.half) / self.half
+
     @property
     def half(self) -> Tensor:
         """The largest level of each number before they are scaled to 1."""
