@@ -156,7 +156,7 @@ def test_all_weights_of_six_blocks_have_a_source() -> None:
     encoder = WhisperEncoder(BLOCKS)
     state = encoder.state_dict()
     names = [f"encoder/{name}" for name in ("conv1/weight", "conv1/bias", "conv2/weight", "conv2/bias")]
-    names += ["encoder/position_encodings/encodings", "encoder/layer_norm/gamma", "encoder/layer_norm/beta"]
+    names += ["encoder/layer_norm/gamma", "encoder/layer_norm/beta"]
     for layer, part in product(range(BLOCKS), ("self_attention", "ffn")):
         ends = [f"linear_{n}/{kind}" for n in (0, 1) for kind in ("weight", "bias")]
         names += [f"encoder/layer_{layer}/{part}/{end}" for end in [*ends, "layer_norm/gamma", "layer_norm/beta"]]
@@ -188,14 +188,13 @@ def whisper_audio_encoder(frames: int) -> whisper.model.AudioEncoder:
     encoder = whisper.model.AudioEncoder(80, frames, WIDTH, n_head=8, n_layer=2)
     for parameter in encoder.parameters():
         parameter.data = (parameter.data + 0.05 * torch.randn_like(parameter)).half().float()
-    encoder.positional_embedding = encoder.positional_embedding.half().float()
     return encoder.eval()
 
 
 def ctranslate2_variables(encoder: whisper.model.AudioEncoder) -> dict[str, np.ndarray]:
     """Return the weights under CTranslate2's names, with query, key and value in one matrix."""
     state = encoder.state_dict()
-    variables = {"position_encodings/encodings": state["positional_embedding"]}
+    variables = {}
     for kind in ("weight", "bias"):
         beta = {"weight": "gamma", "bias": "beta"}[kind]
         variables |= {f"conv{n}/{kind}": state[f"conv{n}.{kind}"] for n in (1, 2)}
@@ -317,7 +316,6 @@ def random_whisper(blocks: int) -> WhisperEncoder:
     with torch.random.fork_rng():
         torch.manual_seed(blocks)
         encoder = WhisperEncoder(1 if blocks < BLOCKS else 2)
-        encoder.positions.normal_(std=0.01)
         for convolution in (encoder.conv1, encoder.conv2):
             convolution.weight.data *= 4
     return encoder.eval().requires_grad_(False)
@@ -550,7 +548,6 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenizerF
     """Return a tokenizer with random weights that uses many of its codes, and its file."""
     torch.manual_seed(6)
     start = WhisperEncoder(2)
-    start.positions.normal_(std=0.3)
     round_weights(start)
     file = TokenizerFile(start, Encoder())
     with torch.no_grad():
@@ -623,7 +620,7 @@ def test_the_tokenizers_file_is_small_and_keeps_whispers_blocks_rounded(
     tokenizer_file: tuple[TokenizerFile, SpeechTokenizer],
 ) -> None:
     file, tokenizer = tokenizer_file
-    assert 10.5e6 < tokenizer.path.stat().st_size < 11.2e6
+    assert 9.2e6 < tokenizer.path.stat().st_size < 9.6e6
     inputs = tokenizer_training.example_inputs(999)
     with torch.no_grad():
         expected = file(*inputs.values())

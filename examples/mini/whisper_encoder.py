@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, WHISPER_MELS, WHISPER_N_FFT, WHISPER_RANGE_LOG10, mel_filters
+from matcha.models.components.decoder import TIME_SCALE, SinusoidalPosEmb
 from tools.recognisers import WHISPER_MELS as BINS
 from tools.recognisers import whisper_files
 
 TYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}  # CTranslate2's numbers
 
 WIDTH, HEADS, BLOCKS = 512, 8, 6
-MAX_FRAMES = 1500  # 30 s
 FILTER_STEPS = 3000  # after which the mixed filters no longer change
 
 
@@ -28,14 +28,14 @@ class WhisperEncoder(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv1d(BINS, WIDTH, 3, padding=1)
         self.conv2 = nn.Conv1d(WIDTH, WIDTH, 3, stride=2, padding=1)
-        self.register_buffer("positions", torch.zeros(MAX_FRAMES, WIDTH))
+        self.positions = SinusoidalPosEmb(WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(blocks))
         self.norm = nn.LayerNorm(WIDTH) if blocks == BLOCKS else nn.Identity()
 
     def forward(self, log_mel: Tensor) -> Tensor:
         """(B, 80, T) -> (B, T / 2 rounded up, WIDTH). Unlike in Whisper, T need not be 30 s."""
         hidden = F.gelu(self.conv2(F.gelu(self.conv1(log_mel)))).transpose(1, 2)  # (B, 80, T) -> (B, T / 2, C)
-        hidden = hidden + self.positions[: hidden.shape[1]]
+        hidden = hidden + self.positions(torch.arange(hidden.shape[1]) / TIME_SCALE)  # (T / 2, C)
         for block in self.blocks:
             hidden = block(hidden)
         return self.norm(hidden)
@@ -129,7 +129,7 @@ def read_variables(content: bytes) -> dict[str, np.ndarray]:
 
 def encoder_state(variables: dict[str, np.ndarray], blocks: int) -> dict[str, Tensor]:
     """Return the state dict of a WhisperEncoder of so many blocks."""
-    names = {"positions": "position_encodings/encodings"}
+    names = {}
     weights = {"conv1": "conv1", "conv2": "conv2"}
     norms = {"norm": "layer_norm"} if blocks == BLOCKS else {}
     for block in range(blocks):
