@@ -45,8 +45,8 @@ ESTIMATOR_OPTIONS = {
 }
 
 
-def build_cfm(estimator: nn.Module, **params: Any) -> ConditionalCFM:
-    return ConditionalCFM(3 * MELS, CFM_PARAMS | params, n_spks=1, spk_emb_dim=MELS, estimator=estimator)
+def build_cfm(estimator: nn.Module, kind: type[ConditionalCFM] = ConditionalCFM, **params: Any) -> ConditionalCFM:
+    return kind(3 * MELS, CFM_PARAMS | params, n_spks=1, spk_emb_dim=MELS, estimator=estimator)
 
 
 def build_estimator(**options: Any) -> ConditionalDecoder:
@@ -410,16 +410,12 @@ def build_mel_predictor() -> MelPredictor:
     return MelPredictor(4 * MELS, MELS, **options).eval()
 
 
-def mel_predicting_cfm(estimator: nn.Module, **params: Any) -> MelPredictingCFM:
-    return MelPredictingCFM(3 * MELS, CFM_PARAMS | params, n_spks=1, spk_emb_dim=MELS, estimator=estimator)
-
-
 @pytest.mark.parametrize("n_timesteps", [1, 4, 10])
 def test_a_predicted_mel_is_reached_from_any_noise_in_any_number_of_steps(n_timesteps: int) -> None:
     mu = torch.randn(1, MELS, 7, generator=torch.Generator().manual_seed(1))
     conditions = {"spks": torch.zeros(1, MELS), "cond": torch.zeros_like(mu)}
     torch.manual_seed(2)
-    mel, _ = mel_predicting_cfm(KnownMel())(mu, torch.ones(1, 1, 7), n_timesteps, **conditions)
+    mel, _ = build_cfm(KnownMel(), MelPredictingCFM)(mu, torch.ones(1, 1, 7), n_timesteps, **conditions)
     torch.testing.assert_close(mel, 1.7 * 2 * mu)  # guidance of 0.7 away from the mel without conditions, which is 0
 
 
@@ -427,7 +423,7 @@ def test_a_predicted_mel_is_compared_with_the_mel() -> None:
     mel = torch.randn(2, MELS, 6, generator=torch.Generator().manual_seed(1))
     conditions = {"spks": torch.zeros(2, MELS), "cond": torch.zeros_like(mel)}
     mask = torch.tensor([[[1, 1, 1, 1, 1, 1]], [[1, 1, 1, 1, 0, 0]]])
-    cfm = mel_predicting_cfm(KnownMel(), training_cfg_rate=0.0)
+    cfm = build_cfm(KnownMel(), MelPredictingCFM, training_cfg_rate=0.0)
     right, _ = cfm.compute_loss(mel, mask, mel / 2, **conditions)
     wrong, _ = cfm.compute_loss(mel, mask, (mel + 3) / 2, **conditions)
     torch.testing.assert_close(right, torch.tensor(0.0))
@@ -448,16 +444,16 @@ def test_the_mel_predictor_sees_nothing_of_the_padding_and_follows_each_input() 
 def test_the_mel_predictor_learns_to_let_go_of_the_noise() -> None:
     """Its mel is a function of the tokens; a flow that keeps its noise fails by the noise's spread, which is 1."""
     torch.manual_seed(0)
-    cfm = mel_predicting_cfm(build_mel_predictor().train(), inference_cfg_rate=0.0)
+    cfm = build_cfm(build_mel_predictor().train(), MelPredictingCFM, inference_cfg_rate=0.0)
     optimizer = torch.optim.Adam(cfm.parameters(), lr=5e-3)
-    frames, mask = 20, torch.ones(16, 1, 20)
+    mask, no_condition = torch.ones(16, 1, 20), {"spks": torch.zeros(16, MELS), "cond": torch.zeros(16, MELS, 20)}
     for _ in range(300):
-        mu = torch.randn(16, MELS, frames)
-        loss, _ = cfm.compute_loss(2 * mu - 5, mask, mu, torch.zeros(16, MELS), torch.zeros_like(mu))
+        mu = torch.randn(16, MELS, 20)
+        loss, _ = cfm.compute_loss(2 * mu - 5, mask, mu, **no_condition)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    mel, _ = cfm.eval()(mu, mask, 10, spks=torch.zeros(16, MELS), cond=torch.zeros_like(mu))
+    mel, _ = cfm.eval()(mu, mask, 10, **no_condition)
     assert (mel - (2 * mu - 5)).square().mean().sqrt() < 0.5
 
 

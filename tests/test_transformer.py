@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from cosyvoice.transformer.attention import RelPositionMultiHeadedAttention, position_scores
+from cosyvoice.transformer.convnext import ConvNeXtBlock
 from cosyvoice.transformer.convolution import ConvolutionModule
 from cosyvoice.transformer.embedding import relative_positions
 from cosyvoice.transformer.encoder import BaseEncoder, ConformerEncoder, TransformerEncoder
@@ -147,3 +148,15 @@ def test_asking_for_weights_changes_no_output() -> None:
     assert [tuple(one.shape) for one in weights] == [(2, 11, 11)]
     torch.testing.assert_close(weights[0].sum(dim=-1), torch.ones(2, 11))
     assert (weights[0].triu(1) == 0).all() and (weights[0][1, :, LENGTHS[1] :] == 0).all()
+
+
+def test_a_convnext_block_without_condition_sees_five_frames_and_with_one_is_moved_by_it() -> None:
+    torch.manual_seed(1)
+    hidden, conditions = torch.randn(1, 11, 8), torch.randn(2, 4)
+    changed = hidden.clone()
+    changed[:, 5] += 1
+    block = ConvNeXtBlock(8)
+    moved = (block(changed) - block(hidden)).abs().amax(dim=(0, 2)) > 1e-6
+    assert moved.tolist() == [3 <= frame <= 7 for frame in range(11)]
+    adapted = ConvNeXtBlock(8, condition_size=4)(hidden.expand(2, -1, -1), conditions)
+    assert adapted.shape == (2, 11, 8) and not torch.allclose(adapted[0], adapted[1])

@@ -71,7 +71,7 @@ class MaskedDiffWithXvec(nn.Module):
         embedding: Tensor,
         prefix_lengths: Sequence[int],
     ) -> Tensor:
-        """Mean squared velocity error over the valid mel cells; of clip i prefix_lengths[i] frames are known.
+        """The decoder's mean squared error over the valid mel cells; of clip i prefix_lengths[i] frames are known.
 
         token (B, N) and feat (B, T, 80) are padded, T = max(feat_len); embedding (B, 192) is of any length.
         """

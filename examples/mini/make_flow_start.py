@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def token_vectors(tokens: int, size: int) -> "Tensor":
-    """Return (tokens, size) vectors of about unit spread. Raises InputError if there are not as many tokens as codes."""
+    """Return (tokens, size) vectors of about unit spread. Raises InputError if there are more or fewer codes."""
     import torch
 
     from cosyvoice.utils.errors import InputError
@@ -50,7 +50,9 @@ def token_vectors(tokens: int, size: int) -> "Tensor":
 
     quantiser = ScalarQuantiser()
     if tokens != quantiser.codes:
-        raise InputError(f"the model has {tokens} speech tokens, but the tokenizer {quantiser.codes}; use its recipe's YAML")
+        raise InputError(
+            f"the model has {tokens} speech tokens, but the tokenizer {quantiser.codes}; use its recipe's YAML"
+        )
     numbers = quantiser.numbers(torch.arange(tokens))
     projection = torch.randn(numbers.shape[1], size) / numbers.square().sum(dim=1).mean().sqrt()
     return numbers @ projection + APART * torch.randn(tokens, size)

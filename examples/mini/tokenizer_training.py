@@ -112,7 +112,9 @@ class Model(nn.Module):
         self.speaker = SpeakerSummary()
         self.decoder = MelDecoder(len(levels))
         self.features = nn.Sequential(
-            nn.Linear(len(levels), CHANNELS), *(ConvNeXtBlock(CHANNELS) for _ in range(FEATURE_BLOCKS)), nn.Linear(CHANNELS, WIDTH)
+            nn.Linear(len(levels), CHANNELS),
+            *(ConvNeXtBlock(CHANNELS) for _ in range(FEATURE_BLOCKS)),
+            nn.Linear(CHANNELS, WIDTH),
         )
         self.feature_norm = nn.BatchNorm1d(WIDTH, affine=False)
 

@@ -129,7 +129,6 @@ def read_variables(content: bytes) -> dict[str, np.ndarray]:
 
 def encoder_state(variables: dict[str, np.ndarray], blocks: int) -> dict[str, Tensor]:
     """Return the state dict of a WhisperEncoder of so many blocks."""
-    names = {}
     weights = {"conv1": "conv1", "conv2": "conv2"}
     norms = {"norm": "layer_norm"} if blocks == BLOCKS else {}
     for block in range(blocks):
@@ -144,6 +143,7 @@ def encoder_state(variables: dict[str, np.ndarray], blocks: int) -> dict[str, Te
             f"blocks.{block}.attention_norm": f"{source}/self_attention/layer_norm",
             f"blocks.{block}.mlp.0": f"{source}/ffn/layer_norm",
         }
+    names = {}
     for module, source in weights.items():
         names |= {f"{module}.weight": f"{source}/weight", f"{module}.bias": f"{source}/bias"}
     for module, source in norms.items():
