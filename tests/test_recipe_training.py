@@ -83,6 +83,20 @@ def assert_same_weights(one: Path, other: Path, atol: float = 0.0) -> None:
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=atol, msg=name)
 
 
+@pytest.mark.parametrize("part", ["llm", "flow"])
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_half_precision_where_the_processor_has_it(
+    part: str, has_bfloat16: bool, recipe: Recipe, finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
+    half, single = recipe.train(part, f"{part}_{has_bfloat16}", "--use_amp"), finished(part)
+    assert losses(half, 1)["loss"] == pytest.approx(losses(single, 1)["loss"], rel=0.02)
+    weights = [read_state_dict(folder / "epoch_1_whole.pt") for folder in (half, single)]
+    same = [torch.equal(weights[0][name], weights[1][name]) for name in weights[0]]
+    assert all(same) != has_bfloat16
+    assert {tensor.dtype for tensor in weights[0].values()} == {tensor.dtype for tensor in weights[1].values()}
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_training_lowers_the_loss_and_leaves_exchangeable_files(
     part: str, recipe: Recipe, finished: Callable[[str], Path]

@@ -51,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument("--num_workers", type=int, default=0, help="preparing batches (default: %(default)s)")
     how.add_argument("--prefetch", type=int, default=100, help="batches a worker is ahead (default: %(default)s)")
     how.add_argument("--pin_memory", action="store_true", help="faster copies to the GPU")
-    how.add_argument("--use_amp", action="store_true", help="half precision on a GPU; hifigan stays in single")
+    how.add_argument("--use_amp", action="store_true", help="half precision where it is faster; hifigan stays in single")
     how.add_argument("--deepspeed_config", type=Path, default=Path("conf/ds_stage2.json"))
     how.add_argument(
         "--deepspeed.save_states", choices=("model_only", "model+optimizer"), help="either keeps weights alone"
@@ -262,11 +262,15 @@ def strategy(args: argparse.Namespace) -> Any:
 
 
 def precision(args: argparse.Namespace, gpu: bool) -> str:
-    """Half precision gains nothing on a CPU, and the vocoder's Fourier transforms have none."""
+    """The vocoder's Fourier transforms have no half precision, and most CPUs gain nothing from it."""
     import torch
 
-    if not (args.use_amp and gpu) or args.model == "hifigan":
+    from cosyvoice.utils.device import cpu_has_bfloat16
+
+    if not args.use_amp or args.model == "hifigan":
         return "32-true"
+    if not gpu:
+        return "bf16-mixed" if cpu_has_bfloat16() else "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 

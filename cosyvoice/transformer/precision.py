@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from cosyvoice.utils.device import cpu_has_bfloat16
 from cosyvoice.utils.errors import InputError
 
 INT8_MAX = 127
@@ -83,7 +84,7 @@ def check_precision(precision: str, device: torch.device) -> None:
         return
     if device.type != "cpu":
         raise InputError(f"precision {precision} is for the CPU; use float32 on {device.type}")
-    if precision == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
+    if precision == "bfloat16" and not cpu_has_bfloat16():
         raise InputError("precision bfloat16: this processor has no instructions for it; use float16")
     if precision != "bfloat16" and "fbgemm" not in torch.backends.quantized.supported_engines:
         raise InputError(f"precision {precision}: torch has no such kernels for this processor; use float32")

@@ -14,6 +14,11 @@ def fastest_device() -> torch.device:
     return torch.device("cpu" if problem else "cuda")
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor has instructions for bfloat16, and so multiplies several times faster in it."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 def cuda_problem() -> str:
     """Why nothing can be computed on the GPU; empty where it can."""
     if not torch.cuda.is_available():

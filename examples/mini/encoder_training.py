@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from cosyvoice.utils.checkpoint import load_tensors
 from cosyvoice.utils.command import seed_all
+from cosyvoice.utils.device import cpu_has_bfloat16
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 from tools.kaldi_folder import file_stamp, read_table
@@ -97,7 +98,8 @@ class Training:
             group["lr"] = self.peak_rate * rise * (1 + math.cos(math.pi * step / self.steps)) / 2
         self.model.train()
         optimiser.zero_grad()
-        loss = batch_loss()
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16()):
+            loss = batch_loss()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
         optimiser.step()

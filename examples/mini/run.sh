@@ -58,7 +58,7 @@ write_lists() { # of all runs, so that what is missing shows at the start
 train() { # the name of the run, the network, options
     python cosyvoice/bin/train.py --config $config --model "$2" --seed "$seed" --resume auto \
         --train_data "$work_dir/$1.train.list" --cv_data "$work_dir/$1.dev.list" \
-        --model_dir "$work_dir/exp/$1" --tensorboard_dir "$work_dir/tensorboard/$1" --ddp.dist_backend gloo "${@:3}"
+        --model_dir "$work_dir/exp/$1" --tensorboard_dir "$work_dir/tensorboard/$1" --ddp.dist_backend gloo --use_amp "${@:3}"
 }
 
 make_corpus() { # the name of the corpus, options
