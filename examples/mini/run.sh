@@ -71,7 +71,7 @@ if asks_for 0; then
     python examples/mini/make_prompts.py --des_dir "$work_dir/prompts" --num_processes "$num_jobs"
     make_corpus speakers --variants 7 --utterances 40 --dev_utterances 1 --seed $((seed + 2))
     make_corpus mixes --voices "${mixtures[@]}" --sentences wordnet --utterances 14 --dev_utterances 1 --seed $((seed + 1))
-    make_corpus voices --voices "${base_voices[@]}" --sentences both --utterances 200 --dev_utterances 8 --seed "$seed"
+    make_corpus voices --voices "${base_voices[@]}" --sentences both --utterances 260 --dev_utterances 8 --seed "$seed"
     make_corpus texts --voices "${reading_voices[@]}" --sentences both --utterances 1600 --dev_utterances 10 --seed $((seed + 3))
 fi
 

@@ -17,7 +17,7 @@ from cosyvoice.utils.command import seed_all
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import TOKEN_RATE_HZ
 from examples.mini.encoder_files import export, round_weights
-from examples.mini.encoder_training import Recording, Training, draw, read_recordings
+from examples.mini.encoder_training import Recording, Training, bfloat16_where_fast, draw, read_recordings
 from examples.mini.speech_tokenizer import CHANNELS, FIRST_BLOCKS, LEVELS, Encoder, TokenizerFile
 from examples.mini.whisper_encoder import BLOCKS, WIDTH, To80Bins, WhisperEncoder
 from matcha.utils.audio import mel_spectrogram
@@ -58,7 +58,7 @@ class Corpus:
     def draw_batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return crops: start and features (B, N, WIDTH), mel (B, 80, T), and mel of other places (B, 80, T)."""
         chosen = random.sample(self.utterances, min(BATCH, len(self.utterances)))
-        return tuple(torch.stack(parts).float() for parts in zip(*map(crop, chosen), strict=True))
+        return tuple(torch.stack([part.float() for part in parts]) for parts in zip(*map(crop, chosen), strict=True))
 
 
 def whisper_start() -> WhisperEncoder:
@@ -73,7 +73,9 @@ def listen(wav: Path, to_80_bins: To80Bins, start: WhisperEncoder, whole: Whispe
     """Return the outputs of the frozen networks for the first 30 s. Raises InputError for bad audio."""
     speech = load_wav(wav, PROMPT_RATE_HZ)[:, : MAX_PROMPT_SECONDS * PROMPT_RATE_HZ]
     log_mel = to_80_bins(whisper_log_mel(speech))
-    return Utterance(start(log_mel)[0].half(), whole(log_mel)[0].half(), flow_mel(wav)[0].half())
+    with bfloat16_where_fast():  # what is only a target
+        features = whole(log_mel)[0].half()
+    return Utterance(start(log_mel)[0].half(), features, flow_mel(wav)[0].half())
 
 
 def flow_mel(wav: Path) -> Tensor:
