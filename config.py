@@ -25,7 +25,7 @@ JOINT_TRAINING_CONFIG: dict[str, Any] = {
     # the sum of both losses is what training lowers
     "llm_loss_weight": 2.0,  # rhythm first
     "flow_loss_weight": 1.0,
-    # a part stops when its training loss, averaged over an epoch, falls to this; far below, the voice talks on
+    # a part stops when its training loss, the mean of three epochs, falls to this; far below, the voice talks on
     "llm_loss_threshold": 1.5,  # nats per speech token
     "flow_loss_threshold": 0.3,  # mean squared error
     "early_stopping_patience": 10,  # epochs without improvement, for each part by itself

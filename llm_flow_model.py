@@ -1,7 +1,9 @@
 """The joint model: LoRA adapters in LLM and Flow, their losses, and when each of the two has learned enough."""
 
 import math
-from collections.abc import Callable
+import random
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,6 +27,8 @@ from voice import CHECKPOINT_KEY
 RECOMPUTED = (EncoderLayer, ResnetBlock1D, BasicTransformerBlock)  # what LLM and Flow consist of
 RECOMPUTING_SHARE = 4  # what a block takes while its gradients are computed, over what it saves for them; measured
 DIVERGED = "training stopped, the last good checkpoint is kept; lower --lr, or use --set precision=32-true"
+SMOOTHED_EPOCHS = 3  # whose mean training loss is compared with the threshold
+FLOW_DRAWS = 8  # of time, noise and window for each held-out clip
 HALF_TYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
@@ -40,6 +44,18 @@ class PartProgress:
     clips: int = 0
     history: list[dict[str, float]] = field(default_factory=list)  # one entry an epoch
     best: dict[str, Tensor] = field(default_factory=dict)
+    best_held_out: list[float] = field(default_factory=list)  # the losses whose mean best_loss is
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values; zero for a single one, of which nothing is known."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def clearly_less(losses: Sequence[float], than: Sequence[float]) -> bool:
+    """Whether the mean of losses is below that of the same clips and draws before, by more than its standard error."""
+    gains = [before - now for before, now in zip(than, losses, strict=True)]
+    return statistics.fmean(gains) > standard_error(gains)
 
 
 def trainable_share(module: nn.Module) -> tuple[int, float]:
@@ -119,15 +135,18 @@ class JointModel(pl.LightningModule):
 
     # Losses
 
-    def losses(self, batch: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-        """The unweighted losses of the named parts, averaged over the clips, and the LLM's accuracy, all 0-d."""
+    def losses(self, batch: dict[str, Tensor], names: list[str], times: Tensor | None = None) -> dict[str, Tensor]:
+        """The unweighted losses of the named parts, averaged over the clips, and the LLM's accuracy, all 0-d.
+
+        times: (B,), the flow times of the clips; random ones where they are not given.
+        """
         embedding = self.training_embeddings(len(batch["text_token"]))
         result = {}
         if "llm" in names:
             clip_losses, accuracy = self.parts["llm"].clip_losses(batch | {"embedding": embedding}, self.device)
             result |= {"llm_loss": clip_losses.mean(), "llm_acc": accuracy}
         if "flow" in names:
-            result["flow_loss"] = self.flow_loss(batch, embedding)
+            result["flow_loss"] = self.flow_loss(batch, embedding, times)
         return result
 
     def kept_bytes(self, batch: dict[str, Tensor]) -> int:
@@ -155,7 +174,7 @@ class JointModel(pl.LightningModule):
         kept = torch.rand(size, 1) >= (self.config["zero_embedding_ratio"] if self.training else 0.0)
         return self.speaker_embedding.expand(size, -1) * kept.to(self.device)
 
-    def flow_loss(self, batch: dict[str, Tensor], embedding: Tensor) -> Tensor:
+    def flow_loss(self, batch: dict[str, Tensor], embedding: Tensor, times: Tensor | None = None) -> Tensor:
         loss = torch.zeros((), device=self.device)
         for clips, window in crop_windows(batch, self.config["max_feat_len"]):
             frames = window["speech_feat"].size(1)
@@ -169,6 +188,8 @@ class JointModel(pl.LightningModule):
                 window["speech_feat_len"],
                 embedding[clips],
                 prefixes,
+                None if times is None else times[clips],
+                drops_conditions=self.training,
             )
             loss = loss + window_loss * len(clips) / len(embedding)
         return loss
@@ -186,7 +207,7 @@ class JointModel(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         clips = len(batch["text_token"])
-        losses = self.losses(batch, self.active())
+        losses = self.losses(batch, self.active(), self.spread_times(clips, batch_idx))
         total = sum(self.config[f"{name}_loss_weight"] * losses[f"{name}_loss"] for name in self.active())
         for name in self.active():
             self.progress[name].loss_sum += self.finite(name, losses[f"{name}_loss"]) * clips
@@ -195,6 +216,17 @@ class JointModel(pl.LightningModule):
         self.log("train_loss", total, on_step=True, on_epoch=True, prog_bar=True, batch_size=clips)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=clips)
         return total * self.group_share(clips, batch_idx)
+
+    def spread_times(self, clips: int, batch_idx: int) -> Tensor:
+        """(B,): flow times that lie evenly over an optimiser step's clips (Kingma et al. 2021, appendix I.1).
+
+        Each is as likely to be any time from 0 to 1, but together they say more than random ones.
+        """
+        step, before = divmod(batch_idx, self.config["accumulate_grad_batches"])
+        whole = self.config["batch_size"]
+        places = torch.arange(before * whole, before * whole + clips) / (whole * self.config["accumulate_grad_batches"])
+        offset = random.Random(f"{self.seed} {self.current_epoch} {step}").random()
+        return (places + offset) % 1
 
     def finite(self, name: str, loss: Tensor) -> float:
         """The value of a 0-d loss. Raises InputError, before anything is saved, where it is not finite."""
@@ -213,44 +245,62 @@ class JointModel(pl.LightningModule):
         return clips * passes / min(passes * whole, len(self.trainer.train_dataloader.dataset) - before)
 
     def on_validation_start(self) -> None:
-        self.validation_sums = dict.fromkeys(self.active(), 0.0)
-        self.validation_clips = 0
+        self.held_out: dict[str, list[Tensor]] = {name: [] for name in self.active()}
+        self.held_out_clips = 0
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The same draws in every epoch, so that epochs can be compared."""
         seed_all(self.seed, VALIDATION, batch_idx)
         clips = len(batch["text_token"])
-        losses = self.losses(batch, self.active())
-        for name in self.active():
-            self.validation_sums[name] += self.finite(name, losses[f"{name}_loss"]) * clips
-        self.validation_clips += clips
-        self.log_dict({f"val_{key}": value for key, value in losses.items()}, batch_size=clips)
+        embedding = self.training_embeddings(clips)
+        if "llm" in self.held_out:
+            losses, accuracy = self.parts["llm"].clip_losses(batch | {"embedding": embedding}, self.device)
+            self.held_out["llm"].append(losses)
+            self.log_dict({"val_llm_loss": losses.mean(), "val_llm_acc": accuracy}, batch_size=clips)
+        if "flow" in self.held_out:
+            places = torch.arange(clips) / FLOW_DRAWS
+            times = [(places + (draw + torch.rand(clips)) / FLOW_DRAWS) % 1 for draw in range(FLOW_DRAWS)]
+            losses = torch.stack([self.flow_loss(batch, embedding, of_draw) for of_draw in times])
+            self.held_out["flow"].append(losses * clips)
+            self.log("val_flow_loss", losses.mean(), batch_size=clips)
+        self.held_out_clips += clips
+
+    def held_out_losses(self, name: str) -> list[float]:
+        """Of each clip (LLM), or of each draw and all clips together (Flow); empty where nothing is held out."""
+        if not self.trainer.num_val_batches or not sum(self.trainer.num_val_batches):
+            return []
+        found = self.held_out[name]
+        losses = torch.cat(found) if name == "llm" else torch.stack(found).sum(dim=0) / self.held_out_clips
+        self.finite(name, losses.mean())
+        return losses.tolist()
 
     def on_train_epoch_end(self) -> None:
         """Judge every part by its held-out loss (by its training loss where nothing is held out)."""
         for name in self.active():
             progress = self.progress[name]
             entry = {"epoch": self.epoch_number, "train": progress.loss_sum / progress.clips}
-            if self.trainer.num_val_batches and sum(self.trainer.num_val_batches):
-                entry["val"] = self.validation_sums[name] / self.validation_clips
+            if losses := self.held_out_losses(name):
+                entry |= {"val": statistics.fmean(losses), "val_error": standard_error(losses)}
             progress.history.append(entry)
             progress.loss_sum, progress.clips = 0.0, 0
-            self.judge(name, entry)
+            self.judge(name, losses or [entry["train"]])
         if not self.active():
             self.trainer.should_stop = True
 
-    def judge(self, name: str, entry: dict[str, float]) -> None:
+    def judge(self, name: str, losses: list[float]) -> None:
+        """losses: what `held_out_losses` gives, or the training loss alone."""
         progress = self.progress[name]
-        loss = entry.get("val", entry["train"])
-        if loss < progress.best_loss:
-            progress.best_loss, progress.best_epoch, progress.epochs_without_gain = loss, entry["epoch"], 0
+        if not progress.best_held_out or clearly_less(losses, progress.best_held_out):
+            progress.best_loss, progress.best_held_out = statistics.fmean(losses), losses
+            progress.best_epoch, progress.epochs_without_gain = self.epoch_number, 0
             progress.best = adapter_state(self.parts[name])
         else:
             progress.epochs_without_gain += 1
+        recent = statistics.fmean(entry["train"] for entry in progress.history[-SMOOTHED_EPOCHS:])
         threshold = self.config[f"{name}_loss_threshold"]
         patience = self.config["early_stopping_patience"]
-        if entry["train"] <= threshold:
-            self.stop(name, f"its training loss {entry['train']:.3f} reached the threshold {threshold:g}")
+        if recent <= threshold:
+            self.stop(name, f"its training loss {recent:.3f} reached the threshold {threshold:g}")
         elif progress.epochs_without_gain >= patience:
             self.stop(name, f"no better loss for {patience} epochs")
 

@@ -121,7 +121,7 @@ def epoch_summary(model: JointModel) -> str:
     for name, progress in model.progress.items():
         entry = progress.history[-1]
         if entry["epoch"] == model.epoch_number:
-            held_out = f" (held out {entry['val']:.3f})" if "val" in entry else ""
+            held_out = f" (held out {entry['val']:.3f} ± {entry['val_error']:.3f})" if "val" in entry else ""
             texts.append(f"{name} {entry['train']:.3f}{held_out}")
     return f"epoch {model.epoch_number}: " + ", ".join(texts)
 

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +19,13 @@ import train_joint
 from config import JOINT_TRAINING_CONFIG, with_changes
 from cosyvoice.cli.frontend import read_spk2info
 from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
+from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.utils.checkpoint import load_part, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import mel_frames
 from cosyvoice.utils.scheduler import learning_rate_factor
 from dataset import Clip, collate, speaker_embedding
-from llm_flow_model import JointModel, saved_bytes
+from llm_flow_model import FLOW_DRAWS, JointModel, clearly_less, saved_bytes
 from lora import Dropout, LoRALinear, adapter_state, adapters, inject, merged
 from tools.random_model import make_random_model
 from training import ADAPTER_BYTES, PASSING_SHARE, PROCESS_BYTES, CheckpointKeeper, clips_a_pass
@@ -197,7 +199,12 @@ def test_the_flow_is_shown_beginnings_of_as_many_clips_as_asked(
         """Frames by clip."""
         model, frames = joint_model(model_dir, f"flow_prompt_ratio={ratio}"), []
         loss = model.parts["flow"].loss
-        monkeypatch.setattr(model.parts["flow"], "loss", lambda *inputs: frames.extend(inputs[-1]) or loss(*inputs))
+
+        def noted(*inputs: Any, **named: Any) -> Tensor:
+            frames.extend(inputs[5])
+            return loss(*inputs, **named)
+
+        monkeypatch.setattr(model.parts["flow"], "loss", noted)
         torch.manual_seed(0)
         model.flow_loss(collate(clips(10)), torch.zeros(10, 192))
         return frames
@@ -341,9 +348,9 @@ def test_the_best_epoch_is_merged_not_the_last(
 ) -> None:
     judge, epochs = JointModel.judge, []
 
-    def worse_each_time(self: JointModel, name: str, entry: dict) -> None:
+    def worse_each_time(self: JointModel, name: str, losses: list[float]) -> None:
         epochs.append(adapter_state(self.parts[name]))
-        judge(self, name, entry | {"val": float(self.epoch_number)})
+        judge(self, name, [float(self.epoch_number)])
 
     monkeypatch.setattr(JointModel, "judge", worse_each_time)
     train("--mode", "llm_only", "--epochs", "2")
@@ -365,18 +372,55 @@ def test_the_three_best_epochs_are_kept(train, tmp_path: Path, monkeypatch: pyte
 
 
 def test_epochs_differ_in_order_and_draws_and_validations_do_not(train, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses, seen = JointModel.losses, {True: [], False: []}
+    clip_losses, seen = TransformerLM.clip_losses, {True: [], False: []}
 
-    def noted(self: JointModel, batch: dict, names: list[str]) -> dict[str, Tensor]:
-        seen[self.training].append((batch["text_token_len"].tolist(), torch.get_rng_state().tolist()))
-        return losses(self, batch, names)
+    def noted(self: TransformerLM, batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        seen[torch.is_grad_enabled()].append((batch["text_token_len"].tolist(), torch.get_rng_state().tolist()))
+        return clip_losses(self, batch, device)
 
-    monkeypatch.setattr(JointModel, "losses", noted)
+    monkeypatch.setattr(TransformerLM, "clip_losses", noted)
     train("--mode", "llm_only", "--epochs", "2")
     lengths, draws = zip(*seen[True], strict=True)
     assert len(lengths) == 16 and sorted(lengths[:8]) == sorted(lengths[8:]) and lengths[:8] != lengths[8:]
     assert len({tuple(state) for state in draws}) == 16
     assert seen[False][:2] == seen[False][2:] and len(seen[False]) == 4
+
+
+def test_held_out_clips_are_judged_at_times_spread_over_the_whole_path(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute_loss, seen = ConditionalCFM.compute_loss, []
+
+    def noted(self: ConditionalCFM, x1: Tensor, *inputs: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():
+            assert not named["drops_conditions"]
+            seen.extend(zip(x1.tolist(), named["times"].tolist(), strict=True))
+        return compute_loss(self, x1, *inputs, **named)
+
+    monkeypatch.setattr(ConditionalCFM, "compute_loss", noted)
+    train("--mode", "flow_only", "--epochs", "2")
+    assert len(seen) == 2 * 2 * FLOW_DRAWS and seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+    for clip in (0, 1):
+        times = [time for _, time in seen[clip * FLOW_DRAWS : (clip + 1) * FLOW_DRAWS]]
+        assert sorted(int(time * FLOW_DRAWS) for time in times) == list(range(FLOW_DRAWS))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_flow_times_lie_evenly_over_the_clips_of_a_step(model_dir: Path, size: int, monkeypatch: Any) -> None:
+    model = joint_model(model_dir, f"batch_size={size}", f"accumulate_grad_batches={4 // size}")
+    steps = []
+    for epoch in range(30):
+        monkeypatch.setattr(JointModel, "current_epoch", epoch)
+        steps += [torch.cat([model.spread_times(size, 4 // size * step + i) for i in range(4 // size)]) for step in (0, 1)]
+    offsets = torch.stack(steps) * 4 % 1
+    assert all(sorted((4 * times).int().tolist()) == [0, 1, 2, 3] for times in steps)
+    torch.testing.assert_close(offsets, offsets[:, :1].expand(-1, 4), atol=1e-4, rtol=0)
+    assert len({round(offset.item(), 4) for offset in offsets[:, 0]}) == len(steps)
+    assert 0.4 < offsets.mean() < 0.6
+
+
+def test_an_epoch_is_better_by_more_than_chance() -> None:
+    assert clearly_less([2.0], [2.1]) and not clearly_less([2.1], [2.0]) and not clearly_less([2.0], [2.0])
+    assert clearly_less([1.9, 4.8, 0.9], [2.0, 5.0, 1.0])  # each clip's is less, however unlike the clips are
+    assert not clearly_less([2.0, 5.0, 0.5], [2.0, 5.0, 1.0]) and not clearly_less([1.0, 5.5], [2.0, 5.0])
 
 
 def test_steps_warm_up_and_are_clipped(train, monkeypatch: pytest.MonkeyPatch) -> None:

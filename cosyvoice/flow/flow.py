@@ -70,10 +70,13 @@ class MaskedDiffWithXvec(nn.Module):
         feat_len: Tensor,
         embedding: Tensor,
         prefix_lengths: Sequence[int],
+        times: Tensor | None = None,
+        drops_conditions: bool = True,
     ) -> Tensor:
         """The decoder's mean squared error over the valid mel cells; of clip i prefix_lengths[i] frames are known.
 
-        token (B, N) and feat (B, T, 80) are padded, T = max(feat_len); embedding (B, 192) is of any length.
+        token (B, N) and feat (B, T, 80) are padded, T = max(feat_len); embedding (B, 192) is of any length. For the
+        others see `ConditionalCFM.compute_loss`.
         """
         mu, _ = self.length_regulator(self._encode(token, token_len), feat_len)  # (B, T, 80)
         frames = feat.shape[1]
@@ -84,6 +87,8 @@ class MaskedDiffWithXvec(nn.Module):
             mu=mu.transpose(1, 2),
             spks=self._project_speaker(embedding),
             cond=feat.masked_fill(unknown, 0.0).to(mu.dtype).transpose(1, 2),
+            times=times,
+            drops_conditions=drops_conditions,
         )
         return loss
 

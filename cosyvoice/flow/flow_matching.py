@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -77,13 +77,25 @@ class ConditionalCFM(nn.Module):
         self.estimator = estimator
 
     def compute_loss(
-        self, x1: Tensor, mask: Tensor, mu: Tensor, spks: Tensor | None = None, cond: Tensor | None = None
+        self,
+        x1: Tensor,
+        mask: Tensor,
+        mu: Tensor,
+        spks: Tensor | None = None,
+        cond: Tensor | None = None,
+        times: Tensor | None = None,
+        drops_conditions: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Mean squared error of the prediction over the valid mel cells, and the noisy mel y (B, M, T) it is taken at.
 
-        x1 (B, M, T) is the mel, mask (B, 1, T) true at frames, mu (B, M, T), spks (B, S), cond (B, M, T).
+        x1 (B, M, T) is the mel, mask (B, 1, T) true at frames, mu (B, M, T), spks (B, S), cond (B, M, T). times (B,):
+        flow times to take instead of random ones. drops_conditions False: every item keeps its conditions.
         """
         draw = self.draw_training(x1)
+        if times is not None:
+            draw = replace(draw, t=times.to(x1).view(-1, 1, 1))
+        if not drops_conditions:
+            draw = replace(draw, keep=torch.ones_like(draw.keep))
         y, u = optimal_transport_path(x1, draw.z, draw.t, self.params.sigma_min)
         mu, spks, cond = (_keep_items(condition, draw.keep) for condition in (mu, spks, cond))
         predicted = self.estimator(y.to(mu.dtype), mask, mu, draw.t.flatten(), spks, cond)
