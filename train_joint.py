@@ -246,19 +246,22 @@ def fill_memory(model: "JointModel", clips: "list[Clip]", memory: int, device: s
 
 
 def start_from(checkpoint: Path, model: "JointModel", model_dir: Path) -> None:
-    """Copy the adapters that a checkpoint of any mode shares with the model."""
+    """Copy the adapters that a checkpoint of any mode shares with the model: of a run's last, those of its best epoch."""
     from lora import load_adapters, rescaled
-    from voice import read_run, scale_of
+    from voice import last_checkpoint, read_run, scale_of
 
     run = read_run(checkpoint)
     shared = [part for part in run.parts if part in model.parts]
     if not shared:
         raise InputError(f"{checkpoint} (--mode {run.mode}) shares no part with this mode; leave --init out")
     run.check_base(model.origin["base"], model_dir)
+    is_last = checkpoint.name == last_checkpoint(checkpoint.parent, run.mode).name
     for part in shared:
         change = run.scale(part) / scale_of(model.config[f"{part}_lora"])  # 1, unless lora_alpha is another now
-        load_adapters(model.parts[part], rescaled(run.adapters[part], change))
-        print(f"{part}: starting from {checkpoint}")
+        progress = run.state["progress"][part]
+        chosen = is_last and progress["best"]  # there is no best one where the first epoch was interrupted
+        load_adapters(model.parts[part], rescaled(chosen or run.adapters[part], change))
+        print(f"{part}: starting from {checkpoint}" + (f", epoch {progress['best_epoch']}" if chosen else ""))
 
 
 def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]", device: str) -> None:

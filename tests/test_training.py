@@ -215,9 +215,7 @@ def test_the_flow_is_shown_beginnings_of_as_many_clips_as_asked(
     assert 5 <= max(all_of_them) <= 0.3 * 40
 
 
-def test_memory_changes_how_many_passes_a_step_has(
-    train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_memory_changes_how_many_passes_a_step_has(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--memory", "64GB", "--epochs", "1") == 0
     assert "64 GB: batch_size=4, accumulate_grad_batches=1\n" in capsys.readouterr().out
     config = read_run(tmp_path / "output" / "joint_joint_last.ckpt").config
@@ -409,7 +407,9 @@ def test_flow_times_lie_evenly_over_the_clips_of_a_step(model_dir: Path, size: i
     steps = []
     for epoch in range(30):
         monkeypatch.setattr(JointModel, "current_epoch", epoch)
-        steps += [torch.cat([model.spread_times(size, 4 // size * step + i) for i in range(4 // size)]) for step in (0, 1)]
+        steps += [
+            torch.cat([model.spread_times(size, 4 // size * step + i) for i in range(4 // size)]) for step in (0, 1)
+        ]
     offsets = torch.stack(steps) * 4 % 1
     assert all(sorted((4 * times).int().tolist()) == [0, 1, 2, 3] for times in steps)
     torch.testing.assert_close(offsets, offsets[:, :1].expand(-1, 4), atol=1e-4, rtol=0)
@@ -522,6 +522,22 @@ def test_init_starts_from_the_shared_part(train, tmp_path: Path) -> None:
         for name, tensor in read_run(first).adapters["flow"].items():
             wanted = tensor * change if name.endswith("lora_B") else tensor
             torch.testing.assert_close(staged[name], wanted, atol=1e-6, rtol=0)
+    changed = {
+        **torch.load(first),
+        "state_dict": {
+            f"parts.{part}.{name}": tensor + 1
+            for part in ("llm", "flow")
+            for name, tensor in read_run(first).adapters[part].items()
+        },
+    }  # as if more epochs had followed the best one
+    torch.save(changed, first)
+    later = first.with_name("joint_joint_epoch0002_loss9.0000.ckpt")
+    later.write_bytes(first.read_bytes())
+    for start, wanted in ((first, read_run(first).best("flow")), (later, read_run(first).adapters["flow"])):
+        train("--mode", "flow_only", "--init", str(start), "--epochs", "1", "--lr", "1e-12", output=start.stem)
+        found = read_run(tmp_path / start.stem / "joint_flow_only_last.ckpt").adapters["flow"]
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=0)
     with pytest.raises(InputError, match="shares no part"):
         train("--mode", "llm_only", "--init", str(tmp_path / "staged/joint_flow_only_last.ckpt"))
 
