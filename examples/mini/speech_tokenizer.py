@@ -34,7 +34,7 @@ class ScalarQuantiser(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., D) -> the same shape, each number between -1 and 1 and on one of its levels."""
-        bounded = hidden.float().tanh() * (self.count / 2 - 1e-3)  # short of the edge, which would round to one level more
+        bounded = hidden.float().tanh() * (self.count / 2 - 1e-3)  # short of the edge, which rounds to one level more
         off = (self.count + 1) % 2 / 2  # of an even number of levels none lies on zero
         rounded = (bounded - off).round() + off
         return (bounded + (rounded - bounded).detach()) / self.half
