@@ -53,7 +53,7 @@ JOINT_TRAINING_CONFIG: dict[str, Any] = {
     "accumulate_grad_batches": 16,  # batches an optimiser step
     "max_feat_len": 250,  # mel frames (2.9 s) of a clip that the flow sees at once; the LLM always hears whole clips
     "recompute": False,  # compute blocks again for their gradients, slower, but in a fraction of the memory
-    "precision": "16-mixed",  # 32-true, bf16-mixed or 16-mixed; a CPU computes the last in 32-true
+    "precision": "16-mixed",  # 32-true, bf16-mixed or 16-mixed, for which a CPU takes one of the others
     "validation_ratio": 0.1,  # share of the clips held out to choose the best weights
     "zero_embedding_ratio": 0.1,  # share of clips trained with a zero speaker vector, so that the weights alone speak
     "flow_prompt_ratio": 0.0,  # share of clips whose first mel frames are given to the flow; none are at inference
