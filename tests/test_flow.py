@@ -288,6 +288,18 @@ def test_halves_of_the_threads_compute_halves_of_the_items(monkeypatch: pytest.M
     assert seen[3:] == 6 * [(1, 2)]
 
 
+def test_the_solver_takes_the_models_number_of_steps_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, inputs, calls = build_flow(n_timesteps=2), inference_inputs(tokens=5), []
+    estimator = flow.decoder.estimator.forward
+    monkeypatch.setattr(flow.decoder.estimator, "forward", lambda *given: calls.append(1) or estimator(*given))
+    flow.inference(**inputs)
+    assert len(calls) == 2
+    flow.inference(**inputs, n_timesteps=3)
+    assert len(calls) == 5
+    with pytest.raises(InputError, match="n_timesteps is 0; at least 1"):
+        build_flow(n_timesteps=0)
+
+
 def test_requests_at_the_same_time_leave_the_number_of_threads_alone() -> None:
     flow = build_flow()
 
