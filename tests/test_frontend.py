@@ -2,6 +2,7 @@
 
 import io
 import math
+import struct
 import subprocess
 import sys
 import time
@@ -365,6 +366,79 @@ def test_channels_are_averaged_and_any_rate_read(tmp_path: Path) -> None:
     assert load_wav(tmp_path / "stereo.wav", 16000, min_sr=0).shape == (1, 2 * len(left))
     with pytest.raises(InputError, match="8000 Hz"):
         load_wav(tmp_path / "stereo.wav", 16000)
+
+
+def test_channels_that_are_silent_or_cancel_each_other_take_nothing_away(tmp_path: Path) -> None:
+    left, silence = glide(rate=16000), np.zeros_like(glide(rate=16000))
+    for name, channels in {
+        "cancelling": [left, -left],
+        "one-sided": [silence, left, silence],
+        "loudest": [0.4 * left, -left, 0.6 * left],
+    }.items():
+        soundfile.write(tmp_path / f"{name}.wav", np.stack(channels, axis=1), 16000, subtype="FLOAT")
+        wav, _ = read_wav(tmp_path / f"{name}.wav")
+        np.testing.assert_allclose(wav[0].abs(), np.abs(left), atol=1e-6, err_msg=name)
+
+
+def wav_bytes(seconds: float = 1.0, extra: bytes = b"") -> bytearray:
+    """A wav of 16 bits at 16 kHz; `extra`, of even length, lies in a part before its samples."""
+    file = io.BytesIO()
+    soundfile.write(file, glide(rate=16000)[: int(16000 * seconds)], 16000, format="WAV", subtype="PCM_16")
+    content = bytearray(file.getvalue())
+    place = content.index(b"data")
+    content[place:place] = b"junk" + struct.pack("<I", len(extra)) + extra if extra else b""
+    content[4:8] = struct.pack("<I", len(content) - 8)
+    return content
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
+@pytest.mark.parametrize("extra", [b"", b"data" + b"\xff" * 20])
+def test_a_wav_whose_size_was_left_open_is_read_to_its_end(tmp_path: Path, size: int, extra: bytes) -> None:
+    content = wav_bytes(extra=extra)
+    whole, _ = read_wav(io.BytesIO(content))
+    content[-2 * whole.shape[1] - 4 : -2 * whole.shape[1]] = struct.pack("<I", size)
+    (tmp_path / "open.wav").write_bytes(content)
+    for source in (tmp_path / "open.wav", str(tmp_path / "open.wav"), io.BytesIO(content)):
+        assert torch.equal(read_wav(source)[0], whole)
+
+
+def test_a_file_that_is_cut_off_says_so(tmp_path: Path) -> None:
+    whole = wav_bytes()
+    (tmp_path / "cut.wav").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"cut.wav is cut off: it tells of \d+ bytes and holds \d+. Copy it again"):
+        read_wav(tmp_path / "cut.wav")
+    soundfile.write(tmp_path / "whole.mp3", glide(rate=16000), 16000, format="MP3")
+    mp3 = (tmp_path / "whole.mp3").read_bytes()
+    read_wav(tmp_path / "whole.mp3")
+    (tmp_path / "cut.mp3").write_bytes(mp3[: 2 * len(mp3) // 3])
+    with pytest.raises(InputError, match=r"cut.mp3 is cut off: it tells of [\d.]+ s and holds [\d.]+"):
+        read_wav(tmp_path / "cut.mp3")
+
+
+@pytest.mark.parametrize(
+    ("offset", "kind", "value", "message"),
+    [
+        (24, "<I", 100_000_007, "100000007 samples a second; 4000 to 384000 are possible"),
+        (24, "<I", 20, "20 samples a second"),
+        (22, "<H", 200, "200 channels; at most 64"),
+    ],
+)
+def test_an_impossible_header_is_refused_before_anything_is_decoded(
+    monkeypatch: pytest.MonkeyPatch, offset: int, kind: str, value: int, message: str
+) -> None:
+    content = wav_bytes()
+    struct.pack_into(kind, content, offset, value)
+    struct.pack_into("<H", content, 32, 2 * content[22])  # bytes of a frame
+    monkeypatch.setattr(soundfile.SoundFile, "read", None)
+    with pytest.raises(InputError, match=message):
+        read_wav(io.BytesIO(content))
+
+
+def test_a_recording_that_is_too_long_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_wav(io.BytesIO(wav_bytes()), most_seconds=1)
+    monkeypatch.setattr(soundfile.SoundFile, "read", None)
+    with pytest.raises(InputError, match=r"stream lasts 1.000 s; at most 0.9 s are possible"):
+        read_wav(io.BytesIO(wav_bytes()), most_seconds=0.9)
 
 
 @pytest.mark.parametrize("content", [b"", b"no audio at all"])

@@ -3,7 +3,9 @@
 import math
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
+from io import SEEK_END, BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +21,16 @@ from matcha.utils.audio import mel_filters
 PROMPT_RATE_HZ = 16_000  # what the speech tokenizer and the speaker encoder listen to
 MAX_PROMPT_SECONDS = 30  # Whisper's window
 
+# What a header may tell; more is an error or an attack, and would take all memory.
+LEAST_RATE_HZ, MOST_RATE_HZ = 4_000, 384_000
+MOST_CHANNELS = 64
+MOST_SECONDS = 600
+UNTOLD_FRAMES = 2**62
+WAV_HEADER_BYTES = 4096
+OPEN_SIZES = (0, 0xFFFFFFFF)  # of a wav's samples, whose writer did not know it yet
+WHOLE_SHARE = 0.95  # of the frames that an mp3 tells of, which are an estimate
+FAINT = 0.01  # of the loudest channel
+
 WHISPER_N_FFT = 400  # 25 ms at 16 kHz
 WHISPER_HOP_SAMPLES = 160  # 10 ms at 16 kHz
 WHISPER_MELS = 128
@@ -33,20 +45,94 @@ MOST_PHASES = 1000  # common rates need at most 441 for 22.05 kHz and 640 for 16
 _IMPORTING = threading.Lock()
 
 
-def read_wav(wav: str | Path | BinaryIO) -> tuple[Tensor, int]:
+def read_wav(wav: str | Path | BinaryIO, most_seconds: float = MOST_SECONDS) -> tuple[Tensor, int]:
     """Decode a recording to mono: float32 (1, samples), nominally in [-1, 1], and its rate in Hz.
 
-    Channels are averaged. Raises InputError where the file is missing, cannot be decoded or is empty.
+    Channels that carry sound are averaged; where they cancel each other, the loudest is taken. Raises InputError where
+    the file is missing, cannot be decoded, is empty or cut off, and, before it is decoded, for a rate or a number of
+    channels that no recording has and for one of more than `most_seconds`.
     """
+    name = _name(wav)
     if isinstance(wav, str | Path) and not Path(wav).is_file():
-        raise InputError(f"{wav} does not exist")
+        raise InputError(f"{name} does not exist")
     try:
-        samples, rate = soundfile.read(wav, dtype="float32", always_2d=True)  # (samples, channels)
+        with soundfile.SoundFile(_with_true_size(wav, name)) as file:
+            _check_header(file, name, most_seconds)
+            samples = file.read(dtype="float32", always_2d=True)  # (samples, channels)
+            told, rate, is_mp3 = file.frames, file.samplerate, file.format == "MP3"
     except (soundfile.SoundFileError, OSError, ValueError, MemoryError) as error:  # the last two: an untold length
-        raise InputError(f"{_name(wav)} cannot be decoded as audio; convert it to wav") from error
+        raise InputError(f"{name} cannot be decoded as audio; convert it to wav") from error
     if not len(samples):
-        raise InputError(f"{_name(wav)} holds no samples")
-    return torch.from_numpy(samples.mean(axis=1, dtype=np.float32))[None], rate
+        raise InputError(f"{name} holds no samples")
+    if is_mp3 and len(samples) < WHOLE_SHARE * told:
+        raise _cut_off(name, told / rate, len(samples) / rate)
+    return torch.from_numpy(_mono(samples))[None], rate
+
+
+def _check_header(file: soundfile.SoundFile, name: str, most_seconds: float) -> None:
+    """Raises InputError for what cannot be a recording of speech, and ValueError where the length is not told."""
+    rate, channels = file.samplerate, file.channels
+    if not LEAST_RATE_HZ <= rate <= MOST_RATE_HZ:
+        possible = f"{LEAST_RATE_HZ} to {MOST_RATE_HZ} are possible"
+        raise InputError(f"{name} claims to have {rate} samples a second; {possible}. Convert it anew")
+    if channels > MOST_CHANNELS:
+        raise InputError(f"{name} claims to have {channels} channels; at most {MOST_CHANNELS} are possible")
+    if file.frames >= UNTOLD_FRAMES:
+        raise ValueError("untold length")
+    if file.frames > most_seconds * rate:
+        raise InputError(f"{name} lasts {file.frames / rate:.3f} s; at most {most_seconds:g} s are possible")
+
+
+def _with_true_size(wav: str | Path | BinaryIO, name: str) -> str | Path | BinaryIO:
+    """The file, or its bytes with the size of its samples where a wav's header leaves that open, as streams do.
+
+    Raises InputError where the header tells of more samples than there are.
+    """
+    with nullcontext(wav) if hasattr(wav, "read") else open(wav, "rb") as file:
+        start = file.tell()
+        header = file.read(WAV_HEADER_BYTES)
+        size = file.seek(0, SEEK_END) - start
+        file.seek(start)
+        place = _place_of_size(header)
+        if place is None:
+            return wav
+        told, there = int.from_bytes(header[place : place + 4], "little"), size - place - 4
+        if told not in OPEN_SIZES:
+            if told > there:
+                raise _cut_off(name, told, there, "bytes")
+            return wav
+        content = file.read()
+        file.seek(start)
+    true_size = there.to_bytes(4, "little")
+    return BytesIO(content[:4] + (size - 8).to_bytes(4, "little") + content[8:place] + true_size + content[place + 4 :])
+
+
+def _place_of_size(header: bytes) -> int | None:
+    """Where the beginning of a wav tells how many bytes of samples follow; None for other files."""
+    if header[:4] != b"RIFF" or header[8:12] != b"WAVE":
+        return None
+    place = 12
+    while place + 8 <= len(header):
+        size = int.from_bytes(header[place + 4 : place + 8], "little")
+        if header[place : place + 4] == b"data":
+            return place + 4
+        place += 8 + size + size % 2  # parts begin at even places
+    return None
+
+
+def _cut_off(name: str, told: float, there: float, unit: str = "s") -> InputError:
+    return InputError(f"{name} is cut off: it tells of {told:.10g} {unit} and holds {there:.10g}. Copy it again")
+
+
+def _mono(samples: np.ndarray) -> np.ndarray:
+    """(samples, channels) float32 -> (samples,)."""
+    if samples.shape[1] == 1:
+        return samples[:, 0]
+    levels = np.sqrt(np.square(samples).mean(axis=0))
+    mean = samples[:, ~(levels < FAINT * levels.max())].mean(axis=1, dtype=np.float32)
+    if np.sqrt(np.square(mean).mean()) < FAINT * levels.max():
+        return np.ascontiguousarray(samples[:, levels.argmax()])
+    return mean
 
 
 def _name(wav: str | Path | BinaryIO) -> str:
