@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from config import MODES
-from cosyvoice.utils.checkpoint import fingerprint_weights, load_tensors, read_state_dict
+from cosyvoice.utils.checkpoint import check_finite, fingerprint_weights, load_tensors, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write, save_tensors
 from lora import merged
@@ -99,6 +99,7 @@ def read_run(path: Path) -> Run:
     for name, tensor in content["state_dict"].items():
         _, part, inner = name.split(".", 2)  # "parts.<part>.<layer>"
         adapters[part][inner] = tensor
+    check_finite(path, content["state_dict"])
     return Run(path, state["mode"], parts, state["config"], state, adapters)
 
 

@@ -51,6 +51,26 @@ def test_loading_draws_no_random_weights(tmp_path: Path, part: str) -> None:
     assert not torch.equal(nn.Linear(2, 2).weight, nn.Linear(2, 2).weight)  # elsewhere they are drawn as ever
 
 
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        (torch.tensor([1.0, torch.nan]), "b.weight holds values that are not finite"),
+        (torch.tensor([torch.inf, 1.0]).half(), "b.weight holds values that are not finite"),
+        (torch.tensor([-torch.inf, torch.inf]).bfloat16(), "b.weight holds values that are not finite"),
+        (torch.tensor([True, False]), "b.weight is of type bool, and weights are floating-point"),
+        (torch.tensor([1, 2]), "b.weight is of type int64"),
+        (torch.tensor([1j, 2]), "b.weight is of type complex64"),
+    ],
+)
+def test_weights_that_are_no_finite_numbers_are_refused(tmp_path: Path, spoilt: Tensor, message: str) -> None:
+    path = tmp_path / "llm.pt"
+    torch.save({"a.weight": torch.full((4,), 3e38), "b.weight": spoilt}, path)  # whose sum is too large for float32
+    with pytest.raises(InputError, match=f"llm.pt: {message}"):
+        read_state_dict(path)
+    torch.save({"a.weight": torch.full((4,), 3e38)}, path)
+    assert read_state_dict(path)["a.weight"].isfinite().all()
+
+
 @pytest.mark.parametrize("as_zip", [True, False])
 def test_counters_are_dropped_and_tensors_kept(tmp_path: Path, as_zip: bool) -> None:
     path = tmp_path / "llm.pt"

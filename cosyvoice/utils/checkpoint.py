@@ -36,6 +36,8 @@ RANDOM_INITS = (
     init.kaiming_normal_,
 )
 
+_ANOTHER = "take another copy, or train again"
+
 # What reading a damaged file ends in, by where the damage lies.
 DAMAGE = (
     RuntimeError,
@@ -74,7 +76,8 @@ def load_tensors(path: Path, remedy: str, mapped: bool = False) -> Any:
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.pt` file by name, on the CPU, memory-mapped where the file allows it.
 
-    Raises InputError when the file is missing, damaged, would run code on loading, or holds something else.
+    Raises InputError when the file is missing, damaged, would run code on loading, or holds something else than finite
+    floating-point numbers.
     """
     state = load_tensors(path, "copy it, or download it again", mapped=True)
     if not isinstance(state, dict):
@@ -158,6 +161,19 @@ def _check_tensors(path: Path, state: dict) -> None:
     if others or not state:
         what = f"{', '.join(others[:GROUPS_SHOWN])} are not named tensors" if others else "it is empty"
         raise InputError(f"{path} is not a weights file: {what}")
+    check_finite(path, state)
+
+
+def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises InputError, naming the file, unless all are finite floating-point numbers."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{path}: {name} is of type {kind}, and weights are floating-point; {_ANOTHER}")
+        # of finite numbers almost always finite, too, and quickly made
+        total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+        if not total.isfinite() and not tensor.isfinite().all():
+            raise InputError(f"{path}: {name} holds values that are not finite; {_ANOTHER}")
 
 
 def _current_name(name: str) -> str:
