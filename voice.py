@@ -20,6 +20,12 @@ from utils import quoted
 
 VERSION = "0.1.0"
 CHECKPOINT_KEY = "voice"  # where the suite's own state lies in a training checkpoint
+# What a checkpoint tells beside the adapters, and what of each part.
+STATE_FIELDS = {
+    "config": dict, "seed": int, "speaker": str, "run": str, "data": str, "base": dict, "embedding": Tensor,
+    "epochs": int, "batches_done": int, "progress": dict,
+}  # fmt: skip
+PROGRESS_FIELDS = {"best_loss": float, "best_epoch": int, "stopped": str, "history": list, "best": dict}
 _OTHER = "train first, or give another joint_<mode>_*.ckpt"
 
 
@@ -87,7 +93,10 @@ def scale_of(lora: dict[str, Any]) -> float:
 
 
 def read_run(path: Path) -> Run:
-    """Raises InputError for a missing or damaged file, and for one that is no training checkpoint of the suite."""
+    """Raises InputError for a missing or damaged file, and for one that is no training checkpoint of the suite.
+
+    What it holds is checked here, once, so that nothing else need doubt it.
+    """
     content = load_tensors(path, _OTHER)
     state = content.get(CHECKPOINT_KEY) if isinstance(content, dict) else None
     if not isinstance(state, dict) or state.get("mode") not in MODES:
@@ -95,12 +104,40 @@ def read_run(path: Path) -> Run:
         kind = "merged or base weights" if weights else "something else"
         raise InputError(f"{path} is no checkpoint of train_joint.py but {kind}; {_OTHER}")
     parts = MODES[state["mode"]]
+    _check_fields(path, state, STATE_FIELDS)
+    for part in parts:
+        _check_fields(path, state["base"], {part: str})
+        _check_fields(path, state["progress"], {part: dict})
+        _check_fields(path, state["progress"][part], PROGRESS_FIELDS)
+        _check_fields(path, state["config"], {f"{part}_lora": dict})
+        _check_fields(path, state["config"][f"{part}_lora"], {"lora_r": int, "lora_alpha": int | float})
+        for entry in state["progress"][part]["history"]:
+            _check_fields(path, entry, {"epoch": int, "train": float})
+        _check_tensors(path, state["progress"][part]["best"])
+    _check_tensors(path, {"embedding": state["embedding"]})
+    _check_fields(path, content, {"state_dict": dict})
+    _check_tensors(path, content["state_dict"])
     adapters: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
     for name, tensor in content["state_dict"].items():
-        _, part, inner = name.split(".", 2)  # "parts.<part>.<layer>"
+        _, part, inner = [*name.split(".", 2), "", ""][:3]  # "parts.<part>.<layer>"
+        _check_fields(path, adapters, {part: dict})
         adapters[part][inner] = tensor
-    check_finite(path, content["state_dict"])
     return Run(path, state["mode"], parts, state["config"], state, adapters)
+
+
+def _check_fields(path: Path, found: Any, kinds: dict[str, Any]) -> None:
+    """Raises InputError where the mapping `found` lacks one of the fields or has another kind of value there."""
+    for name, kind in kinds.items():
+        if not isinstance(found, dict) or not isinstance(found.get(name), kind):
+            raise InputError(f"{path} is damaged: its {name or 'state'} is missing or of another kind; {_OTHER}")
+
+
+def _check_tensors(path: Path, tensors: dict[Any, Any]) -> None:
+    """Raises InputError unless these are finite tensors by name."""
+    if not all(isinstance(name, str) for name in tensors):
+        raise InputError(f"{path} is damaged: its weights have no names; {_OTHER}")
+    _check_fields(path, tensors, dict.fromkeys(tensors, Tensor))
+    check_finite(path, tensors)
 
 
 def newest_run(output_dir: Path) -> Path:

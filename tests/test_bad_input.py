@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +30,7 @@ from llm_flow_model import JointModel
 from lora import adapters
 from tools.random_model import make_random_model
 from training import CheckpointKeeper
-from voice import read_sidecar
+from voice import read_run, read_sidecar
 
 COMMANDS = {"prepare": prepare_joint_data, "train": train_joint, "merge": merge_joint_weights}
 DEFAULTS = {
@@ -135,6 +136,40 @@ def checkpoint_variants(output: Path, root: Path) -> None:
         (root / f"{name}.ckpt").write_bytes(content)
     torch.save({"voice": Bomb(root / "ran"), "state_dict": {}}, root / "code.ckpt")
     torch.save({"voice": {}, "state_dict": {}}, root / "hollow.ckpt")
+
+
+# Places in a checkpoint, and what must not lie there.
+SPOILT = [
+    *((("voice", name), None) for name in ("config", "seed", "speaker", "run", "base", "epochs", "progress")),
+    (("voice", "embedding"), [0.0] * 192),
+    (("voice", "embedding"), torch.full((192,), torch.nan)),
+    (("voice", "base", "flow"), 7),
+    (("voice", "config", "flow_lora"), {"lora_r": 8}),
+    (("voice", "config", "flow_lora", "lora_r"), "8"),
+    (("voice", "progress", "flow"), {}),
+    (("voice", "progress", "flow", "history"), [[1, 2.0]]),
+    (("voice", "progress", "flow", "best"), {1: "weights"}),
+    (("voice", "progress", "flow", "best"), {"a.lora_A": torch.tensor([torch.inf])}),
+    (("state_dict",), None),
+    (("state_dict",), {"lora_A": torch.zeros(2)}),
+    (("state_dict",), {"parts.vocoder.a.lora_A": torch.zeros(2)}),
+    (("state_dict",), {"parts.flow.a.lora_A": 1.0}),
+    (("state_dict",), {"parts.flow.a.lora_A": torch.zeros(2, dtype=torch.int64)}),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), SPOILT, ids=[".".join(place) for place, _ in SPOILT])
+def test_a_checkpoint_with_something_else_in_it_is_refused_in_one_line(
+    place: tuple[str, ...], value: Any, places: dict[str, Path], tmp_path: Path
+) -> None:
+    content = torch.load(places["output"] / "joint_flow_only_last.ckpt")
+    inside = content
+    for name in place[:-1]:
+        inside = inside[name]
+    inside[place[-1]] = value
+    torch.save(content, tmp_path / "spoilt.ckpt")
+    with pytest.raises(InputError, match=r"^\S*spoilt.ckpt(: | is damaged: )[^\n]+; [^\n]+$"):
+        read_run(tmp_path / "spoilt.ckpt")
 
 
 @pytest.fixture(scope="module")
