@@ -22,8 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from cosyvoice.cli.model import check_speed  # torch, from here on
 
     check_speed(args.speed)
-    check_writable(lines[0].output.parent)
-    voice = open_voice(args, find_model_dir(args.model_dir))
+    model_dir = find_model_dir(args.model_dir)
+    check_writable(lines[0].output.parent, model_dir)
+    voice = open_voice(args, model_dir)
     for part, source in voice.sources.items():
         print(f"{part:8} {source}")
     started, total = time.perf_counter(), 0.0

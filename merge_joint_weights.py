@@ -41,19 +41,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"{trained.path} was trained with --mode {trained.mode}: it holds nothing for that part")
     if unused := [part for part, path in given.items() if path and part not in targets]:
         raise InputError(f"--{unused[0]}-output is given, but the {unused[0]} is not merged; leave it out")
-    check_targets(targets, model_dir)
+    check_writable(args.output_dir, model_dir)
+    check_targets(targets, trained.path, args.output_dir, model_dir)
     for path in merge_run(trained, model_dir, args.output_dir, targets, use_best=args.ckpt is None):
         print(f"wrote {path}")
     return 0
 
 
-def check_targets(targets: dict[str, Path], model_dir: Path) -> None:
-    """Raises InputError, before anything is written, unless every file can be written and replaces no other part."""
-    taken = {model_dir / f"{part}.pt" for part in ("llm", "flow", "hift")}
+def check_targets(targets: dict[str, Path], checkpoint: Path, output_dir: Path, model_dir: Path) -> None:
+    """Raises InputError, before anything is written, unless every file can be written and replaces nothing else."""
+    from voice import sidecars
+
+    taken = {checkpoint, output_dir / "spk2info.pt", *sidecars(output_dir)}
     for part, target in targets.items():
         if target.resolve() in {path.resolve() for path in taken}:
-            raise InputError(f"--{part}-output {target} would replace other weights; give another file name")
-        check_writable(target.parent)
+            raise InputError(f"--{part}-output {target} would replace another file of the voice; give another name")
+        check_writable(target.parent, model_dir)
         taken.add(target)
 
 

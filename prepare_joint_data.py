@@ -60,7 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     model_dir, input_dir = find_model_dir(options.model_dir), find_input_dir(options.input_dir)
-    check_writable(options.data_dir)
+    check_writable(options.data_dir, model_dir)
 
     import torch
 

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--listen has nothing to speak: {args.listen!r}; give it words or numbers")
     model_dir = find_model_dir(args.model_dir)
     config = with_changes(settings_for(model_dir), changes(args))
-    check_writable(args.output_dir)
+    check_writable(args.output_dir, model_dir)
     device = pick_device(args.device).type
     limit_threads(model_dir)
     from dataset import load_clips

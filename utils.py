@@ -84,8 +84,10 @@ def limit_threads(model_dir: Path) -> None:
         torch.set_num_threads(MODEL_THREADS[name])
 
 
-def check_writable(folder: Path) -> None:
-    """Raise InputError, before any work, where results could not be written."""
+def check_writable(folder: Path, model_dir: Path | None = None) -> None:
+    """Raise InputError, before any work, where results could not be written, or would lie in the model folder."""
+    if model_dir is not None and folder.resolve().is_relative_to(model_dir.resolve()):
+        raise InputError(f"{folder} is in the model folder, whose files must stay as they are; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -272,7 +272,16 @@ MISTAKES = [
     ("train", "--output-dir {file}/output", "cannot write", "choose another folder"),
     ("merge", "--flow-only --output-dir {file}/output --ckpt " + FLOW_LAST, "cannot write", "choose another folder"),
     ("merge", "--flow-output {file}/flow.pt", "cannot write", "choose another folder"),
-    ("merge", "--flow-output {model}/flow.pt", "would replace other weights", "another file name"),
+    # what must not be replaced
+    ("merge", "--flow-output {model}/flow.pt", "in the model folder", "choose another folder"),
+    ("merge", "--flow-output {model}/spk2info.pt", "in the model folder", "choose another folder"),
+    ("merge", "--flow-output {model}/merged/flow.pt", "in the model folder", "choose another folder"),
+    ("merge", "--output-dir {model} --ckpt " + FLOW_LAST, "in the model folder", "choose another folder"),
+    ("merge", "--flow-output {output}/spk2info.pt", "would replace another file", "another name"),
+    ("merge", "--flow-output {output}/voice_flow_only.json", "would replace another file", "another name"),
+    ("merge", "--flow-output {output}/joint_flow_only_last.ckpt", "would replace another file", "another name"),
+    ("train", "--output-dir {model}", "in the model folder", "choose another folder"),
+    ("prepare", "--data-dir {model}", "in the model folder", "choose another folder"),
 ]
 
 

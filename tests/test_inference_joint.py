@@ -247,13 +247,20 @@ def test_bad_speaker_vectors(speaker: Speaker, tmp_path: Path, name: str, conten
 
 
 def test_a_voice_of_another_base_is_refused(speaker: Speaker, output_dir: Path, tmp_path: Path) -> None:
-    other = tiny_model_dir(tmp_path)
+    (tmp_path / "other").mkdir()
+    other = tiny_model_dir(tmp_path / "other")
     weights = torch.load(other / "flow.pt", weights_only=True)
     torch.save({name: tensor + 1 for name, tensor in weights.items()}, other / "flow.pt")
     merged, checkpoint = merged_path(output_dir, "llm", MODE), last_checkpoint(output_dir, MODE)
     for options in ([], ["--adapter", checkpoint], ["--llm", merged]):
         with pytest.raises(InputError, match="another base"):
             speaker.speak("--model-dir", other, *options)
+
+
+def test_speech_is_not_written_among_a_base_models_files(speaker: Speaker, model_dir: Path) -> None:
+    with pytest.raises(InputError, match="is in the model folder"):
+        speaker.speak("--output", model_dir / "speech.wav")
+    assert not (model_dir / "speech.wav").exists()
 
 
 def test_an_adapter_and_a_merged_file_for_one_part_are_refused(speaker: Speaker, output_dir: Path) -> None:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     args.results = args.results or args.output_dir / "evaluation"
     args.model_dir, args.reference = find_model_dir(args.model_dir), find_input_dir(args.reference)
-    check_writable(args.results)
+    check_writable(args.results, args.model_dir)
 
     from tools.evaluation_report import draw, table, write_json
 

@@ -21,6 +21,7 @@ from cosyvoice.utils.model_yaml import load_model_yaml
 
 # Integers that training checkpoints of this format carry among the weights.
 TRAINING_COUNTERS = ("epoch", "step")
+BATCH_NORM_COUNTER = "num_batches_tracked"
 GROUPS_SHOWN = 6
 TEXT_ROWS_25HZ = (60510, 60515)
 COSYVOICE2_NAMES = re.compile(r"^(llm\.model\.|encoder\.up_|encoder\.pre_lookahead|ups\.2\.)")
@@ -167,6 +168,8 @@ def _check_tensors(path: Path, state: dict) -> None:
 def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
     """Raises InputError, naming the file, unless all are finite floating-point numbers."""
     for name, tensor in tensors.items():
+        if name.endswith(BATCH_NORM_COUNTER):
+            continue
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise InputError(f"{path}: {name} is of type {kind}, and weights are floating-point; {_ANOTHER}")
