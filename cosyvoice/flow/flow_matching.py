@@ -199,7 +199,7 @@ class MelPredictingCFM(ConditionalCFM):
     A network narrower than what it would take to carry noise and mel cannot predict the noise, and so not the
     velocity; of the mel it need only know what the tokens say (Li and He 2025, "Back to Basics: Let Denoising
     Generative Models Denoise", section 3). The loss is the mean squared error of the mel. It is trained mostly near the
-    start of the path, where the tokens alone must tell the mel and from where a few steps of the solver lead to the end.
+    start of the path, where the tokens alone must tell the mel and from where few steps of the solver lead to the end.
     """
 
     def _training_time(self, drawn: Tensor) -> Tensor:
