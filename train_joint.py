@@ -246,7 +246,7 @@ def fill_memory(model: "JointModel", clips: "list[Clip]", memory: int, device: s
 
 
 def start_from(checkpoint: Path, model: "JointModel", model_dir: Path) -> None:
-    """Copy the adapters that a checkpoint of any mode shares with the model: of a run's last, those of the best epoch."""
+    """Copy the adapters that a checkpoint of any mode shares with the model; of a run's last, the best epoch's."""
     from lora import load_adapters, rescaled
     from voice import last_checkpoint, read_run, scale_of
 

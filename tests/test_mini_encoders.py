@@ -36,7 +36,7 @@ from tools import packages
 from tools.campplus import CAMPlus
 from tools.kaldi_folder import write_table
 
-CODES = 1000
+CODES = 256
 STEPS = 12
 TONES_HZ = (300, 2500, 0, 900)
 SECONDS = 0.6  # of each tone
@@ -95,7 +95,7 @@ def test_the_flow_starts_from_vectors_that_are_alike_where_the_codes_numbers_are
 
 
 def test_a_flow_of_another_tokenizer_is_refused() -> None:
-    with pytest.raises(InputError, match="has 4096 speech tokens, but the tokenizer 1000"):
+    with pytest.raises(InputError, match="has 4096 speech tokens, but the tokenizer 256"):
         make_flow_start.token_vectors(4096, 128)
 
 
@@ -610,7 +610,7 @@ def test_the_tokenizers_file_is_small_and_keeps_whispers_blocks_rounded(
     with torch.no_grad():
         expected = file(*inputs.values())
     found = tokenizer.run(*(value.numpy() for value in inputs.values()))
-    assert (found == expected).float().mean() > 0.97 and len(found.unique()) > 100
+    assert (found == expected).float().mean() > 0.97 and len(found.unique()) > CODES / 4
     stored = onnx.load(str(tokenizer.path)).graph.initializer
     in_bytes = sum(int(np.prod(tensor.dims)) for tensor in stored if tensor.data_type == onnx.TensorProto.INT8)
     assert in_bytes == sum(p.numel() for p in file.start.parameters() if p.dim() > 1)

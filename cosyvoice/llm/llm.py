@@ -35,6 +35,7 @@ class TransformerLM(nn.Module):
     """
 
     SOS, TASK = 0, 1  # rows of llm_embedding
+    can_be_captured = True  # a step of decoding, as a CUDA graph
 
     def __init__(
         self,
@@ -104,11 +105,13 @@ class TransformerLM(nn.Module):
     def clip_losses(self, batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         """What `forward` would give as the loss of each clip alone, (B,), and the accuracy over all of them."""
         scores, classes, clips, _ = self.predictions(batch, device)
-        token_losses = self.criterion_ce.each(scores, classes)
-        losses = token_losses.new_zeros(len(batch["text_token"])).index_add(0, clips, token_losses)
-        if self.criterion_ce.normalize_length:
-            losses = losses / clips.bincount()
+        losses = self.clip_sums(self.criterion_ce.each(scores, classes), clips, len(batch["text_token"]))
         return losses, th_accuracy(scores, classes.unsqueeze(0), IGNORE_ID)
+
+    def clip_sums(self, token_losses: Tensor, clips: Tensor, count: int) -> Tensor:
+        """The loss of each clip, (count,), where `forward` counts clips; else their means over the clip's tokens."""
+        losses = token_losses.new_zeros(count).index_add(0, clips, token_losses)
+        return losses / clips.bincount() if self.criterion_ce.normalize_length else losses
 
     def predictions(
         self, batch: dict[str, Tensor], device: torch.device
@@ -126,9 +129,7 @@ class TransformerLM(nn.Module):
         target = self.targets(text_lengths, speech, speech_lengths)
         extra = {}
         if self.training and self.guide:
-            lm_output, weights = self.llm.forward_with_weights(
-                lm_input, lm_lengths, self.guide.layers, self.guide.head
-            )
+            lm_output, weights = self.llm.forward_with_weights(lm_input, lm_lengths, self.guide.layers, self.guide.head)
             place = batch["text_place"].to(device) if "text_place" in batch else None
             extra["loss_guide"] = self.guide.loss(weights, text_lengths, speech_lengths + 1, place)
         else:
@@ -173,7 +174,7 @@ class TransformerLM(nn.Module):
         convert = LINEARS[precision]
         prepare_stack(self.llm, convert)
         self.llm_decoder = convert(self.llm_decoder)
-        if self.llm_embedding.weight.is_cuda:
+        if self.can_be_captured and self.llm_embedding.weight.is_cuda:
             self.captured = CapturedStepsPool(self.llm, self.speech_embedding, self.llm_decoder)
 
     @torch.inference_mode()
@@ -249,13 +250,9 @@ class TransformerLM(nn.Module):
 
         bounds: least and most tokens of each. draws: as in `inference_together`, one for all takes of a prefix.
         """
-        caches, scores = [], []
-        for prefix in prefixes:
-            caches.append(self.llm.new_cache())
-            scores.append(self.next_log_probabilities(prefix, caches[-1]))
         owners = [i for i in range(len(prefixes)) for _ in range(takes)]  # of each row that is written
-        cache, starts = self.llm.joined_cache([caches[i] for i in owners])
-        scores = torch.stack([scores[i] for i in owners]).cpu()
+        following = self.following_together(prefixes, owners)
+        scores = next(following).cpu()
         tokens: list[list[int]] = [[] for _ in owners]
         likelihood = [0.0] * len(owners)
         merits: dict[int, tuple[bool, float]] = {}  # of finished rows: whether it ended, and its mean log-probability
@@ -273,8 +270,7 @@ class TransformerLM(nn.Module):
             if len(merits) == len(owners):
                 break
             last = [(written or [0])[-1] for written in tokens]  # a finished one goes on unheard
-            lm_output = self.llm.forward_chunk(self.speech_embedding.weight[last].unsqueeze(1), cache, starts)
-            scores = self.llm_decoder(lm_output[:, -1]).float().log_softmax(dim=-1).cpu()
+            scores = following.send(last).cpu()
         rows = [max(range(i * takes, (i + 1) * takes), key=merits.__getitem__) for i in range(len(prefixes))]
         return [tokens[row] for row in rows]
 
@@ -295,6 +291,21 @@ class TransformerLM(nn.Module):
             while True:
                 token = yield log_p
                 log_p = steps.after(token)
+
+    def following_together(
+        self, prefixes: Sequence[Tensor], owners: Sequence[int]
+    ) -> Generator[Tensor, Sequence[int], None]:
+        """Log-probabilities (B, V) of what follows the prefix of each owner, then of what follows the B tokens sent."""
+        caches, scores = [], []
+        for prefix in prefixes:
+            caches.append(self.llm.new_cache())
+            scores.append(self.next_log_probabilities(prefix, caches[-1]))
+        cache, starts = self.llm.joined_cache([caches[i] for i in owners])
+        log_p = torch.stack([scores[i] for i in owners])
+        while True:
+            tokens = yield log_p
+            lm_output = self.llm.forward_chunk(self.speech_embedding.weight[tokens].unsqueeze(1), cache, starts)
+            log_p = self.llm_decoder(lm_output[:, -1]).float().log_softmax(dim=-1)
 
     def bounds(
         self, text: Tensor, min_ratio: float = MIN_TOKEN_TEXT_RATIO, max_ratio: float = MAX_TOKEN_TEXT_RATIO

@@ -25,6 +25,7 @@ from cosyvoice.utils.errors import InputError
 TARGETS = frozenset(
     {
         "cosyvoice.llm.llm.TransformerLM",
+        "cosyvoice.llm.monotonic.MonotonicLM",
         "cosyvoice.transformer.encoder.ConformerEncoder",
         "cosyvoice.transformer.encoder.TransformerEncoder",
         "cosyvoice.flow.flow.MaskedDiffWithXvec",

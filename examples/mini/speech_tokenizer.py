@@ -10,7 +10,7 @@ from examples.mini.whisper_encoder import WIDTH, To80Bins, WhisperEncoder
 
 FIRST_BLOCKS = 2  # of Whisper, whose weights stay as they are
 CHANNELS, DEPTH = 192, 4
-LEVELS = (8, 5, 5, 5)  # of each number of a frame: 1000 codes
+LEVELS = (4, 4, 4, 4)  # of each number of a frame: 256 codes
 STRIDE = 2  # frames of 10 ms in a token
 
 
