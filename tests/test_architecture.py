@@ -45,7 +45,7 @@ FLAT_LAYERS = (
 COSYVOICE_LAYERS = (
     ("cli", "bin"),
     ("llm", "flow", "hifigan", "dataset"),
-    ("transformer", "tokenizer"),
+    ("transformer", "tokenizer", "text"),
     ("utils",),
 )
 LIGHTNING_PLACES = ("llm_flow_model.py", "train_joint.py", "training.py", "cosyvoice/bin")

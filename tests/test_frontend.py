@@ -184,7 +184,7 @@ def test_stored_voices_with_code_are_refused(tmp_path: Path, capsys: pytest.Capt
     "text,spoken",
     [
         ("今天是2024年3月5日。", ["今天是二零二四年三月五日。"]),
-        ("It costs $4.50", ["It costs four point five dollars."]),
+        ("It costs $4.50", ["It costs four dollars and fifty cents."]),
         ("on 3/5/2024", ["on the fifth of march twenty twenty four."]),
         ('He said "stop." 3 times.', ['He said "stop." three times.']),
         ("9", ["nine."]),

@@ -8,6 +8,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
+from cosyvoice.text.written_forms import chinese_words, cleaned, english_words
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import (
     break_long,
@@ -55,8 +56,9 @@ class TextSplit:
 class TextNormalizer:
     """Numbers, dates and symbols in words, and long text in pieces.
 
-    Chinese rules serve every text that holds a Chinese character, English rules the rest. With normalizer
-    "wetext" its grammars come first, where that package is installed; None keeps to the plain rules.
+    Chinese rules serve every text that holds a Chinese character, English rules the rest. With normalizer "wetext" the
+    rules of `cosyvoice.text.written_forms` come first, then its grammars, where that package is installed; None keeps
+    to the plain rules, which are those of the public code.
     """
 
     def __init__(
@@ -69,7 +71,8 @@ class TextNormalizer:
             raise InputError(f"no text normalizer {normalizer!r}; there are 'wetext' and None (plain rules)")
         self.encode = encode
         self.text_split = text_split
-        self.wetext = normalizer == "wetext" and find_spec("wetext") is not None
+        self.plain = normalizer is None
+        self.wetext = not self.plain and find_spec("wetext") is not None
         self._one_at_a_time = threading.Lock()  # inflect keeps its place in a number, and wetext promises nothing
 
     def normalize(self, text: str) -> str:
@@ -97,12 +100,18 @@ class TextNormalizer:
         return len(self.encode(text))
 
     def _chinese(self, text: str) -> str:
+        if not self.plain:
+            text = chinese_words(cleaned(text, chinese=True))
         text = self._expand(text, "zh").replace("\n", "")
         text = replace_corner_mark(replace_blank(text))
         text = remove_bracket(text.replace(".", "。").replace(" - ", "，"))
         return re.sub("[，,、]+$", "。", text)
 
     def _english(self, text: str) -> str:
+        if not self.plain:
+            text = cleaned(text, chinese=False)
+            if any(map(str.isdigit, text)):
+                text = english_words(text, lambda digits: self._inflect.number_to_words(digits, andword="", comma=""))
         text = self._expand(text, "en")
         has_digits = any(character.isdigit() for character in text)
         return spell_out_number(text, self._inflect) if has_digits else text
@@ -113,8 +122,11 @@ class TextNormalizer:
             return text
         try:
             expanded = self._grammar.normalize(text, lang=lang)
-        except AssertionError:  # wetext 0.1.8 on some runs of punctuation
-            return text
+        except AssertionError:  # wetext 0.1.8 on some signs: the words without them are still to be read
+            words = re.split(r"(\s+)", text)
+            if len(words) == 1:
+                return text
+            return "".join(self._expand(word, lang) if has_words(word) else word for word in words)
         if has_words(text) and not has_words(expanded):  # 0.1.8 drops some texts with odd signs whole
             return text
         return re.sub(r'\\(["\\])', r"\1", expanded)  # it escapes quotes and backslashes
