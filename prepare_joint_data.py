@@ -61,7 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     model_dir, input_dir = find_model_dir(options.model_dir), find_input_dir(options.input_dir)
     check_writable(options.data_dir, model_dir)
+    from cosyvoice.utils.file_utils import alone_in
 
+    with alone_in(options.data_dir, "prepare_joint_data.py"):
+        prepare(options, model_dir, input_dir)
+    next_command = f"python train_joint.py{repeated(options, 'model', 'data')}"
+    print(f"Data and report.csv are in {options.data_dir}. Next: {next_command}")
+    return 0
+
+
+def prepare(options: argparse.Namespace, model_dir: Path, input_dir: Path) -> None:
+    """Write the parquet files and the report, and say what was kept."""
     import torch
 
     from clip_files import known_rows, write_clips
@@ -78,9 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"none of {len(outcomes)} clips can be used ({example}); see {options.data_dir}/report.csv")
     write_clips([outcome.row for outcome in kept], options.speaker.strip(), options.data_dir)
     summarise(outcomes)
-    next_command = f"python train_joint.py{repeated(options, 'model', 'data')}"
-    print(f"Data and report.csv are in {options.data_dir}. Next: {next_command}")
-    return 0
 
 
 def make_clips(

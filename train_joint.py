@@ -82,6 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_dir = find_model_dir(args.model_dir)
     config = with_changes(settings_for(model_dir), changes(args))
     check_writable(args.output_dir, model_dir)
+    from cosyvoice.utils.file_utils import alone_in
+
+    with alone_in(args.output_dir, "train_joint.py"):
+        return train(args, model_dir, config)
+
+
+def train(args: argparse.Namespace, model_dir: Path, config: dict[str, Any]) -> int:
+    """Train, or continue, and say what came out of it. Returns the exit code."""
     device = pick_device(args.device).type
     limit_threads(model_dir)
     from dataset import load_clips

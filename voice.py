@@ -14,7 +14,7 @@ from torch import Tensor
 from config import MODES
 from cosyvoice.utils.checkpoint import check_finite, fingerprint_weights, load_tensors, read_state_dict
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.file_utils import atomic_write, save_tensors
+from cosyvoice.utils.file_utils import alone_in, atomic_write, save_tensors
 from lora import merged
 from utils import quoted
 
@@ -234,13 +234,16 @@ def merge_run(run: Run, model_dir: Path, output_dir: Path, targets: dict[str, Pa
     `use_best` takes every part's best epoch, otherwise the weights as the checkpoint holds them. Returns the files.
     """
     run.check_base(base_fingerprints(model_dir), model_dir)
-    speakers, epochs = stored_speakers(output_dir, model_dir), {}
-    with ExitStack() as renaming:  # all at the end, so that a merge that is stopped mixes no old part with a new one
+    epochs = {}
+    # renamed all at the end, so that a merge that is stopped mixes no old part with a new one
+    with alone_in(output_dir, "merge_joint_weights.py"), ExitStack() as renaming:
+        speakers = stored_speakers(output_dir, model_dir)
         for part, target in targets.items():
             base = read_state_dict(model_dir / f"{part}.pt")
             adapters = run.best(part) if use_best else run.adapters[part]
             save_tensors(merged(base, adapters, run.scale(part)), renaming.enter_context(atomic_write(target)))
             progress = run.state["progress"][part]
             epochs[part] = progress["best_epoch"] if use_best else len(progress["history"])
-    speaker = write_speaker(run, speakers, output_dir)
-    return [*targets.values(), speaker, write_sidecar(run, targets, epochs, output_dir)]
+        renaming.close()
+        speaker = write_speaker(run, speakers, output_dir)
+        return [*targets.values(), speaker, write_sidecar(run, targets, epochs, output_dir)]

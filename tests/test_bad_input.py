@@ -25,6 +25,7 @@ from clips import find_recordings
 from config import SEED
 from cosyvoice.utils.command import EXIT_INTERRUPTED, run
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.file_utils import alone_in
 from dataset import load_clips, split_clips
 from llm_flow_model import JointModel
 from lora import adapters
@@ -376,6 +377,18 @@ def scratch(places: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
     return places | {"output": shutil.copytree(places["output"], tmp_path / "output"), "scratch": tmp_path}
 
 
+@pytest.mark.parametrize(("name", "folder"), [("prepare", "data"), ("train", "output"), ("merge", "output")])
+def test_a_second_run_in_the_same_folder_is_refused(name: str, folder: str, scratch: dict[str, Path], capsys) -> None:
+    script = Path(COMMANDS[name].__file__).name
+    with alone_in(scratch[folder], script):
+        before = files(scratch[folder])
+        assert command(name, "", scratch) == 2
+        assert f"another {script} is at work in {scratch[folder]}; wait for its end" in capsys.readouterr().err
+        assert files(scratch[folder]) == before
+    if name == "merge":
+        assert command(name, "", scratch) == 0
+
+
 def test_a_held_out_loss_that_is_not_finite_ends_training(scratch: dict[str, Path], capsys) -> None:
     held_out = split_clips(load_clips(scratch["data"], scratch["model"]), 0.1, SEED)[1][0].utt
     table = pq.read_table(scratch["data"] / "clips-00000.parquet", partitioning=None)
@@ -401,7 +414,7 @@ def test_adapters_that_are_not_finite_are_not_saved(
     assert command("train", "--mode flow_only", scratch) == 2
     assert "last good checkpoint is kept" in capsys.readouterr().err
     assert files(scratch["output"]).items() >= before.items()
-    assert not list(scratch["output"].glob(".*"))
+    assert not list(scratch["output"].glob(".*.part*"))
 
 
 @pytest.fixture

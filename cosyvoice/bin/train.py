@@ -11,6 +11,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     check_engine(args)
+    from cosyvoice.utils.file_utils import alone_in
+
+    args.model_dir.mkdir(parents=True, exist_ok=True)
+    leads = os.environ.get("RANK", "0") == "0"  # of several processes, which share the folder, one holds the lock
+    with alone_in(args.model_dir, "train.py") if leads else nullcontext():
+        return train(args)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train the network from its beginning, or from where an earlier run was. Returns the exit code."""
     from cosyvoice.bin.recipe_checkpoints import LAST, RecipeCheckpoints
 
     train_conf = own_or_common(args.config, "train_conf", args.model)

@@ -14,7 +14,7 @@ from cosyvoice.utils.audio import load_wav
 from cosyvoice.utils.errors import DISK_TROUBLE, InputError
 
 # load_wav, logging: servers and notebooks import them from here
-__all__ = ["atomic_write", "copy_file", "load_wav", "logging", "save_tensors"]
+__all__ = ["alone_in", "atomic_write", "copy_file", "load_wav", "logging", "save_tensors"]
 
 
 @contextmanager
@@ -42,6 +42,26 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path, command: str) -> Iterator[None]:
+    """Let no second `command` work in the folder until the block ends. Raises InputError where one does.
+
+    The lock is the system's, so a killed run leaves none.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / f".{command}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        problem = f"another {command} is at work in {folder}"
+        raise InputError(f"{problem}; wait for its end, or choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def copy_file(source: Path, path: Path) -> None:
