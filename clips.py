@@ -10,25 +10,21 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from clip_checks import MAX_SECONDS, Outcome, check_pace, check_waveform, warnings_of, without_edges
 from clip_files import SCHEMA, encoders_of, with_column
 from cosyvoice.cli.frontend import FRONTEND_PARTS, CosyVoiceFrontEnd
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, read_wav, resample
 from cosyvoice.utils.checkpoint import fingerprint_file
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import TOKEN_RATE_HZ
-from cosyvoice.utils.frontend_utils import has_words
 from cosyvoice.utils.model_yaml import load_model_yaml
 from utils import decode_text, is_unicode
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # the first of a name counts
 AUDIO_KINDS = " ".join(AUDIO_SUFFIXES)
 TEXT_SUFFIXES = (".txt", ".normalized.txt")  # where both are there, the second counts
-MIN_SECONDS, MAX_SECONDS = 0.5, 30.0
-MIN_RATE_HZ = 4000  # below, nothing of speech is left
-SILENCE_DBFS = -60.0  # a clip whose peak stays below is silent
-PAUSE_FRAME_SECONDS = 0.02
-PAUSE_DB = -40.0  # frames at this level below the loudest are pauses
-ROW_VERSION = "1"  # raise it when rows are made differently, so that old ones are made anew
+EDGE_SECONDS = 0.2  # of pause that stay before and after speech
+ROW_VERSION = "2"  # raise it when rows are made differently, so that old ones are made anew
 
 
 @dataclass
@@ -38,22 +34,6 @@ class Recording:
     utt: str
     audio: Path | None
     text: Path | None
-
-
-@dataclass
-class Outcome:
-    """What became of a recording; what is not known stays None. It was kept where it has a row."""
-
-    utt: str
-    seconds: float | None = None
-    speech_tokens: int | None = None
-    text_tokens: int | None = None
-    characters_per_second: float | None = None  # of the text as written, without blanks
-    peak_dbfs: float | None = None
-    silence_share: float | None = None
-    reason: str = ""  # why it was left out
-    row: pa.Table | None = None  # one row of SCHEMA
-    reused: bool = False  # the row comes from an earlier run
 
 
 def find_recordings(folder: Path) -> list[Recording]:
@@ -88,10 +68,13 @@ def _composed(name: str) -> str:
 class ClipMaker:
     """Makes rows with the front end of a model folder, from several threads at once.
 
-    `known` holds rows of earlier runs by content hash. Raises InputError for a folder that does not serve.
+    `known` holds rows of earlier runs by content hash. `edge_seconds` of pause stay before and after speech; None
+    leaves recordings as they are. Raises InputError for a folder that does not serve.
     """
 
-    def __init__(self, model_dir: Path, device: str, known: dict[str, pa.Table]) -> None:
+    def __init__(
+        self, model_dir: Path, device: str, known: dict[str, pa.Table], edge_seconds: float | None = EDGE_SECONDS
+    ) -> None:
         parts = load_model_yaml(model_dir / "cosyvoice.yaml", parts=FRONTEND_PARTS)
         self.sample_rate = parts["sample_rate"]
         self.frontend = CosyVoiceFrontEnd(
@@ -106,10 +89,11 @@ class ClipMaker:
         self.frontend.encode("")  # what is wrong with the folder shows here, not clip by clip
         self.frontend.speech_tokenizer.open()
         self.frontend.speaker_encoder.open()
-        self.known = known
+        self.known, self.edge_seconds = known, edge_seconds
         self._encoders = encoders_of(model_dir)
-        how = [ROW_VERSION, str(self.frontend.normalizer.wetext), fingerprint_file(model_dir / "cosyvoice.yaml")]
-        self._made_with = " ".join([*how, self._encoders]).encode()
+        yaml = fingerprint_file(model_dir / "cosyvoice.yaml")
+        how = [ROW_VERSION, edge_seconds, self.frontend.normalizer.wetext, yaml, self._encoders]
+        self._made_with = " ".join(map(str, how)).encode()
 
     def make(self, recording: Recording) -> Outcome:
         """The recording's row, from an earlier run where nothing changed, or the reason why it has none."""
@@ -119,14 +103,22 @@ class ClipMaker:
                 no_recording = f"it has no recording ({AUDIO_KINDS}; convert others)"
                 raise InputError(no_recording if recording.audio is None else "it has no text")
             audio_data, text_data = recording.audio.read_bytes(), recording.text.read_bytes()
+            wav, rate = read_wav(recording.audio, MAX_SECONDS)
+            wav = self._judge(outcome, wav, rate)
+            text = decode_text(text_data)
+            check_pace(text, outcome)
             content_hash = self._hash(audio_data, text_data)
-            if content_hash in self.known:
-                _recall(outcome, self.known[content_hash], recording)
-            else:
-                origin = {"wav": str(recording.audio), "audio_data": audio_data, "content_hash": content_hash}
-                origin["encoders"] = self._encoders
-                columns = self._columns(outcome, recording.audio, text_data)
-                outcome.row = pa.Table.from_pylist([origin | columns], SCHEMA)
+            names = {"utt": recording.utt, "wav": str(recording.audio)}
+            row = self.known.get(content_hash)
+            if row is None:
+                origin = {"audio_data": audio_data, "content_hash": content_hash, "encoders": self._encoders}
+                row = pa.Table.from_pylist([names | origin | self._columns(outcome, wav, rate, text)], SCHEMA)
+            else:  # the files may have had other names
+                for name, value in names.items():
+                    row = with_column(row, name, [value])
+                counts = [len(row[name][0]) for name in ("speech_token", "text_token")]
+                (outcome.speech_tokens, outcome.text_tokens), outcome.reused = counts, True
+            outcome.row = row
         except (InputError, OSError) as error:
             outcome.reason = str(error)
         return outcome
@@ -135,23 +127,30 @@ class ClipMaker:
         digests = [hashlib.sha256(part).digest() for part in (self._made_with, audio_data, text_data)]
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
-    def _columns(self, outcome: Outcome, audio: Path, text_data: bytes) -> dict[str, Any]:
-        """What can be said of a clip; as much of it as is known goes into the outcome, too."""
-        wav, rate = read_wav(audio, MAX_SECONDS)
-        _measure(outcome, wav, rate)
-        text = decode_text(text_data)
-        outcome.characters_per_second = _characters(text) / outcome.seconds
+    def _judge(self, outcome: Outcome, wav: Tensor, rate: int) -> Tensor:
+        """Measure a waveform (1, samples), and return it without long pauses at its ends.
+
+        Raises InputError where it is no use for training.
+        """
+        check_waveform(wav, rate, outcome)
+        outcome.warnings += warnings_of(wav, rate)
+        if self.edge_seconds is not None:
+            whole, wav = wav, without_edges(wav, rate, self.edge_seconds)
+            outcome.cut_seconds = (whole.shape[1] - wav.shape[1]) / rate
+            check_waveform(wav, rate, outcome)
+        return wav
+
+    def _columns(self, outcome: Outcome, wav: Tensor, rate: int, text: str) -> dict[str, Any]:
+        """What the model makes of a clip; as much of it as is known goes into the outcome, too."""
         text_token = self._text_tokens(text)
         outcome.text_tokens = len(text_token)
         features = self._features(wav, rate)
         outcome.speech_tokens = len(features["speech_token"])
         _check_token_rate(outcome)
-        measures = {name: getattr(outcome, name) for name in ("utt", "seconds", "peak_dbfs", "silence_share")}
+        measures = {name: getattr(outcome, name) for name in ("seconds", "peak_dbfs", "silence_share")}
         return {"text": text, "text_token": text_token, **features, **measures}
 
     def _text_tokens(self, text: str) -> list[int]:
-        if not has_words(text):
-            raise InputError("the text holds nothing to speak" if text else "the text is empty")
         return self.frontend.encode(self.frontend.text_normalize(text, split=False))
 
     def _features(self, wav: Tensor, rate: int) -> dict[str, Any]:
@@ -167,50 +166,6 @@ class ClipMaker:
             "speech_feat": mel.flatten().numpy(),
             "speech_feat_shape": list(mel.shape),
         }
-
-
-def _recall(outcome: Outcome, row: pa.Table, recording: Recording) -> None:
-    """Take over a row of an earlier run, in which the files may have had other names."""
-    kept = row.drop_columns(["audio_data", "speech_feat"]).to_pylist()[0]
-    for name in ("seconds", "peak_dbfs", "silence_share"):
-        setattr(outcome, name, kept[name])
-    outcome.speech_tokens, outcome.text_tokens = len(kept["speech_token"]), len(kept["text_token"])
-    outcome.characters_per_second = _characters(kept["text"]) / kept["seconds"]
-    row = with_column(row, "utt", [recording.utt])
-    outcome.row, outcome.reused = with_column(row, "wav", [str(recording.audio)]), True
-
-
-def _measure(outcome: Outcome, wav: Tensor, rate: int) -> None:
-    """Duration and levels of a waveform (1, samples). Raises InputError where it is no use for training."""
-    if not wav.isfinite().all():
-        raise InputError("the audio holds samples that are not numbers")
-    outcome.seconds = wav.shape[1] / rate
-    outcome.peak_dbfs = _decibels(wav.abs().max())
-    if rate < MIN_RATE_HZ:
-        raise InputError(f"the audio has {rate} samples a second; at least {MIN_RATE_HZ} are needed")
-    if outcome.seconds < MIN_SECONDS:
-        raise InputError(f"the audio has {outcome.seconds:.3f} s; at least {MIN_SECONDS} s are needed")
-    if outcome.seconds > MAX_SECONDS:
-        raise InputError(f"the audio has {outcome.seconds:.3f} s; at most {MAX_SECONDS:.0f} s are possible")
-    outcome.silence_share = silence_share(wav, rate)
-    if _decibels((wav - wav.mean()).abs().max()) < SILENCE_DBFS:  # a constant is no sound
-        raise InputError("the audio is silent")
-
-
-def silence_share(wav: Tensor, rate: int) -> float:
-    """Share of the frames of 20 ms of (1, samples) that lie 40 dB or more below the loudest one."""
-    size = round(PAUSE_FRAME_SECONDS * rate)
-    power = wav[0].unfold(0, size, size).square().mean(dim=1)  # (frames,)
-    return (power <= power.max() * 10 ** (PAUSE_DB / 10)).float().mean().item()
-
-
-def _decibels(amplitude: Tensor) -> float:
-    """Relative to full scale; -120 for anything below."""
-    return 20 * amplitude.clamp(min=1e-6).log10().item()
-
-
-def _characters(text: str) -> int:
-    return len("".join(text.split()))
 
 
 def _check_token_rate(outcome: Outcome) -> None:

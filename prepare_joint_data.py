@@ -19,11 +19,14 @@ from cosyvoice.utils.errors import InputError
 from utils import add_device, add_folders, check_writable, in_parallel, is_unicode, repeated
 
 if TYPE_CHECKING:
-    from clips import ClipMaker, Outcome, Recording
+    from clip_checks import Outcome
+    from clips import ClipMaker, Recording
 
+FORMULA_MARKS = ("=", "+", "-", "@", "\t")
 REPORT_COLUMNS = {  # heading: digits after the point, where it is a fraction
     "utt": None,
     "seconds": 2,
+    "cut_seconds": 2,
     "speech_tokens": None,
     "text_tokens": None,
     "characters_per_second": 1,
@@ -43,6 +46,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "or ../data_preparation/short_raw_data/)"
     )  # fmt: skip
     data.add_argument("--speaker", default="speaker", help="name of the speaker (default: %(default)s)")
+    data.add_argument(
+        "--edges", type=float, default=0.2, metavar="SECONDS",
+        help="pause that stays before and after speech, the rest is cut off (default: %(default)s; -1 cuts nothing)",
+    )  # fmt: skip
     work = parser.add_argument_group("work")
     work.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="clips at a time (default: one per core, %(default)s)"
@@ -50,6 +57,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_device(work)
     options = parser.parse_args(argv)
     check_least("--workers", options.workers)
+    if not (options.edges == -1 or 0 <= options.edges <= 30):
+        raise InputError(f"--edges {options.edges:g}: seconds from 0 to 30 are needed, or -1 to cut nothing")
     if not options.speaker.strip():
         raise InputError("--speaker is empty; give the speaker a name")
     if not is_unicode(options.speaker):
@@ -74,13 +83,16 @@ def prepare(options: argparse.Namespace, model_dir: Path, input_dir: Path) -> No
     """Write the parquet files and the report, and say what was kept."""
     import torch
 
+    from clip_checks import compare
     from clip_files import known_rows, write_clips
     from clips import ClipMaker, find_recordings
 
     torch.set_num_threads(1)  # the workers are the parallelism
     recordings = find_recordings(input_dir)
-    maker = ClipMaker(model_dir, options.device, known_rows(options.data_dir))
+    edge_seconds = None if options.edges == -1 else options.edges
+    maker = ClipMaker(model_dir, options.device, known_rows(options.data_dir), edge_seconds)
     outcomes = list(make_clips(maker, recordings, options.workers, options.data_dir))
+    compare(outcomes)
     write_report(outcomes, options.data_dir / "report.csv")
     kept = [outcome for outcome in outcomes if outcome.row is not None]
     if not kept:
@@ -109,25 +121,32 @@ def make_clips(
 
 
 def write_report(outcomes: Sequence["Outcome"], path: Path) -> None:
-    """One line a clip: the measures of Outcome, kept (yes or no), and the reason why not."""
+    """One line a clip: the measures of Outcome, kept (yes or no), the reason why not, and warnings."""
     import csv
 
     from cosyvoice.utils.file_utils import atomic_write
 
     def cell(outcome: "Outcome", name: str) -> object:
         value, digits = getattr(outcome, name), REPORT_COLUMNS[name]
+        if isinstance(value, str):
+            return harmless(value)
         return value if digits is None or value is None else f"{value:.{digits}f}"
+
+    def harmless(text: str) -> str:
+        """A text that no spreadsheet takes for a formula."""
+        return f"'{text}" if text.startswith(FORMULA_MARKS) else text
 
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
-        table.writerow([*REPORT_COLUMNS, "kept", "reason"])
+        table.writerow([*REPORT_COLUMNS, "kept", "reason", "warnings"])
         for outcome in outcomes:
             kept = "no" if outcome.row is None else "yes"
-            table.writerow([*(cell(outcome, name) for name in REPORT_COLUMNS), kept, outcome.reason])
+            texts = [kept, outcome.reason, "; ".join(outcome.warnings)]
+            table.writerow([cell(outcome, name) for name in REPORT_COLUMNS] + list(map(harmless, texts)))
 
 
 def summarise(outcomes: Sequence["Outcome"]) -> None:
-    """Say what was kept, and what was not and why."""
+    """Say what was kept, what was not and why, and which clips deserve a look."""
     kept = [outcome for outcome in outcomes if outcome.row is not None]
     minutes = sum(outcome.seconds for outcome in kept) / 60
     unchanged = sum(outcome.reused for outcome in kept)
@@ -135,6 +154,8 @@ def summarise(outcomes: Sequence["Outcome"]) -> None:
     for outcome in outcomes:
         if outcome.row is None:
             print(f"  left out {outcome.utt}: {outcome.reason}")
+        elif outcome.warnings:
+            print(f"  kept {outcome.utt}, but {'; '.join(outcome.warnings)}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
@@ -19,7 +20,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 from parity import PARITY_DIR
 
 import clip_files
-from clips import ClipMaker, find_recordings, silence_share
+from clip_checks import Outcome, compare, silence_share, warnings_of
+from clips import ClipMaker, find_recordings
 from cosyvoice.tokenizer.phones import get_phone_tokenizer
 from cosyvoice.utils.audio import load_wav
 from cosyvoice.utils.errors import InputError
@@ -428,3 +430,79 @@ def test_a_mistake_is_one_line_and_exit_code_2(raw: Path) -> None:
     done = run_script("--model-dir", str(raw), "--input-dir", str(raw))
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "no model folder" in done.stderr
+
+
+# What is measured and doubted
+
+
+def test_pauses_at_the_ends_are_cut_for_all_features_and_said(model_dir: Path, raw: Path, capsys) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.003, 24000).astype(np.float32)  # 1.5 s of a room
+    speech = tone(1.0) + noise[:16000]
+    add(raw, "room.wav", np.concatenate([noise, speech, noise]))
+    add(raw, "tight.wav", np.concatenate([noise[:3200], speech, noise[:3200]]))
+    data = prepare(model_dir, raw)
+    room, tight = (report(data)[name] for name in ("room", "tight"))
+    assert float(room["seconds"]) == pytest.approx(1.4, abs=0.05) and float(room["cut_seconds"]) > 2.5
+    assert float(tight["cut_seconds"]) < 0.05
+    assert room["warnings"].endswith("s of pause were cut off its ends") and not tight["warnings"]
+    assert "kept room, but 2.6 s of pause" in capsys.readouterr().out
+    found = {row["utt"]: row for row in rows(data)}
+    assert len(found["room"]["speech_token"]) == pytest.approx(70, abs=3)
+    assert found["room"]["speech_feat_shape"][0] == pytest.approx(1.4 * 86.13, abs=5)
+    whole = rows(prepare(model_dir, raw, "--edges", "-1"))
+    assert len(whole[0]["speech_token"]) == pytest.approx(200, abs=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "reason"),
+    [
+        ("word " * 200, 2.0, "400.0 characters a second cannot be spoken"),
+        ("Hi.", 5.0, "0.6 characters a second cannot be spoken"),
+        ("7" * 100_000, 2.0, "cannot be spoken"),
+        ("你好" * 20, 2.0, "20.0 characters a second cannot be spoken"),
+        ("你好", 3.0, ""),
+        ("Hi.", 1.5, ""),
+    ],
+)
+def test_a_text_that_nobody_can_speak_in_the_time_is_refused(
+    model_dir: Path, raw: Path, text: str, seconds: float, reason: str
+) -> None:
+    add(raw, "good.wav", tone(1.0))
+    add(raw, "odd.wav", tone(seconds), text=text)
+    found = report(prepare(model_dir, raw))["odd"]
+    assert reason in found["reason"] and bool(found["reason"]) == bool(reason)
+
+
+def test_what_is_wrong_with_a_waveform_is_said() -> None:
+    good = torch.from_numpy(tone(1.0)).unsqueeze(0)
+    assert warnings_of(good, 16000) == []
+    assert warnings_of(good * 0.02, 16000) == ["it is quiet (-42 dB below full scale)"]
+    assert warnings_of((good * 4).clamp(-1, 1), 16000) == ["it is clipped"]
+    assert warnings_of(good + 0.1, 16000) == ["its zero line is off"]
+    assert warnings_of(good, 8000) == ["it has only 8000 samples a second: the voice will be dull"]
+
+
+def test_clips_unlike_the_others_are_named() -> None:
+    random = np.random.default_rng(0)
+    voice, other = np.eye(192)[0], np.eye(192)[1]
+
+    def outcome(name: str, pace: float, direction: np.ndarray) -> Outcome:
+        vector = direction + random.normal(0, 0.03, 192)
+        row = pa.table({"utt_embedding": [(vector / np.linalg.norm(vector)).tolist()]})
+        return Outcome(name, seconds=3.0, characters_per_second=pace, row=row)
+
+    outcomes = [outcome(str(i), 14 + i % 3, voice) for i in range(6)]
+    outcomes += [outcome("fast", 30, voice), outcome("other", 15, other), Outcome("bad", reason="silent")]
+    compare(outcomes)
+    found = {outcome.utt: outcome.warnings for outcome in outcomes if outcome.warnings}
+    assert found == {
+        "fast": ["30 characters a second, the others about 15: the right text?"],
+        "other": ["it sounds like another voice"],
+    }
+
+
+def test_no_cell_of_the_report_is_a_formula(model_dir: Path, raw: Path) -> None:
+    add(raw, "=1+1.wav", tone(1.0))
+    add(raw, "quiet.wav", tone(1.0) * 0.05)
+    found = report(prepare(model_dir, raw))
+    assert found.keys() == {"'=1+1", "quiet"} and float(found["quiet"]["peak_dbfs"]) < 0

@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from clips import AUDIO_SUFFIXES, MIN_RATE_HZ, find_recordings
+from clip_checks import MIN_RATE_HZ
+from clips import AUDIO_SUFFIXES, find_recordings
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words

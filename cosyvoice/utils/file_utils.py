@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ def alone_in(folder: Path, command: str) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / f".{command}.lock")
+    path = folder / f".{command}.lock"
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -62,6 +63,8 @@ def alone_in(folder: Path, command: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        with suppress(OSError):  # another run has it already
+            path.unlink()
 
 
 def copy_file(source: Path, path: Path) -> None:

@@ -1,0 +1,136 @@
+"""What is measured of a clip, what no clip may be, and what makes one doubtful."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frontend_utils import contains_chinese, has_words
+
+MIN_SECONDS, MAX_SECONDS = 0.5, 30.0
+MIN_RATE_HZ, DULL_RATE_HZ = 4000, 16000  # below the first, nothing of speech is left
+SILENCE_DBFS = -60.0  # a clip whose peak stays below is silent
+QUIET_DBFS = -30.0
+FRAME_SECONDS = 0.02
+PAUSE_DB, LOUDEST_PAUSE_DB = -40.0, -20.0  # frames at this level below the loudest are pauses; where there is noise,
+ABOVE_NOISE_DB = 10.0  # those at this level above it
+LONG_CUT_SECONDS = 1.0
+CLIPPED_PAIRS = 10  # neighbouring samples that are both the largest
+CONSTANT_SHARE = 0.1  # of a wave's strength in its mean
+PACES = {"chinese": (0.5, 15.0), "other": (1.5, 40.0)}  # characters a second that someone can speak
+ODD_PACE = 1.7  # times the median, or as much below
+ALIKE = 0.4  # cosine of the speaker vectors that clips of one voice exceed
+FEWEST_TO_COMPARE = 5  # clips
+
+
+@dataclass
+class Outcome:
+    """What became of a recording; what is not known stays None. It was kept where it has a row."""
+
+    utt: str
+    seconds: float | None = None  # without the pauses that were cut off
+    cut_seconds: float | None = None  # of pause at both ends
+    speech_tokens: int | None = None
+    text_tokens: int | None = None
+    characters_per_second: float | None = None  # of the text as written, without blanks
+    peak_dbfs: float | None = None
+    silence_share: float | None = None
+    warnings: list[str] = field(default_factory=list)  # what makes a kept clip doubtful
+    reason: str = ""  # why it was left out
+    row: pa.Table | None = None  # one row of SCHEMA
+    reused: bool = False  # the row comes from an earlier run
+
+
+def check_waveform(wav: Tensor, rate: int, outcome: Outcome) -> None:
+    """Measure a waveform (1, samples). Raises InputError where it is no use for training."""
+    if not wav.isfinite().all():
+        raise InputError("the audio holds samples that are not numbers")
+    outcome.seconds = wav.shape[1] / rate
+    outcome.peak_dbfs = decibels(wav.abs().max())
+    if rate < MIN_RATE_HZ:
+        raise InputError(f"the audio has {rate} samples a second; at least {MIN_RATE_HZ} are needed")
+    if outcome.seconds < MIN_SECONDS:
+        raise InputError(f"the audio has {outcome.seconds:.3f} s; at least {MIN_SECONDS} s are needed")
+    if outcome.seconds > MAX_SECONDS:
+        raise InputError(f"the audio has {outcome.seconds:.3f} s; at most {MAX_SECONDS:.0f} s are possible")
+    outcome.silence_share = silence_share(wav, rate)
+    if decibels((wav - wav.mean()).abs().max()) < SILENCE_DBFS:  # a constant is no sound
+        raise InputError("the audio is silent")
+
+
+def check_pace(text: str, outcome: Outcome) -> None:
+    """Raises InputError for a text without words, or one that nobody can speak in the clip's time."""
+    outcome.characters_per_second = len("".join(text.split())) / outcome.seconds
+    if not has_words(text):
+        raise InputError("the text holds nothing to speak" if text else "the text is empty")
+    slowest, fastest = PACES["chinese" if contains_chinese(text) else "other"]
+    if not slowest <= outcome.characters_per_second <= fastest:
+        problem = f"its {outcome.characters_per_second:.1f} characters a second cannot be spoken"
+        raise InputError(f"{problem} ({slowest:g} to {fastest:g} can): is this the right text?")
+
+
+def warnings_of(wav: Tensor, rate: int) -> list[str]:
+    """What is wrong with a waveform (1, samples) that can be learnt from all the same."""
+    peak, largest = decibels(wav.abs().max()), wav == wav.abs().max()
+    found = {
+        f"it is quiet ({peak:.0f} dB below full scale)": peak < QUIET_DBFS,
+        "it is clipped": int((largest[:, 1:] & largest[:, :-1]).sum()) >= CLIPPED_PAIRS,
+        "its zero line is off": bool(wav.mean().abs() > CONSTANT_SHARE * wav.square().mean().sqrt()),
+        f"it has only {rate} samples a second: the voice will be dull": rate < DULL_RATE_HZ,
+    }
+    return [warning for warning, holds in found.items() if holds]
+
+
+def compare(outcomes: Sequence[Outcome]) -> None:
+    """Add warnings to the kept clips that differ from the others in pace or voice, or lost long pauses."""
+    kept = [outcome for outcome in outcomes if outcome.row is not None]
+    for outcome in kept:
+        if (outcome.cut_seconds or 0) > LONG_CUT_SECONDS:
+            outcome.warnings.append(f"{outcome.cut_seconds:.1f} s of pause were cut off its ends")
+    if len(kept) < FEWEST_TO_COMPARE:
+        return
+    usual = median(outcome.characters_per_second for outcome in kept)
+    vectors = torch.tensor([outcome.row["utt_embedding"][0].as_py() for outcome in kept])  # (clips, 192)
+    likeness = (vectors @ vectors.T).fill_diagonal_(0).sum(dim=1) / (len(kept) - 1)
+    for outcome, alike in zip(kept, likeness.tolist(), strict=True):
+        pace = outcome.characters_per_second
+        if not usual / ODD_PACE <= pace <= usual * ODD_PACE:
+            outcome.warnings.append(f"{pace:.0f} characters a second, the others about {usual:.0f}: the right text?")
+        if alike < ALIKE / 2 and likeness.median() > ALIKE:
+            outcome.warnings.append("it sounds like another voice")
+
+
+def without_edges(wav: Tensor, rate: int, seconds: float) -> Tensor:
+    """The waveform (1, samples) with at most so many seconds of pause at each end.
+
+    A pause is what lies 40 dB below the loudest frame of 20 ms, or less than 10 dB above the noise.
+    """
+    size, margin = round(FRAME_SECONDS * rate), round(seconds * rate)
+    level = frame_decibels(wav, rate)
+    pause = (level.quantile(0.1) + ABOVE_NOISE_DB).clamp(PAUSE_DB, LOUDEST_PAUSE_DB)
+    loud = (level > pause).nonzero()
+    first, last = int(loud[0]) * size, (int(loud[-1]) + 1) * size
+    if last + size > wav.shape[1]:  # the rest is shorter than a frame
+        last = wav.shape[1]
+    return wav[:, max(0, first - margin) : last + margin]
+
+
+def silence_share(wav: Tensor, rate: int) -> float:
+    """Share of the frames of 20 ms of (1, samples) that lie 40 dB or more below the loudest one."""
+    return (frame_decibels(wav, rate) <= PAUSE_DB).float().mean().item()
+
+
+def frame_decibels(wav: Tensor, rate: int) -> Tensor:
+    """The level of each frame of 20 ms of (1, samples), relative to the loudest one: (frames,)."""
+    size = round(FRAME_SECONDS * rate)
+    power = wav[0].unfold(0, size, size).square().mean(dim=1)
+    return 10 * (power / power.max().clamp(min=1e-12)).clamp(min=1e-12).log10()
+
+
+def decibels(amplitude: Tensor) -> float:
+    """Relative to full scale; -120 for anything below."""
+    return 20 * amplitude.clamp(min=1e-6).log10().item()
