@@ -1,20 +1,28 @@
 """The language model that walks through the text, and the aligner that finds where recorded speech is in it."""
 
+import gzip
+import re
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from recipe import write_config, write_corpus
 from torch import Tensor
 
 from config import JOINT_TRAINING_CONFIG
+from cosyvoice.bin import export_jit, train
 from cosyvoice.bin.recipe_models import SpeechModel
 from cosyvoice.llm.aligner import monotonic_path
 from cosyvoice.llm.monotonic import LARGEST_STEP, MonotonicLM
 from cosyvoice.transformer.encoder import ConformerEncoder, TransformerEncoder
+from cosyvoice.utils.checkpoint import load_strict, read_state_dict
 from cosyvoice.utils.common import ras_sampling
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.model_yaml import load_model_yaml
 from llm_flow_model import JointModel
 
 CPU = torch.device("cpu")
@@ -195,3 +203,49 @@ def test_a_path_through_more_units_than_it_has_tokens() -> None:
     path = monotonic_path(torch.zeros(2, 9))
     assert len(path) == 2 and 0 <= path[0] <= path[1] < 9
     assert monotonic_path(torch.zeros(1, 1)).tolist() == [0]
+
+
+# A small model by its YAML
+
+
+LEXICON_YAML = """get_tokenizer: !name:cosyvoice.tokenizer.phones.get_phone_tokenizer
+    lexicon: !file lexicon.txt.gz
+"""
+EXTRA = """    text_token_size: 311
+    input_corruption: 0.05
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A recipe that uses all of it."""
+    path = write_config(tmp_path, max_frames_in_batch=200)
+    text = path.read_text(encoding="utf-8")
+    for old, new in {
+        r"cosyvoice.llm.llm.TransformerLM": "cosyvoice.llm.monotonic.MonotonicLM",
+        r"    text_token_size: .*\n": EXTRA,
+        r"(?<=        static_chunk_size: )1": "0",  # the text encoder's comes first
+        r"use_cnn_module: False": "use_cnn_module: True\n        cnn_module_kernel: 7",
+        r"get_tokenizer: !name.*\n(    .*\n)+": LEXICON_YAML,
+        r"(?<=processor.tokenize\n)": "    spelled_share: 0.5\n",
+        r"scheduler: warmuplr\n( +)scheduler_conf:": r"scheduler: cosine\n\1scheduler_conf:\n\1\1total_steps: 20",
+    }.items():
+        text, count = re.subn(old, new, text, count=1)
+        assert count, old
+    path.write_text(text, encoding="utf-8")
+    (tmp_path / "lexicon.txt.gz").write_bytes(gzip.compress(b"a ax0\nthe dh ax0\n"))
+    return path
+
+
+def test_all_of_it_are_settings_of_the_recipes_yaml(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    data, folder = write_corpus(config.parent), config.parent / "llm"
+    paths = {"config": config, "train_data": data, "cv_data": data, "model_dir": folder, "tensorboard_dir": folder}
+    options = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
+    assert train.main(["--model", "llm", *options, "--max_epoch", "2"]) == 0
+    first, second = (yaml.safe_load((folder / f"epoch_{i}_whole.yaml").read_text())["loss_dict"] for i in range(2))
+    assert second["loss"] < first["loss"] and second.keys() == {"loss", "acc"}
+    llm = load_model_yaml(config, parts=("llm",))["llm"]
+    load_strict(llm, read_state_dict(folder / "epoch_1_whole.pt"), "epoch_1_whole.pt")
+    assert isinstance(llm, MonotonicLM) and llm.text_embedding.weight.size(0) == 311
+    export_jit.export(llm.text_encoder.eval(), folder / "text_encoder.zip")

@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosyvoice.transformer.attention import RelPositionMultiHeadedAttention, position_scores
+from cosyvoice.transformer.attention import position_scores
 from cosyvoice.transformer.convnext import ConvNeXtBlock
 from cosyvoice.transformer.convolution import ConvolutionModule
 from cosyvoice.transformer.embedding import relative_positions
 from cosyvoice.transformer.encoder import BaseEncoder, ConformerEncoder, TransformerEncoder
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.mask import subsequent_mask
 
 WIDTH, HEADS, KERNEL = 8, 2, 5
 LENGTHS = torch.tensor([11, 6])
@@ -118,36 +117,6 @@ def test_position_scores_meet_their_distance(causal: bool, queries: int) -> None
         for j in range(at + 1 if causal else keys):
             expected = query[0, 0, i] @ relative_positions(at - j, at - j, WIDTH)[0]
             torch.testing.assert_close(found[i, j], expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("chunk", [0, 1])
-@torch.no_grad()
-def test_weights_are_those_of_the_fused_path(chunk: int) -> None:
-    """Values of one head that name their frame turn the attention's output into its weights."""
-    torch.manual_seed(0)
-    frames_, width = 5, 10  # as many channels a head as frames
-    attention = RelPositionMultiHeadedAttention(HEADS, width, 0.0)
-    x = torch.randn(1, frames_, width)
-    mask = subsequent_mask(frames_).unsqueeze(0) if chunk else torch.tensor([[[True] * 4 + [False]]])
-    pos_emb = relative_positions(frames_ - 1, 1 - frames_, width).unsqueeze(0)
-    key = attention.split_heads(attention.linear_k(x))
-    value = torch.eye(frames_).expand(1, HEADS, frames_, frames_)
-    attention.linear_out = torch.nn.Identity()
-    positions = attention.split_heads(attention.linear_pos(pos_emb))
-    query = attention.linear_q(x)
-    fused = attention.attend(query, key, value, positions, mask).unflatten(-1, (HEADS, frames_))  # (1, T, H, T)
-    for head in range(HEADS):
-        torch.testing.assert_close(attention.weights(x, mask, pos_emb, head), fused[:, :, head])
-
-
-@torch.no_grad()
-def test_asking_for_weights_changes_no_output() -> None:
-    encoder, x = small(TransformerEncoder, static_chunk_size=1), frames()
-    output, weights = encoder.forward_with_weights(x, LENGTHS, layers=[1], head=1)
-    assert torch.equal(output, encoder(x, LENGTHS)[0])
-    assert [tuple(one.shape) for one in weights] == [(2, 11, 11)]
-    torch.testing.assert_close(weights[0].sum(dim=-1), torch.ones(2, 11))
-    assert (weights[0].triu(1) == 0).all() and (weights[0][1, :, LENGTHS[1] :] == 0).all()
 
 
 def test_a_convnext_block_without_condition_sees_five_frames_and_with_one_is_moved_by_it() -> None:

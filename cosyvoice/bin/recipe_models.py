@@ -89,7 +89,7 @@ class RecipeModel(pl.LightningModule):
 
 
 class SpeechModel(RecipeModel):
-    """Trains the llm or the flow by the `loss` that its `forward` gives, and by `loss_guide` where that is there.
+    """Trains the llm or the flow by the `loss` that its `forward` gives, and by `loss_aligner` where that is there.
 
     The two stay apart, so that the logged `loss` of training and of held-out clips mean the same.
     """
@@ -97,7 +97,7 @@ class SpeechModel(RecipeModel):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.part(batch, self.device)
         self.record({name: value.detach() for name, value in losses.items()}, len(batch["utts"]))
-        return losses["loss"] + losses.get("loss_guide", 0.0) + losses.get("loss_aligner", 0.0)
+        return losses["loss"] + losses.get("loss_aligner", 0.0)
 
     def validation_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         return self.part(batch, self.device)

@@ -1,14 +1,12 @@
 """The language model from text to speech tokens (CosyVoice, Du et al., 2024, section 3.2)."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosyvoice.llm.guided_attention import AttentionGuide
 from cosyvoice.transformer.decoding import MOST_CAPTURED_FRAMES, CapturedStepsPool, prepare_stack
 from cosyvoice.transformer.encoder import ConformerEncoder, TransformerEncoder
 from cosyvoice.transformer.label_smoothing_loss import LabelSmoothingLoss
@@ -25,11 +23,6 @@ class TransformerLM(nn.Module):
     """Predicts the speech tokens that follow: start, speaker, encoded text, task mark.
 
     Id `speech_token_size` ends the speech. The speaker vector is normalised before its projection.
-
-    Two settings help a small model that is trained from scratch. They act in training mode alone; few-shot training
-    keeps base models in evaluation mode and so never meets them. `input_corruption` is the share of input speech
-    tokens that are replaced by random ones, so that the model learns to go on after its own mistakes.
-    `guided_attention` holds the arguments of `AttentionGuide`.
 
     `takes` helps a model that loses its way now and then: of so many takes of a text the likeliest is spoken.
     """
@@ -50,20 +43,12 @@ class TransformerLM(nn.Module):
         length_normalized_loss: bool = True,
         lsm_weight: float = 0.0,
         spk_embed_dim: int = 192,
-        input_corruption: float = 0.0,
-        guided_attention: Mapping[str, Any] | None = None,
         takes: int = 1,
     ) -> None:
         super().__init__()
         if type(takes) is not int or takes < 1:
             raise InputError(f"takes is a whole number of at least 1, not {takes}")
         self.takes = takes
-        if not isinstance(input_corruption, int | float) or not 0 <= input_corruption < 1:
-            raise InputError(f"input_corruption is a share from 0 to below 1, not {input_corruption}")
-        self.input_corruption = input_corruption
-        self.guide = guided_attention and AttentionGuide.of(
-            guided_attention, len(llm.encoders), llm.encoders[0].self_attn.h
-        )
         self.speech_token_size = speech_token_size
         self.text_embedding = nn.Embedding(text_token_size, text_encoder_input_size)
         self.text_encoder = text_encoder
@@ -93,18 +78,17 @@ class TransformerLM(nn.Module):
         """Cross entropy and accuracy of the next speech token, teacher-forced.
 
         batch: `text_token` (B, T) with `text_token_len` (B,), `speech_token` (B, S) with `speech_token_len` (B,) and
-        `embedding` (B, 192). Returns `loss` (nats, mean over all speech and end tokens of the batch) and `acc`; in
-        training with guided attention also `loss_guide`, its term, which is to be added to `loss`.
+        `embedding` (B, 192). Returns `loss` (nats, mean over all speech and end tokens of the batch) and `acc`.
         """
-        scores, classes, _, extra = self.predictions(batch, device)
+        scores, classes, _ = self.predictions(batch, device)
         loss = self.criterion_ce(scores.unsqueeze(0), classes.unsqueeze(0))
         if not self.criterion_ce.normalize_length:
             loss = loss / len(batch["text_token"])
-        return {"loss": loss, "acc": th_accuracy(scores, classes.unsqueeze(0), IGNORE_ID), **extra}
+        return {"loss": loss, "acc": th_accuracy(scores, classes.unsqueeze(0), IGNORE_ID)}
 
     def clip_losses(self, batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         """What `forward` would give as the loss of each clip alone, (B,), and the accuracy over all of them."""
-        scores, classes, clips, _ = self.predictions(batch, device)
+        scores, classes, clips = self.predictions(batch, device)
         losses = self.clip_sums(self.criterion_ce.each(scores, classes), clips, len(batch["text_token"]))
         return losses, th_accuracy(scores, classes.unsqueeze(0), IGNORE_ID)
 
@@ -113,34 +97,17 @@ class TransformerLM(nn.Module):
         losses = token_losses.new_zeros(count).index_add(0, clips, token_losses)
         return losses / clips.bincount() if self.criterion_ce.normalize_length else losses
 
-    def predictions(
-        self, batch: dict[str, Tensor], device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Of all N speech and end tokens: scores (N, V), the tokens (N,), their items of the batch (N,).
-
-        The last is empty, or holds `loss_guide`; see `forward`, also for the batch.
-        """
+    def predictions(self, batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all N speech and end tokens: scores (N, V), the tokens (N,), their items of the batch (N,)."""
         text, text_lengths = batch["text_token"].to(device), batch["text_token_len"].to(device)
         speech, speech_lengths = batch["speech_token"].to(device), batch["speech_token_len"].to(device)
         text_embeddings = self.encode(text, text_lengths)
         speaker = self.project_speaker(batch["embedding"].to(device))
-        heard = self.corrupted(speech) if self.training and self.input_corruption else speech
-        lm_input, lm_lengths = self.join(text_embeddings, text_lengths, speaker, heard, speech_lengths)
+        lm_input, lm_lengths = self.join(text_embeddings, text_lengths, speaker, speech, speech_lengths)
         target = self.targets(text_lengths, speech, speech_lengths)
-        extra = {}
-        if self.training and self.guide:
-            lm_output, weights = self.llm.forward_with_weights(lm_input, lm_lengths, self.guide.layers, self.guide.head)
-            place = batch["text_place"].to(device) if "text_place" in batch else None
-            extra["loss_guide"] = self.guide.loss(weights, text_lengths, speech_lengths + 1, place)
-        else:
-            lm_output, _ = self.llm(lm_input, lm_lengths)
+        lm_output, _ = self.llm(lm_input, lm_lengths)
         counted = target != IGNORE_ID  # the head is applied only where a token is asked
-        return self.llm_decoder(lm_output[counted]).float(), target[counted], counted.nonzero()[:, 0], extra
-
-    def corrupted(self, speech: Tensor) -> Tensor:
-        """(B, S) ids, the share `input_corruption` of them drawn anew."""
-        replaced = torch.rand(speech.shape, device=speech.device) < self.input_corruption
-        return torch.where(replaced, torch.randint_like(speech, self.speech_token_size), speech)
+        return self.llm_decoder(lm_output[counted]).float(), target[counted], counted.nonzero()[:, 0]
 
     def join(
         self, text: Tensor, text_lengths: Tensor, speaker: Tensor, speech: Tensor, speech_lengths: Tensor

@@ -91,6 +91,11 @@ class MonotonicLM(TransformerLM):
         accuracy = th_accuracy(scores, target.unsqueeze(0), IGNORE_ID)
         return losses, asked.nonzero()[:, 0], accuracy, extra
 
+    def corrupted(self, speech: Tensor) -> Tensor:
+        """(B, S) ids, the share `input_corruption` of them drawn anew."""
+        replaced = torch.rand(speech.shape, device=speech.device) < self.input_corruption
+        return torch.where(replaced, torch.randint_like(speech, self.speech_token_size), speech)
+
     def start(self, embedding: Tensor) -> Tensor:
         """What stands in for the token before the first, (B, 1, C). embedding: (B, 192), or (0, 192) for no speaker."""
         sos = self.llm_embedding.weight[self.SOS].view(1, 1, -1)

@@ -93,15 +93,6 @@ class RelPositionMultiHeadedAttention(nn.Module):
         positions = self.split_heads(self.linear_pos(pos_emb))
         return self.attend(query, self.split_heads(key), self.split_heads(value), positions, mask)
 
-    def weights(self, x: Tensor, mask: Tensor, pos_emb: Tensor, head: int) -> Tensor:
-        """The attention probabilities of one head in `forward`, (B, T, T), which the fused path does not show."""
-        query, key = (self.split_heads(linear(x))[:, head : head + 1] for linear in (self.linear_q, self.linear_k))
-        positions = self.split_heads(self.linear_pos(pos_emb))[:, head : head + 1]
-        content = (query + self.pos_bias_u[head]) @ key.transpose(-2, -1)  # (B, 1, T, T)
-        position = position_scores(query + self.pos_bias_v[head], positions, x.size(1))
-        scores = (content + position).squeeze(1) * self.d_k**-0.5
-        return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-
     def step(self, x: Tensor, mask: Tensor | None, cache: AttentionCache) -> Tensor:
         """Attend from N new frames to all frames so far, and remember them in `cache`.
 

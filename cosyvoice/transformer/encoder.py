@@ -1,7 +1,7 @@
 """The attention stacks behind the text encoder, the language model and the flow's token encoder."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -117,29 +117,13 @@ class BaseEncoder(nn.Module):
         xs: (B, T, input_size). xs_lens: (B,). The chunk arguments belong to the public signature; with a static chunk
         size they change nothing. Returns the output (B, T, output_size) and the mask of valid frames (B, 1, T).
         """
-        x, valid, mask, pos_emb = self.prepared(xs, xs_lens)
-        for layer in self.encoders:
-            x = layer(x, mask, pos_emb)
-        return self.after_norm(x), valid
-
-    def forward_with_weights(
-        self, xs: Tensor, xs_lens: Tensor, layers: Collection[int], head: int
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The output of `forward`, and how one head attends in some of the blocks, counted from 0: (B, T, T) each."""
-        x, _, mask, pos_emb = self.prepared(xs, xs_lens)
-        weights = []
-        for number, layer in enumerate(self.encoders):
-            if number in layers:
-                weights.append(layer.attention_weights(x, mask, pos_emb, head))
-            x = layer(x, mask, pos_emb)
-        return self.after_norm(x), weights
-
-    def prepared(self, xs: Tensor, xs_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the blocks need: the embedded frames (B, T, C), valid frames (B, 1, T), the mask, the distances."""
         valid = ~make_pad_mask(xs_lens, xs.size(1)).unsqueeze(1)
         mask = add_optional_chunk_mask(xs, valid, False, False, 0, self.static_chunk_size, -1)
         x = self.embed(xs)
-        return x, valid, mask, self.pos_dropout(self.positions(x))
+        pos_emb = self.pos_dropout(self.positions(x))
+        for layer in self.encoders:
+            x = layer(x, mask, pos_emb)
+        return self.after_norm(x), valid
 
     def positions(self, x: Tensor) -> Tensor:
         """The distances that may occur in x (B, T, C), as (1, W, C): none below 0 where the stack is causal."""

@@ -59,10 +59,6 @@ class EncoderLayer(nn.Module):
         x = x + self.dropout(self.conv_module(self.norm_conv(x), mask))
         return self.norm_final(self.feed(x))
 
-    def attention_weights(self, x: Tensor, mask: Tensor, pos_emb: Tensor, head: int) -> Tensor:
-        """How one head of this block attends, (B, T, T); arguments as in `forward`."""
-        return self.self_attn.weights(self.normed(x, 0), mask, pos_emb, head)
-
     def step(self, x: Tensor, mask: Tensor | None, cache: AttentionCache) -> Tensor:
         """The same for N new frames (1, N, C) of a growing sequence; see `RelPositionMultiHeadedAttention.step`.
 

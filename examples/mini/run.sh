@@ -72,7 +72,7 @@ if asks_for 0; then
     make_corpus speakers --variants 7 --utterances 40 --dev_utterances 1 --seed $((seed + 2))
     make_corpus mixes --voices "${mixtures[@]}" --sentences wordnet --utterances 14 --dev_utterances 1 --seed $((seed + 1))
     make_corpus voices --voices "${base_voices[@]}" --sentences both --utterances 260 --dev_utterances 8 --seed "$seed"
-    make_corpus texts --voices "${reading_voices[@]}" --sentences both --utterances 3600 --dev_utterances 10 --seed $((seed + 3))
+    make_corpus texts --voices "${reading_voices[@]}" --sentences both --utterances 2000 --dev_utterances 10 --seed $((seed + 3))
 fi
 
 if asks_for 1; then
