@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosyvoice.utils.command import Draws, check_least
+from cosyvoice.utils.command import check_least
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
 from utils import limit_threads, pick_device
@@ -58,6 +58,8 @@ class ReadyVoice:
         else is spoken changes them not; but in int8 pieces that are written at once are rounded alike.
         """
         import torch
+
+        from cosyvoice.utils.draws import Draws
 
         jobs = [(line, number, piece) for line in lines for number, piece in enumerate(self.cosyvoice.split(line.text))]
         rate_hz, spoken = self.cosyvoice.sample_rate, []

@@ -13,7 +13,8 @@ from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.transformer.decoding import LEAST_CAPTURED_FRAMES, MOST_CAPTURED_FRAMES, CapturedSteps, CapturedStepsPool
 from cosyvoice.transformer.precision import LINEARS, MANY_FRAMES, check_precision, fastest_precision
-from cosyvoice.utils.command import Draws, seed_all
+from cosyvoice.utils.command import seed_all
+from cosyvoice.utils.draws import Draws
 from cosyvoice.utils.errors import InputError
 
 CPU = torch.device("cpu")

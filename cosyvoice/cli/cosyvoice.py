@@ -10,7 +10,7 @@ from torch import Tensor
 from cosyvoice.cli.frontend import FRONTEND_PARTS, CosyVoiceFrontEnd, Prompt
 from cosyvoice.cli.model import CosyVoiceModel, Weights, check_speed
 from cosyvoice.utils.checkpoint import NoRandomInit
-from cosyvoice.utils.command import Draws
+from cosyvoice.utils.draws import Draws
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 from cosyvoice.utils.frames import TOKEN_RATE_HZ

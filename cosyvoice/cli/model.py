@@ -16,8 +16,8 @@ from cosyvoice.hifigan.generator import HiFTGenerator
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.transformer.precision import check_precision
 from cosyvoice.utils.checkpoint import load_strict, read_state_dict
-from cosyvoice.utils.command import Draws
 from cosyvoice.utils.device import fastest_device
+from cosyvoice.utils.draws import Draws
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import MEL_HOP_SAMPLES, OVERLAP_TOKENS, mel_frames
 

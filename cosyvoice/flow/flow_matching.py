@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cosyvoice.transformer.precision import Convert
+from cosyvoice.utils.draws import generator
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import OVERLAP_TOKENS, mel_frames
 from matcha.models.components.flow_matching import cosine_time_grid, integrate_euler, optimal_transport_path
@@ -119,7 +120,7 @@ class ConditionalCFM(nn.Module):
         Drawn on the CPU: a seed gives the same speech on every device, and a GPU's generator stays out of the way of a
         graph that another thread captures.
         """
-        return torch.randn(like.shape).to(like.device)
+        return torch.randn(like.shape, generator=generator()).to(like.device)
 
     @torch.inference_mode()
     def forward(

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from cosyvoice.utils.draws import generator
+
 
 class SineGen(nn.Module):
     """Sines at the multiples 1..harmonics of the pitch, with weak noise; noise alone where there is no voice.
@@ -38,9 +40,9 @@ class SineGen(nn.Module):
         `flow_matching.py`.
         """
         batch, _, samples = f0.shape
-        phase = (torch.rand(batch, self.harmonics, 1) * 2 - 1) * math.pi
-        noise = torch.randn(batch, self.harmonics, samples)
-        torch.randn(batch, samples, 1)  # upstream's unused branch: advances the generator
+        phase = (torch.rand(batch, self.harmonics, 1, generator=generator()) * 2 - 1) * math.pi
+        noise = torch.randn(batch, self.harmonics, samples, generator=generator())
+        torch.randn(batch, samples, 1, generator=generator())  # upstream's unused branch: advances the generator
         return phase.to(f0.device), noise.to(f0.device)
 
     @torch.no_grad()

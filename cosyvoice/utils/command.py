@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from cosyvoice.utils.errors import DISK_TROUBLE, NO_PERMISSION, InputError, is_memory_trouble
 
@@ -48,6 +47,13 @@ def check_least(option: str, number: int, least: int = 1) -> None:
         raise InputError(f"{option} {number}: at least {least} is needed")
 
 
+def one_seed(*numbers: int) -> int:
+    """A seed that follows from all the numbers."""
+    import numpy as np
+
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def seed_all(*numbers: int) -> None:
     """Seed Python's, numpy's and torch's generators from a tuple, so that any step's draws can be made again."""
     import random
@@ -55,31 +61,7 @@ def seed_all(*numbers: int) -> None:
     import numpy as np
     import torch
 
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    seed = one_seed(*numbers)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-class Draws:
-    """A sequence of random draws of its own: what is drawn inside `with draws:`, however often it is entered.
-
-    So sentences that are spoken side by side draw what each would have drawn alone.
-    """
-
-    def __init__(self, *seed: int) -> None:
-        self.seed = seed
-        self.state: Any = None  # of torch's generator on the CPU: speaking draws nothing elsewhere
-
-    def __enter__(self) -> None:
-        import torch
-
-        if self.state is None:
-            seed_all(*self.seed)
-        else:
-            torch.set_rng_state(self.state)
-
-    def __exit__(self, *_error: object) -> None:
-        import torch
-
-        self.state = torch.get_rng_state()

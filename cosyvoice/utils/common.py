@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cosyvoice.utils.draws import generator
+
 IGNORE_ID = -1  # a target that no loss and no accuracy counts
 
 
@@ -73,9 +75,9 @@ def nucleus_candidates(weighted_scores: Tensor, top_p: float, top_k: int) -> tup
 def nucleus_sampling(weighted_scores: Tensor, top_p: float = 0.8, top_k: int = 25) -> int:
     """One draw among `nucleus_candidates` (Holtzman et al., 2020, section 3.1). weighted_scores: (V,)."""
     probabilities, ids = nucleus_candidates(weighted_scores, top_p, top_k)
-    return int(ids[probabilities.multinomial(1, replacement=True)])
+    return int(ids[probabilities.multinomial(1, replacement=True, generator=generator())])
 
 
 def random_sampling(weighted_scores: Tensor, decoded_tokens: Sequence[int], sampling: int) -> int:
     """One draw from the whole distribution. weighted_scores: (V,); the other two are the samplers' common signature."""
-    return int(weighted_scores.softmax(dim=0).multinomial(1, replacement=True))
+    return int(weighted_scores.softmax(dim=0).multinomial(1, replacement=True, generator=generator()))

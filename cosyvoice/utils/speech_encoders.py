@@ -123,6 +123,4 @@ def check_prompt(wav_16k: Tensor) -> None:
         raise InputError(f"prompt audio must have the shape (1, samples), not {tuple(wav_16k.shape)}")
     seconds = wav_16k.shape[1] / PROMPT_RATE_HZ
     if not MIN_SECONDS <= seconds <= MAX_PROMPT_SECONDS:
-        raise InputError(
-            f"prompt audio of {seconds:.2f} s; it may have {MIN_SECONDS} to {MAX_PROMPT_SECONDS} seconds"
-        )
+        raise InputError(f"prompt audio of {seconds:.2f} s; it may have {MIN_SECONDS} to {MAX_PROMPT_SECONDS} seconds")
