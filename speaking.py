@@ -4,6 +4,7 @@ Nothing here imports torch before it is needed, so that the scripts which use it
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -122,23 +123,26 @@ def add_voice(parser: argparse.ArgumentParser) -> None:
 
 
 def read_lines(text: str | None, text_file: Path | None, output: Path) -> list[Line]:
-    """What to speak and where to. Raises InputError unless every line that is not blank has something to speak."""
+    """What to speak and where to; lines of a file without words are left out, and said to be.
+
+    Raises InputError where nothing is left, or the wav cannot be written there.
+    """
+    if output.is_dir():
+        raise InputError(f"--output {output} is a folder; give a file, {output / 'result.wav'} for one")
     if output.suffix.lower() != ".wav":
         raise InputError(f"--output {output} is not a .wav file; only wav is written")
     if text_file is None:
-        lines = [Line(1, text, output)]
-    else:
-        lines = [
-            Line(number, line, output.with_stem(f"{output.stem}_{number:03d}"))
-            for number, line in enumerate(read_text(text_file).split("\n"), start=1)
-            if line.strip()
-        ]
+        if not has_words(text):
+            raise InputError(f"--text has nothing to speak: {text!r}; give it words or numbers")
+        return [Line(1, text, output)]
+    lines = []
+    for number, line in enumerate(read_text(text_file).split("\n"), start=1):
+        if has_words(line):
+            lines.append(Line(number, line, output.with_stem(f"{output.stem}_{number:03d}")))
+        elif line.strip():
+            print(f"left out: line {number} of {text_file} has nothing to speak: {line.strip()!r}", file=sys.stderr)
     if not lines:
-        raise InputError(f"{text_file} is empty; write one sentence or paragraph a line")
-    for line in lines:
-        if not has_words(line.text):
-            place = f"line {line.number} of {text_file}" if text_file else "--text"
-            raise InputError(f"{place} has nothing to speak: {line.text!r}; give it words or numbers")
+        raise InputError(f"{text_file} has nothing to speak; write one sentence or paragraph a line")
     return lines
 
 
@@ -156,6 +160,9 @@ def choose_voice(args: argparse.Namespace, model_dir: Path) -> Voice:
     from voice import base_fingerprints, check_base, newest_voice, read_run
 
     weights = {part: getattr(args, part) for part in PARTS if getattr(args, part)}
+    for part, path in weights.items():
+        if not path.is_file():
+            raise InputError(f"--{part} {path} does not exist")
     if args.adapter:
         adapters = read_run(args.adapter)
         if doubled := weights.keys() & set(adapters.parts):

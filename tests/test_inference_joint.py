@@ -20,7 +20,7 @@ from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import SAMPLE_RATE_HZ
 from llm_flow_model import JointModel
 from lora import adapters
-from speaking import write_wav
+from speaking import read_lines, write_wav
 from utils import limit_threads, pick_device
 from voice import base_fingerprints, last_checkpoint, merge_run, merged_path, read_run
 
@@ -212,7 +212,7 @@ def test_speed_shortens(speaker: Speaker) -> None:
         (["--text", TEXT, "--speaker", "nobody"], "nobody.*anna"),
         (["--text", TEXT, "--batch-size", "0"], "--batch-size 0: at least 1"),
         (["--text", TEXT, "--embedding", "nowhere.pt"], "nowhere.pt"),
-        (["--text", TEXT, "--llm", "nowhere.pt"], "nowhere.pt"),
+        (["--text", TEXT, "--llm", "nowhere.pt"], "--llm nowhere.pt does not exist"),
         (["--text", TEXT, "--adapter", "nowhere.ckpt"], "nowhere.ckpt"),
         (["--text", TEXT, "--model-dir", "nowhere"], "nowhere"),
         (["--text", TEXT, "--output-dir", "nowhere"], "no trained voice"),
@@ -223,6 +223,24 @@ def test_bad_input(speaker: Speaker, options: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         speaker.run(*options)
     assert not speaker.wav.exists()
+
+
+def test_an_output_that_is_a_folder_is_refused_before_speaking(speaker: Speaker, tmp_path: Path) -> None:
+    folder = tmp_path / "voice.wav"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"voice.wav is a folder; give a file, .*voice.wav/result.wav"):
+        speaker.run("--text", TEXT, "--output", str(folder))
+
+
+def test_lines_without_words_are_left_out_and_said_to_be(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text("One.\n---\n\nTwo.\n", encoding="utf-8")
+    lines = read_lines(None, path, tmp_path / "out.wav")
+    assert [(line.number, line.text) for line in lines] == [(1, "One."), (4, "Two.")]
+    assert capsys.readouterr().err == f"left out: line 2 of {path} has nothing to speak: '---'\n"
+    path.write_text("---\n", encoding="utf-8")
+    with pytest.raises(InputError, match="has nothing to speak; write one"):
+        read_lines(None, path, tmp_path / "out.wav")
 
 
 @pytest.mark.parametrize(
