@@ -62,10 +62,17 @@ JOINT_TRAINING_CONFIG: dict[str, Any] = {
 # What a base model needs otherwise, by the name of its folder.
 MODEL_SETTINGS: dict[str, dict[str, Any]] = {
     MINI_NAME: {
-        # the more its LLM learns from a few clips, the worse it reads: one gentle epoch
+        # a gentle course for its LLM, whose loss counts the steps through the text too
         "llm_lora": {"lora_alpha": 0.5},
         "llm_loss_threshold": 2.9,
-        "flow_lora": {"lora_r": 32, "lora_alpha": 64},
+        "flow_lora": {
+            "lora_r": 32,
+            "lora_alpha": 64,
+            "target_modules": [
+                "linear_q", "linear_k", "linear_v", "linear_out", "w_1", "w_2", "pointwise.0", "pointwise.2",
+            ],
+        },
+        "flow_loss_threshold": 0.05,
         "learning_rate": 4e-3,
         "batch_size": 4,
         "accumulate_grad_batches": 1,

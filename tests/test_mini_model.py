@@ -21,7 +21,7 @@ from tools.kaldi_folder import write_table
 
 SHIPPED = PROJECT_DIR / "pretrained_models" / MINI_NAME
 RECIPE = PROJECT_DIR / "examples" / "mini"
-LARGEST_BYTES = 25_000_000
+LARGEST_BYTES = 40_000_000
 SENTENCE = "The old man walks to the market."
 
 
@@ -31,7 +31,6 @@ def test_the_shipped_folder_is_whole_and_has_the_card_beside_the_recipe() -> Non
     assert (SHIPPED / "README.md").read_bytes() == (RECIPE / "model_card.md").read_bytes()
 
 
-@pytest.mark.xfail(strict=True, reason="the shipped folder is of an earlier recipe, as docs/mini.md says")
 def test_the_shipped_folder_is_of_the_recipe_beside_it() -> None:
     assert (SHIPPED / "cosyvoice.yaml").read_bytes() == (RECIPE / "cosyvoice.yaml").read_bytes()
 
@@ -55,9 +54,9 @@ def test_its_attention_stacks_are_exported(tmp_path: Path) -> None:
 
 def test_the_shipped_model_speaks_a_sentence_of_the_right_length() -> None:
     cosyvoice = CosyVoice(str(SHIPPED))
-    assert cosyvoice.list_available_spks() == ["slt", "awb", "kal16", "ked"]
+    assert cosyvoice.list_available_spks() == ["alpha", "gongitsune", "nezumi", "kumo"]
     torch.manual_seed(0)
-    (piece,) = cosyvoice.inference_sft(SENTENCE, "slt")
+    (piece,) = cosyvoice.inference_sft(SENTENCE, "alpha")
     seconds = piece["tts_speech"].size(1) / cosyvoice.sample_rate
     assert 1 < seconds < 4 and 0.01 < piece["tts_speech"].std() < 0.5
 

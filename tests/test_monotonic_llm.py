@@ -123,6 +123,14 @@ def test_texts_side_by_side_and_alone_get_the_same_tokens(trained: MonotonicLM) 
         assert list(trained.inference(text, length, NONE, none, NONE, none, torch.zeros(1, 192))) == tokens
 
 
+def test_a_text_that_it_cannot_read_ends(trained: MonotonicLM) -> None:
+    stuck = small()
+    stuck.load_state_dict(trained.state_dict())
+    stuck.step.bias.data[0] += 100.0  # no unit is ever over
+    text = torch.arange(UNITS).repeat(5).unsqueeze(0)
+    assert len(stuck.best_take(text, NONE, NONE, torch.zeros(1, 192))) == 6 * 5 * UNITS + 25
+
+
 def test_a_prompt_is_aligned_and_not_said_again(trained: MonotonicLM) -> None:
     (prompt_text, prompt_tokens, _), (text, tokens, _) = sentences(2, seed=9)
     found = trained.best_take(

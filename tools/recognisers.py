@@ -25,7 +25,7 @@ WHISPER_PARTS = tuple(
 )
 WHISPER_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"  # of the joined parts
 WHISPER_MELS = 80
-WHISPER_BEAMS = 5
+WHISPER_BEAMS = 1  # a search among several hears half-said words better than people do
 WINDOW_SAMPLES = MAX_PROMPT_SECONDS * PROMPT_RATE_HZ
 
 

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.llm.aligner import Aligner
-from cosyvoice.llm.llm import TransformerLM
+from cosyvoice.llm.llm import MAX_TOKEN_TEXT_RATIO, MIN_TOKEN_TEXT_RATIO, TransformerLM
 from cosyvoice.utils.common import IGNORE_ID, pad_list, th_accuracy
 from cosyvoice.utils.errors import InputError
 
+MOST_TOKENS_PER_UNIT, MOST_BESIDE = 6, 25  # twice what is usual; a word that no one can read ends there
 LARGEST_STEP = 7  # text units that are passed within one token, at most
 
 
@@ -106,6 +107,12 @@ class MonotonicLM(TransformerLM):
         return self.step(lm_output + self.speech_embedding(tokens)).float()
 
     # Decoding
+
+    def bounds(
+        self, text: Tensor, min_ratio: float = MIN_TOKEN_TEXT_RATIO, max_ratio: float = MAX_TOKEN_TEXT_RATIO
+    ) -> tuple[int, int]:
+        least, most = super().bounds(text, min_ratio, max_ratio)
+        return least, min(most, MOST_TOKENS_PER_UNIT * text.size(1) + MOST_BESIDE)
 
     def inference_prefix(
         self, text: Tensor, prompt_text: Tensor, prompt_speech_token: Tensor, embedding: Tensor
