@@ -96,11 +96,12 @@ def compare(outcomes: Sequence[Outcome]) -> None:
     usual = median(outcome.characters_per_second for outcome in kept)
     vectors = torch.tensor([outcome.row["utt_embedding"][0].as_py() for outcome in kept])  # (clips, 192)
     likeness = (vectors @ vectors.T).fill_diagonal_(0).sum(dim=1) / (len(kept) - 1)
+    one_voice = likeness.median() > ALIKE
     for outcome, alike in zip(kept, likeness.tolist(), strict=True):
         pace = outcome.characters_per_second
         if not usual / ODD_PACE <= pace <= usual * ODD_PACE:
             outcome.warnings.append(f"{pace:.0f} characters a second, the others about {usual:.0f}: the right text?")
-        if alike < ALIKE / 2 and likeness.median() > ALIKE:
+        if one_voice and alike < ALIKE / 2:
             outcome.warnings.append("it sounds like another voice")
 
 

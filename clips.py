@@ -23,7 +23,6 @@ from utils import decode_text, is_unicode
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # the first of a name counts
 AUDIO_KINDS = " ".join(AUDIO_SUFFIXES)
 TEXT_SUFFIXES = (".txt", ".normalized.txt")  # where both are there, the second counts
-EDGE_SECONDS = 0.2  # of pause that stay before and after speech
 ROW_VERSION = "2"  # raise it when rows are made differently, so that old ones are made anew
 
 
@@ -73,7 +72,7 @@ class ClipMaker:
     """
 
     def __init__(
-        self, model_dir: Path, device: str, known: dict[str, pa.Table], edge_seconds: float | None = EDGE_SECONDS
+        self, model_dir: Path, device: str, known: dict[str, pa.Table], edge_seconds: float | None = None
     ) -> None:
         parts = load_model_yaml(model_dir / "cosyvoice.yaml", parts=FRONTEND_PARTS)
         self.sample_rate = parts["sample_rate"]

@@ -234,16 +234,14 @@ def merge_run(run: Run, model_dir: Path, output_dir: Path, targets: dict[str, Pa
     `use_best` takes every part's best epoch, otherwise the weights as the checkpoint holds them. Returns the files.
     """
     run.check_base(base_fingerprints(model_dir), model_dir)
-    epochs = {}
-    # renamed all at the end, so that a merge that is stopped mixes no old part with a new one
-    with alone_in(output_dir, "merge_joint_weights.py"), ExitStack() as renaming:
-        speakers = stored_speakers(output_dir, model_dir)
-        for part, target in targets.items():
-            base = read_state_dict(model_dir / f"{part}.pt")
-            adapters = run.best(part) if use_best else run.adapters[part]
-            save_tensors(merged(base, adapters, run.scale(part)), renaming.enter_context(atomic_write(target)))
-            progress = run.state["progress"][part]
-            epochs[part] = progress["best_epoch"] if use_best else len(progress["history"])
-        renaming.close()
+    with alone_in(output_dir, "merge_joint_weights.py"):
+        speakers, epochs = stored_speakers(output_dir, model_dir), {}
+        with ExitStack() as renaming:  # all at the end, so that a stopped merge mixes no old part with a new one
+            for part, target in targets.items():
+                base = read_state_dict(model_dir / f"{part}.pt")
+                adapters = run.best(part) if use_best else run.adapters[part]
+                save_tensors(merged(base, adapters, run.scale(part)), renaming.enter_context(atomic_write(target)))
+                progress = run.state["progress"][part]
+                epochs[part] = progress["best_epoch"] if use_best else len(progress["history"])
         speaker = write_speaker(run, speakers, output_dir)
         return [*targets.values(), speaker, write_sidecar(run, targets, epochs, output_dir)]

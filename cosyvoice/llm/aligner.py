@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosyvoice.utils.mask import make_pad_mask
+
 SKIPPED = 2.0  # nats that passing over a unit costs: blanks are never said, a comma not always
 MOST_SKIPPED = 3  # units at once
 
@@ -19,14 +21,14 @@ class Aligner(nn.Module):
 
     def log_probabilities(self, speech: Tensor, lengths: Tensor) -> Tensor:
         """Of each unit at each token, (B, S, V). speech: (B, S) ids; lengths: (B,)."""
-        inside = torch.arange(speech.size(1), device=speech.device) < lengths.to(speech.device).unsqueeze(1)
+        inside = ~make_pad_mask(lengths.to(speech.device), speech.size(1))
         embedded = self.embedding(speech) * inside.unsqueeze(2)
         return self.units(F.gelu(self.context(embedded.transpose(1, 2))).transpose(1, 2)).float().log_softmax(dim=-1)
 
     def loss(self, speech: Tensor, lengths: Tensor, units: Tensor) -> Tensor:
         """Cross entropy in nats a token, 0-d. units: (B, S), what each token says."""
         log_p = self.log_probabilities(speech, lengths)
-        inside = torch.arange(speech.size(1), device=speech.device) < lengths.unsqueeze(1)
+        inside = ~make_pad_mask(lengths, speech.size(1))
         return F.nll_loss(log_p[inside], units[inside].long())
 
     @torch.no_grad()

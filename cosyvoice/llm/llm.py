@@ -93,7 +93,7 @@ class TransformerLM(nn.Module):
         return losses, th_accuracy(scores, classes.unsqueeze(0), IGNORE_ID)
 
     def clip_sums(self, token_losses: Tensor, clips: Tensor, count: int) -> Tensor:
-        """The loss of each clip, (count,), where `forward` counts clips; else their means over the clip's tokens."""
+        """The loss of each of `count` clips: the mean of its tokens' losses, or the sum where `forward` sums."""
         losses = token_losses.new_zeros(count).index_add(0, clips, token_losses)
         return losses / clips.bincount() if self.criterion_ce.normalize_length else losses
 

@@ -11,6 +11,7 @@ from cosyvoice.llm.aligner import Aligner
 from cosyvoice.llm.llm import MAX_TOKEN_TEXT_RATIO, MIN_TOKEN_TEXT_RATIO, TransformerLM
 from cosyvoice.utils.common import IGNORE_ID, pad_list, th_accuracy
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.mask import make_pad_mask
 
 MOST_TOKENS_PER_UNIT, MOST_BESIDE = 6, 25  # twice what is usual; a word that no one can read ends there
 LARGEST_STEP = 7  # text units that are passed within one token, at most
@@ -53,7 +54,7 @@ class MonotonicLM(TransformerLM):
 
         In training mode with known places also `loss_aligner`, the aligner's own, which is to be added.
         """
-        losses, clips, accuracy, extra = self.token_losses(batch, device)
+        losses, _, accuracy, extra = self.token_losses(batch, device)
         divisor = len(losses) if self.criterion_ce.normalize_length else len(batch["text_token"])
         return {"loss": losses.sum() / divisor, "acc": accuracy, **extra}
 
@@ -77,14 +78,13 @@ class MonotonicLM(TransformerLM):
         said = torch.cat((self.start(batch["embedding"].to(device)), self.speech_embedding(heard)), dim=1)
         lm_output, _ = self.llm(said + units_at(self.encode(text, text_lengths), place), lengths + 1)
 
-        number = torch.arange(place.size(1), device=device)
-        asked = number <= lengths.unsqueeze(1)
-        target = F.pad(speech, (0, 1)).where(number < lengths.unsqueeze(1), self.speech_token_size)[asked]
-        scores = self.llm_decoder(lm_output[asked]).float()
+        spoken, asked = (~make_pad_mask(count, place.size(1)) for count in (lengths, lengths + 1))
+        target = F.pad(speech, (0, 1)).where(spoken, self.speech_token_size)[asked]
+        lm_output, goes_on = lm_output[asked], spoken[asked]  # (N, C), (N,)
+        scores = self.llm_decoder(lm_output).float()
         losses = self.criterion_ce.each(scores, target)
-        goes_on = target != self.speech_token_size
-        steps = place.diff(dim=1, append=place[:, -1:]).clamp(0, LARGEST_STEP)[asked][goes_on]
-        step_scores = self.step_scores(lm_output[asked][goes_on], target[goes_on])
+        steps = place.diff(dim=1)[spoken[:, :-1]].clamp(0, LARGEST_STEP)
+        step_scores = self.step_scores(lm_output[goes_on], target[goes_on])
         losses = losses.index_add(0, goes_on.nonzero()[:, 0], F.cross_entropy(step_scores, steps, reduction="none"))
         extra = {}
         if self.training and "text_place" in batch:

@@ -8,6 +8,8 @@ import re
 import unicodedata
 from collections.abc import Callable
 
+from cosyvoice.utils.frontend_utils import MOST_NAMED_DIGITS
+
 Speller = Callable[[str], str]  # the digits of a whole number, in words
 
 # Signs that people type as others, and marks that are never spoken
@@ -45,7 +47,7 @@ PHONE = re.compile(
 )
 METERS = re.compile(rf"(?<![\w.])({NUMBER}(?:\.\d+)?)\s?m\b(?!\.\w)(?!²|³|\s*/)")
 VERSION = re.compile(r"\b(v?)(\d+(?:\.\d{1,3}){2}|(?<=v)\d+\.\d+)(?!\.?\d)", re.IGNORECASE)
-LONG = re.compile(r"\d{37,}")  # numbers without a name
+LONG = re.compile(rf"\d{{{MOST_NAMED_DIGITS + 1},}}")  # numbers without a name
 GROUPED = re.compile(r"(?<![\w.,])(\d{1,3}(?:,\d{3})+)(?![\d,]*\d)")
 PAIR = re.compile(r"(?<![\d/])(24/7|50/50|9/11)(?![\d/])")
 NUMERO = re.compile(r"\b[Nn]os?\.\s?(?=\d)|#(?=\d)")
