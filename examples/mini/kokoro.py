@@ -33,7 +33,8 @@ TIMBRE = 128  # numbers of a style that tell the timbre; the others tell the pro
 BEYOND = 1.3  # factor on the distance of a mixed timbre from the mean one
 CONCENTRATION = 0.6  # of the Dirichlet distribution of the styles' shares; below 1, one or two of them prevail
 SPEED = 1.1
-LEAD_SECONDS, TAIL_SECONDS = 0.1, 0.2  # silence that is kept
+LATE_SECONDS = 0.06  # that the durations place a phone behind its sound: so shifted, they tell the loudness best
+LEAD_SECONDS, TAIL_SECONDS = 0.04, 0.2  # silence that is kept
 AUDIBLE = 0.01  # of full scale
 MAX_SYMBOLS = 400
 PUNCTUATION = ",.?!;:"
@@ -77,13 +78,14 @@ class Kokoro(Voice):
             samples, frames = session.run(None, inputs)
             phones = phone_ends(sounds, frames.ravel() / FRAME_RATE_HZ)
             samples = samples.ravel()
-            start = max(phones[0][0] - LEAD_SECONDS, 0)  # the first is the silence before the speech
+            start = max(phones[0][0] - LATE_SECONDS - LEAD_SECONDS, 0)  # the first is the silence before the speech
             sounding = np.flatnonzero(np.abs(samples) > AUDIBLE)
             if not len(sounding):
                 continue
             end = min(sounding[-1] / SAMPLE_RATE_HZ, phones[-2][0])  # the last phone's length has the silence behind it
             stop = min(end + TAIL_SECONDS, len(samples) / SAMPLE_RATE_HZ)
-            phones = [(min(at, end), phone) for at, phone in phones[:-1]] + [(stop, "pau")]
+            before = [(min(max(at - LATE_SECONDS, start), end), phone) for at, phone in phones[:-2]]
+            phones = [*before, (end, phones[-2][1]), (stop, "pau")]
             kept = samples[round(start * SAMPLE_RATE_HZ) : round(stop * SAMPLE_RATE_HZ)]
             write_phones(folder / f"{name}.phones", [(at - start, phone) for at, phone in phones])
             soundfile.write(folder / f"{name}.wav", kept.clip(-1, 1), SAMPLE_RATE_HZ, subtype="PCM_16")
