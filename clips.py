@@ -1,8 +1,6 @@
 """From a recording and its text to one row of training data, or to the reason why there is none."""
 
 import hashlib
-import unicodedata
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +16,10 @@ from cosyvoice.utils.checkpoint import fingerprint_file
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import TOKEN_RATE_HZ
 from cosyvoice.utils.model_yaml import load_model_yaml
-from utils import decode_text, is_unicode
+from recordings import AUDIO_KINDS, Recording
+from utils import decode_text
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # the first of a name counts
-AUDIO_KINDS = " ".join(AUDIO_SUFFIXES)
-TEXT_SUFFIXES = (".txt", ".normalized.txt")  # where both are there, the second counts
 ROW_VERSION = "2"  # raise it when rows are made differently, so that old ones are made anew
-
-
-@dataclass
-class Recording:
-    """An audio file and its text; one of them may be missing."""
-
-    utt: str
-    audio: Path | None
-    text: Path | None
-
-
-def find_recordings(folder: Path) -> list[Recording]:
-    """Recordings and texts of a folder, paired by name, in the order of the names.
-
-    Names are compared in Unicode's composed form, since some programs write "é" as two characters. Raises InputError
-    where there is no recording, none has a text, or a file's name is in another encoding.
-    """
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    for path in files:
-        if not is_unicode(str(path)):
-            raise InputError(f"the file name {path.name!r} in {folder} is not UTF-8; rename the file, 001.wav for one")
-    audio: dict[str, Path] = {}
-    for path in (path for suffix in AUDIO_SUFFIXES for path in files if path.suffix.lower() == suffix):
-        utt = _composed(path.stem)
-        audio[_composed(path.name) if utt in audio else utt] = path  # the second of a name gets no text
-    texts: dict[str, Path] = {}
-    for suffix in TEXT_SUFFIXES:
-        texts |= {_composed(path.name[: -len(suffix)]): path for path in files if path.name.lower().endswith(suffix)}
-    texts = {utt: path for utt, path in texts.items() if not utt.lower().endswith(".normalized")}
-    if not audio:
-        raise InputError(f"{folder} holds no recording ({AUDIO_KINDS}); put 001.wav and 001.txt there")
-    if not audio.keys() & texts.keys():
-        raise InputError(f"no recording in {folder} has a text; put 001.txt beside 001.wav")
-    return [Recording(utt, audio.get(utt), texts.get(utt)) for utt in sorted(audio.keys() | texts.keys())]
-
-
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
 
 
 class ClipMaker:
@@ -98,14 +56,14 @@ class ClipMaker:
         """The recording's row, from an earlier run where nothing changed, or the reason why it has none."""
         outcome = Outcome(recording.utt)
         try:
-            if recording.audio is None or recording.text is None:
-                no_recording = f"it has no recording ({AUDIO_KINDS}; convert others)"
-                raise InputError(no_recording if recording.audio is None else "it has no text")
-            audio_data, text_data = recording.audio.read_bytes(), recording.text.read_bytes()
+            _check_complete(recording)
+            audio_data, text_data = recording.audio.read_bytes(), recording.text_bytes()
             wav, rate = read_wav(recording.audio, MAX_SECONDS)
             wav = self._judge(outcome, wav, rate)
             text = decode_text(text_data)
             check_pace(text, outcome)
+            if self.frontend.unknown_letters(text):
+                outcome.warnings.append("its text has letters that this model never saw")
             content_hash = self._hash(audio_data, text_data)
             names = {"utt": recording.utt, "wav": str(recording.audio)}
             row = self.known.get(content_hash)
@@ -165,6 +123,15 @@ class ClipMaker:
             "speech_feat": mel.flatten().numpy(),
             "speech_feat_shape": list(mel.shape),
         }
+
+
+def _check_complete(recording: Recording) -> None:
+    if recording.audio is None:
+        raise InputError(f"it has no recording. Convert what is neither {AUDIO_KINDS}")
+    if recording.text is None and recording.similar:
+        raise InputError(f"it has no text. Did you mean {recording.similar.name}? Rename that to {recording.utt}.txt")
+    if recording.text is None:
+        raise InputError("it has no text")
 
 
 def _check_token_rate(outcome: Outcome) -> None:

@@ -2,9 +2,9 @@
 
     python prepare_joint_data.py --input-dir raw_audio --speaker anna
 
-Reads wav, mp3, flac and ogg files of 0.5 to 30 s with a text of the same name (001.wav and 001.txt), and
-writes parquet files and report.csv, which says of every clip whether it was kept and why not. A second run
-redoes only what changed.
+Reads recordings of 0.5 to 30 s with a text of the same name (001.wav and 001.txt), or with a list of texts
+(LJSpeech's metadata.csv, GPT-SoVITS's .list). Writes parquet files and report.csv, which says of every clip
+whether it was kept and why not. A second run redoes only what changed.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from utils import add_device, add_folders, check_writable, in_parallel, is_unico
 
 if TYPE_CHECKING:
     from clip_checks import Outcome
-    from clips import ClipMaker, Recording
+    from clips import ClipMaker
+    from recordings import Recording
 
 FORMULA_MARKS = ("=", "+", "-", "@", "\t")
 REPORT_COLUMNS = {  # heading: digits after the point, where it is a fraction
@@ -85,10 +86,11 @@ def prepare(options: argparse.Namespace, model_dir: Path, input_dir: Path) -> No
 
     from clip_checks import compare
     from clip_files import known_rows, write_clips
-    from clips import ClipMaker, find_recordings
+    from clips import ClipMaker
+    from recordings import find_recordings
 
     torch.set_num_threads(1)  # the workers are the parallelism
-    recordings = find_recordings(input_dir)
+    recordings = find_recordings(input_dir, options.speaker.strip())
     edge_seconds = None if options.edges == -1 else options.edges
     maker = ClipMaker(model_dir, options.device, known_rows(options.data_dir), edge_seconds)
     outcomes = list(make_clips(maker, recordings, options.workers, options.data_dir))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cosyvoice.utils.command import check_least
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
+from cosyvoice.utils.text_files import decode_lines
 from utils import limit_threads, pick_device
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 PARTS = ("llm", "flow")
 SPEAKER_DIMENSIONS = 192
+MOST_LETTERS_NAMED = 10
 VOICE_NAME = "voice"  # under this name the chosen speaker vector is handed to the front end
 
 
@@ -62,6 +64,7 @@ class ReadyVoice:
 
         from cosyvoice.utils.draws import Draws
 
+        self.warn_of_letters(lines)
         jobs = [(line, number, piece) for line in lines for number, piece in enumerate(self.cosyvoice.split(line.text))]
         rate_hz, spoken = self.cosyvoice.sample_rate, []
         told = f"speed {speed}, {self.cosyvoice.model.precision}"
@@ -76,6 +79,14 @@ class ReadyVoice:
                     whole, spoken = torch.cat(spoken, dim=1), []
                     write_wav(line.output, whole, rate_hz, comment=f"seed {seed}, line {line.number}, {told}")
                     yield line, whole.size(1) / rate_hz
+
+
+    def warn_of_letters(self, lines: Sequence[Line]) -> None:
+        """Say which letters nobody can expect to hear right."""
+        for line in lines:
+            if letters := self.cosyvoice.frontend.unknown_letters(line.text):
+                some = " ".join(letters[:MOST_LETTERS_NAMED]) + " ..." * (len(letters) > MOST_LETTERS_NAMED)
+                print(f"warning: line {line.number} holds letters that this model never saw: {some}", file=sys.stderr)
 
 
 def open_voice(args: argparse.Namespace, model_dir: Path) -> ReadyVoice:
@@ -136,7 +147,7 @@ def read_lines(text: str | None, text_file: Path | None, output: Path) -> list[L
             raise InputError(f"--text has nothing to speak: {text!r}; give it words or numbers")
         return [Line(1, text, output)]
     lines = []
-    for number, line in enumerate(read_text(text_file).split("\n"), start=1):
+    for number, line in enumerate(read_text(text_file), start=1):
         if has_words(line):
             lines.append(Line(number, line, output.with_stem(f"{output.stem}_{number:03d}")))
         elif line.strip():
@@ -146,13 +157,12 @@ def read_lines(text: str | None, text_file: Path | None, output: Path) -> list[L
     return lines
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path) -> list[str]:
+    """Return the lines of a file. Raises InputError if it cannot be read or is not UTF-8 text."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return decode_lines(path.read_bytes(), str(path))
     except OSError as error:
         raise InputError(f"the text file {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from None
 
 
 def choose_voice(args: argparse.Namespace, model_dir: Path) -> Voice:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import DATA_DIR, MODEL_THREADS, OUTPUT_DIR, SEED
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.text_files import decode_lines
 
 if TYPE_CHECKING:
     import torch
@@ -111,8 +112,5 @@ def is_unicode(text: str) -> bool:
 
 
 def decode_text(data: bytes, name: str = "the text") -> str:
-    """UTF-8 with or without a byte-order mark; lines become one. Raises InputError, by `name`, for other encodings."""
-    try:
-        return " ".join(data.decode("utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8; save it in that encoding") from error
+    """Return `decode_lines` joined to one line, with single blanks between words."""
+    return " ".join(" ".join(decode_lines(data, name)).split())

@@ -21,7 +21,6 @@ import merge_joint_weights
 import prepare_joint_data
 import train_joint
 from clip_files import with_column
-from clips import find_recordings
 from config import SEED
 from cosyvoice.utils.command import EXIT_INTERRUPTED, run
 from cosyvoice.utils.errors import InputError
@@ -29,6 +28,7 @@ from cosyvoice.utils.file_utils import alone_in
 from dataset import load_clips, split_clips
 from llm_flow_model import JointModel
 from lora import adapters
+from recordings import find_recordings
 from tools.random_model import make_random_model
 from training import CheckpointKeeper
 from voice import read_run, read_sidecar
@@ -219,8 +219,8 @@ MISTAKES = [
     # recordings and prepared data
     ("prepare", "--input-dir {root}/nowhere", "nowhere does not exist"),
     ("prepare", "--input-dir {file}", "file does not exist"),
-    ("prepare", "--input-dir {empty}", "holds no recording", "put 001.wav and 001.txt there"),
-    ("prepare", "--input-dir {unpaired}", "has a text", "put 001.txt beside 001.wav"),
+    ("prepare", "--input-dir {empty}", "holds no recording", "Put 001.wav and 001.txt there"),
+    ("prepare", "--input-dir {unpaired}", "has a text", "Put 001.txt beside 001.wav"),
     ("train", "--data-dir {root}/nowhere", "no parquet file", "run prepare_joint_data.py first"),
     ("train", "--data-dir {root}/hidden", "no parquet file", "run prepare_joint_data.py first"),
     ("train", "--data-dir {root}/junk", "x.parquet cannot be read", "delete it and run prepare_joint_data.py"),
@@ -333,10 +333,14 @@ def test_a_full_graphics_card_is_one_line(
 # Single clips: a row in the report, and the rest goes on (the common faults are in test_prepare.py)
 
 
-def test_more_faults_of_single_clips(places: dict[str, Path], tmp_path: Path) -> None:
+def test_more_faults_of_single_clips(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
     long_name = "é" * 120  # 240 bytes: hardly room for a suffix
     say(tmp_path, f"{long_name}.wav", tone(300))
     say(tmp_path, "utf-16.wav", tone(310), "A tone.".encode("utf-16"))
+    say(tmp_path, "utf-16-le.wav", tone(310), "A tone.".encode("utf-16-le"))
     say(tmp_path, "emoji.wav", tone(320), "\N{GRINNING FACE}")
     say(tmp_path, "rate.wav", tone(2, 4.0, 20), rate=20)
     flac = say(tmp_path, "cut.flac", tone(330))
@@ -350,10 +354,11 @@ def test_more_faults_of_single_clips(places: dict[str, Path], tmp_path: Path) ->
     expected = {
         long_name: "",
         "utf-16": "text is not UTF-8",
+        "utf-16-le": "it holds NUL characters",
         "emoji": "nothing to speak",
         "rate": "20 samples a second",
         "cut": "cannot be decoded",
-        "video": "cannot be decoded",
+        "video": "needs ffmpeg",
     }
     assert lines.keys() == expected.keys()
     for utt, words in expected.items():

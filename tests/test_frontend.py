@@ -17,7 +17,7 @@ import soundfile
 import torch
 import whisper.tokenizer
 
-from cosyvoice.cli.frontend import CosyVoiceFrontEnd, read_spk2info
+from cosyvoice.cli.frontend import CosyVoiceFrontEnd, load_prompt, read_spk2info
 from cosyvoice.cli.text_normalizer import TextNormalizer, TextSplit
 from cosyvoice.tokenizer.tokenizer import get_byte_tokenizer, get_tokenizer
 from cosyvoice.utils.audio import kaldi_fbank, load_wav, read_wav, resample, whisper_log_mel
@@ -44,6 +44,9 @@ MEL = partial(
 def glide(seconds: float = SECONDS, rate: int = RATE_HZ) -> np.ndarray:
     at = np.arange(int(seconds * rate)) / rate
     return (0.5 * np.sin(2 * np.pi * (200 + 300 * at) * at)).astype(np.float32)
+
+
+NOISE = torch.randn(1, 16000, generator=torch.Generator().manual_seed(0)) / 10
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,12 @@ def test_a_prompt_may_be_a_path_a_stream_or_a_tensor(frontend: CosyVoiceFrontEnd
     assert (tensor_feat - expected["prompt_speech_feat"])[..., :70].abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_integers_are_pcm(dtype: torch.dtype) -> None:
+    whole_numbers = (NOISE.double() * (torch.iinfo(dtype).max + 1)).round().to(dtype)
+    torch.testing.assert_close(load_prompt(whole_numbers, 16000), NOISE, rtol=0, atol=2**-15)
+
+
 def test_cross_lingual_hides_the_prompt_from_the_language_model(
     frontend: CosyVoiceFrontEnd, prompt: Path
 ) -> None:
@@ -145,6 +154,15 @@ def test_a_stored_prompt_equals_the_prompt(frontend: CosyVoiceFrontEnd, prompt: 
         (lambda frontend, prompt: frontend.frontend_vc(torch.zeros(2, 16000), prompt), r"\(2, 16000\)"),
         (lambda frontend, prompt: frontend.frontend_vc(torch.zeros(1, 10), prompt), "0.00 s"),
         (lambda frontend, prompt: frontend.frontend_vc("absent.wav", prompt), "absent.wav"),
+        (lambda frontend, prompt: frontend.frontend_vc([0.0] * 16000, prompt), "not list"),
+        (lambda frontend, prompt: frontend.frontend_vc(prompt, None), "not NoneType"),
+        (lambda frontend, prompt: frontend.frontend_vc(torch.zeros(1, 16000), prompt), "the audio is silent"),
+        (lambda frontend, prompt: frontend.frontend_vc(torch.ones(1, 16000), prompt), "the audio is silent"),
+        (lambda frontend, prompt: frontend.frontend_vc(NOISE / 0, prompt), "not numbers"),
+        (lambda frontend, prompt: frontend.frontend_vc(NOISE > 0, prompt), "not torch.bool"),
+        (lambda frontend, prompt: frontend.text_normalize(None), "a text is a str, not NoneType"),
+        (lambda frontend, prompt: frontend.text_normalize(["Hi."], text_frontend=False), "not list"),
+        (lambda frontend, prompt: frontend.frontend_sft("Hi.", ["anna"]), "no stored voice"),
     ],
 )
 def test_mistakes_are_named(frontend: CosyVoiceFrontEnd, prompt: Path, call: object, message: str) -> None:

@@ -113,6 +113,11 @@ def test_a_damaged_lexicon_is_told(tmp_path: Path, content: bytes, message: str)
     assert "\n" not in str(caught.value)
 
 
+def test_letters_of_other_scripts_are_unknown(tokenizer: PhoneTokenizer) -> None:
+    assert tokenizer.unknown_letters("Über café, naïve, zzyx: 7 x² …“é”") == []
+    assert tokenizer.unknown_letters("The 猫 and мы, 猫") == ["猫", "м", "ы"]
+
+
 def test_an_unknown_phone_is_told_where_it_is_met(tmp_path: Path) -> None:
     tokenizer = get_phone_tokenizer(write_lexicon(tmp_path, "the dh ax0\ncat k ae2 t\n"))
     assert tokenizer.encode("the")

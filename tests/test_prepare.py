@@ -21,13 +21,14 @@ from parity import PARITY_DIR
 
 import clip_files
 from clip_checks import Outcome, compare, silence_share, warnings_of
-from clips import ClipMaker, find_recordings
+from clips import ClipMaker
 from cosyvoice.tokenizer.phones import get_phone_tokenizer
 from cosyvoice.utils.audio import load_wav
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.speech_encoders import SpeechTokenizer
 from dataset import load_clips
 from prepare_joint_data import main
+from recordings import find_recordings
 from tools.random_onnx import write_speaker_encoder, write_speech_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -318,13 +319,13 @@ def test_what_cannot_be_read_is_left_out_and_told(model_dir: Path, raw: Path, ca
     content[21] &= 0xF0
     content[22:26] = bytes(4)  # its number of samples, as a program writes it that does not know when it will end
     flac.write_bytes(content)
-    (raw / "3.m4a").write_bytes(b"of a telephone")
+    (raw / "3.amr").write_bytes(b"of a telephone")
     (raw / "3.txt").write_text("Hello there.", encoding="utf-8")
     data = prepare(model_dir, raw)
     printed = capsys.readouterr().out
     assert len(rows(data)) == 1
     assert "left out 2: " in printed and "2.flac cannot be decoded as audio; convert it to wav" in printed
-    assert "left out 3: it has no recording (.wav .flac .ogg .mp3; convert others)" in printed
+    assert "left out 3: it has no recording. Convert what is neither wav, flac, mp3," in printed
 
 
 def test_mistakes_are_named(model_dir: Path, raw: Path) -> None:

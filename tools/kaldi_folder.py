@@ -7,6 +7,7 @@ from pathlib import Path
 from cosyvoice.utils.checkpoint import load_tensors
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write
+from cosyvoice.utils.text_files import decode_lines
 
 TABLES = ("wav.scp", "text", "utt2spk", "spk2utt")
 Numbers = list[float] | list[int]  # a speaker vector (192) or speech tokens (N)
@@ -19,12 +20,8 @@ def read_table(path: Path) -> dict[str, str]:
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist; local/prepare_data.py makes {', '.join(TABLES)}")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8; save it in that encoding") from error
     table: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(decode_lines(path.read_bytes(), str(path)), start=1):
         key, value = [*line.strip().split(maxsplit=1), "", ""][:2]
         if key in table:
             raise InputError(f"{path}, line {number}: {key} is there twice; give every utterance its own name")

@@ -9,10 +9,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clip_checks import MIN_RATE_HZ
-from clips import AUDIO_SUFFIXES, find_recordings
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
+from recordings import AUDIO_SUFFIXES, find_recordings
 from tools.judges import Judges, SpeakerJudge
 from tools.measures import (
     Clip,
@@ -67,7 +67,7 @@ def read_sayings(folder: Path, all_needed: bool = True) -> list[Saying]:
             if recording.audio is None or recording.text is None:
                 lacks = "no recording" if recording.audio is None else "no text"
                 raise InputError(f"{folder / recording.utt} has {lacks}; every NNN.wav needs its NNN.txt")
-            text = decode_text(recording.text.read_bytes(), f"{recording.text}: the text")
+            text = decode_text(recording.text_bytes(), f"{folder / recording.utt}.txt: the text")
             sayings.append(read_saying(recording.audio, text))
         except InputError as error:
             if all_needed:

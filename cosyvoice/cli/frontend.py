@@ -18,6 +18,7 @@ from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer, che
 
 Prompt = str | Path | BinaryIO | Tensor  # a recording, or (1, samples) at 16 kHz
 FRONTEND_PARTS = ("sample_rate", "get_tokenizer", "feat_extractor", "allowed_special")  # what it needs of a YAML
+PCM_PEAKS = {torch.int16: 2**15, torch.int32: 2**31}
 END_OF_INSTRUCTION = "<endofprompt>"  # as CosyVoice-300M-Instruct was trained; plain text to the tokenizer
 
 
@@ -61,12 +62,20 @@ class CosyVoiceFrontEnd:
         """Text token ids."""
         return self.tokenizer.encode(text, allowed_special=self.allowed_special)
 
+    def unknown_letters(self, text: str) -> list[str]:
+        """Return the letters of the text that the model cannot have learnt to read, as far as its tokenizer knows."""
+        known_by_tokenizer = getattr(self.tokenizer, "unknown_letters", None)
+        return known_by_tokenizer(text) if known_by_tokenizer else []
+
     def text_normalize(self, text: str, split: bool = True, text_frontend: bool = True) -> list[str] | str:
         """The text in words, in pieces as text_split has them (split) or whole.
 
         Text with special tokens (`<|...|>`), or with text_frontend off, stays as it is, in one piece. The
-        list is empty where there is only punctuation. Raises InputError for text that is no Unicode.
+        list is empty where there is only punctuation. Raises InputError for what is not a text, and for text that is
+        no Unicode.
         """
+        if not isinstance(text, str):
+            raise InputError(f"a text is a str, not {type(text).__name__}")
         try:
             text.encode()
         except UnicodeEncodeError as error:  # a byte of another encoding, as Python passes it on from a command line
@@ -184,7 +193,7 @@ class CosyVoiceFrontEnd:
         return _with_length(self.feat_extractor(wav).transpose(1, 2))  # (1, 80, T) -> (1, T, 80)
 
     def _stored_voice(self, spk_id: str) -> dict[str, Tensor]:
-        if spk_id not in self.spk2info:
+        if not isinstance(spk_id, str) or spk_id not in self.spk2info:
             known = ", ".join(self.spk2info) or "none: this model folder has no spk2info.pt"
             raise InputError(f"no stored voice {spk_id!r}; there are: {known}")
         voice = self.spk2info[spk_id]
@@ -194,9 +203,13 @@ class CosyVoiceFrontEnd:
 
 
 def load_prompt(prompt_wav: Prompt, rate: int) -> Tensor:
-    """A prompt as mono float32 (1, samples) at rate Hz; tensors are taken to be at 16 kHz."""
+    """Return a prompt as mono float32 (1, samples) at rate Hz. Tensors are at 16 kHz, and integers are PCM."""
     if isinstance(prompt_wav, Tensor):
-        check_prompt(prompt_wav)
+        if prompt_wav.dtype in PCM_PEAKS:
+            prompt_wav = prompt_wav / PCM_PEAKS[prompt_wav.dtype]
+        if not prompt_wav.is_floating_point():
+            raise InputError(f"a prompt tensor holds floating point numbers, int16 or int32, not {prompt_wav.dtype}")
+        check_prompt(prompt_wav.float())
         return resample(prompt_wav.float(), PROMPT_RATE_HZ, rate)
     if not isinstance(prompt_wav, str | Path):
         if not hasattr(prompt_wav, "seek"):

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from cosyvoice.dataset.processor import readable_parquet
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.text_files import decode_lines
 
 Batch = dict[str, Any]
 Step = Callable[..., Iterable[Any]]
@@ -96,9 +97,9 @@ def read_list(path: Path) -> list[str]:
     if not path.is_file():
         raise InputError(f"{path} does not exist; tools/make_parquet_list.py writes data.list")
     try:
-        files = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is no text; give the data.list that tools/make_parquet_list.py writes") from None
+        files = [line for line in decode_lines(path.read_bytes(), str(path)) if line.strip()]
+    except InputError as error:
+        raise InputError(f"{error}, or give the data.list that tools/make_parquet_list.py writes") from None
     if not files:
         raise InputError(f"{path} lists no parquet file; run tools/make_parquet_list.py again")
     return files

@@ -78,6 +78,10 @@ class PhoneTokenizer(ByteTokenizer):
         """Return whether every run of letters in the text becomes phones."""
         return not any(chr(BYTES[number]).isalnum() for number in self.encode(text) if number < len(BYTES))
 
+    def unknown_letters(self, text: str) -> list[str]:
+        """Return the letters of the text that no word of the lexicon has, such as Chinese ones, each of them once."""
+        return list(dict.fromkeys(letter for letter in _plain(text) if letter.isalpha() and not letter.isascii()))
+
     def _entry(self, word: str) -> list[str]:
         phones = self.lexicon.get(word, "").split()
         for phone in phones:

@@ -1,6 +1,9 @@
 """Reading recordings, and the features of the speech tokenizer and of the speaker encoder."""
 
 import math
+import shutil
+import subprocess
+import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,6 +34,11 @@ OPEN_SIZES = (0, 0xFFFFFFFF)  # of a wav's samples, whose writer did not know it
 WHOLE_SHARE = 0.95  # of the frames that an mp3 tells of, which are an estimate
 FAINT = 0.01  # of the loudest channel
 
+# What libsndfile cannot read and ffmpeg can, by the bytes at a place near the beginning.
+MOST_FFMPEG_SECONDS = 2 * MOST_SECONDS
+FFMPEG_SUFFIXES = (".m4a", ".mp4", ".aac", ".webm", ".wma")
+FFMPEG_MARKS = ((4, b"ftyp"), (0, b"\xff\xf1"), (0, b"\xff\xf9"), (0, b"\x1a\x45\xdf\xa3"), (0, b"\x30\x26\xb2\x75"))
+
 WHISPER_N_FFT = 400  # 25 ms at 16 kHz
 WHISPER_HOP_SAMPLES = 160  # 10 ms at 16 kHz
 WHISPER_MELS = 128
@@ -56,7 +64,7 @@ def read_wav(wav: str | Path | BinaryIO, most_seconds: float = MOST_SECONDS) -> 
     if isinstance(wav, str | Path) and not Path(wav).is_file():
         raise InputError(f"{name} does not exist")
     try:
-        with soundfile.SoundFile(_with_true_size(wav, name)) as file:
+        with soundfile.SoundFile(_readable(wav, name)) as file:
             _check_header(file, name, most_seconds)
             samples = file.read(dtype="float32", always_2d=True)  # (samples, channels)
             told, rate, is_mp3 = file.frames, file.samplerate, file.format == "MP3"
@@ -83,16 +91,21 @@ def _check_header(file: soundfile.SoundFile, name: str, most_seconds: float) -> 
         raise InputError(f"{name} lasts {file.frames / rate:.3f} s; at most {most_seconds:g} s are possible")
 
 
-def _with_true_size(wav: str | Path | BinaryIO, name: str) -> str | Path | BinaryIO:
-    """The file, or its bytes with the size of its samples where a wav's header leaves that open, as streams do.
+def _readable(wav: str | Path | BinaryIO, name: str) -> str | Path | BinaryIO:
+    """Return what libsndfile can read: the file itself, or the bytes of a wav.
 
-    Raises InputError where the header tells of more samples than there are.
+    A wav is made if the file needs ffmpeg, or if its own header leaves the size of the samples open, as streams do.
+    Raises InputError if there is no ffmpeg, and if the header tells of more samples than there are.
     """
     with nullcontext(wav) if hasattr(wav, "read") else open(wav, "rb") as file:
         start = file.tell()
         header = file.read(WAV_HEADER_BYTES)
         size = file.seek(0, SEEK_END) - start
         file.seek(start)
+        if any(header[place:].startswith(mark) for place, mark in FFMPEG_MARKS):
+            content = file.read()
+            file.seek(start)
+            return _with_ffmpeg(content, name)
         place = _place_of_size(header)
         if place is None:
             return wav
@@ -105,6 +118,22 @@ def _with_true_size(wav: str | Path | BinaryIO, name: str) -> str | Path | Binar
         file.seek(start)
     true_size = there.to_bytes(4, "little")
     return BytesIO(content[:4] + (size - 8).to_bytes(4, "little") + content[8:place] + true_size + content[place + 4 :])
+
+
+def _with_ffmpeg(content: bytes, name: str) -> BytesIO:
+    """Return the sound of a file as a wav of its own rate and channels. Raises InputError if that is impossible."""
+    if shutil.which("ffmpeg") is None:
+        convert = f"ffmpeg -i {name} {Path(name).with_suffix('.wav')}"
+        raise InputError(f"{name} needs ffmpeg, which is not installed. Install it, or convert the file: {convert}")
+    with tempfile.NamedTemporaryFile() as file:  # ffmpeg must be able to jump in it
+        file.write(content)
+        file.flush()
+        only_this = ["-protocol_whitelist", "file,pipe", "-i", f"file:{file.name}"]  # such files may name others
+        command = ["ffmpeg", "-nostdin", "-v", "error", *only_this, "-vn", "-t", str(MOST_FFMPEG_SECONDS)]
+        done = subprocess.run([*command, "-f", "wav", "-"], capture_output=True, check=False)
+    if done.returncode != 0:
+        raise InputError(f"{name} cannot be decoded as audio; convert it to wav")
+    return _readable(BytesIO(done.stdout), name)  # the size of a wav that went through a pipe is open
 
 
 def _place_of_size(header: bytes) -> int | None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 ONNX_THREADS = 1  # per call; several recordings are encoded by several Python threads
 MIN_SECONDS = 0.1  # shorter ones give the networks no frame to look at
+SILENT = 1e-3  # of full scale
 
 
 class SpeechEncoder:
@@ -118,9 +119,13 @@ class SpeakerEncoder(SpeechEncoder):
 
 
 def check_prompt(wav_16k: Tensor) -> None:
-    """Raises InputError for audio (1, samples) at 16 kHz that the networks cannot take."""
+    """Raise InputError for audio (1, samples) at 16 kHz that the networks cannot take, or that holds no sound."""
     if wav_16k.dim() != 2 or wav_16k.shape[0] != 1:
         raise InputError(f"prompt audio must have the shape (1, samples), not {tuple(wav_16k.shape)}")
     seconds = wav_16k.shape[1] / PROMPT_RATE_HZ
     if not MIN_SECONDS <= seconds <= MAX_PROMPT_SECONDS:
         raise InputError(f"prompt audio of {seconds:.2f} s; it may have {MIN_SECONDS} to {MAX_PROMPT_SECONDS} seconds")
+    if not wav_16k.isfinite().all():
+        raise InputError("the audio holds samples that are not numbers")
+    if (wav_16k - wav_16k.mean()).abs().max() < SILENT:
+        raise InputError("the audio is silent")

@@ -36,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from tqdm import tqdm
 
-    from clips import find_recordings
     from cosyvoice.cli.cosyvoice import CosyVoice
-    from cosyvoice.utils.file_utils import copy_file
+    from recordings import find_recordings
     from speaking import write_wav
 
     model_dir = find_model_dir(options.model_dir)
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed_all(options.seed)
         speech = pass_through(cosyvoice, recording.audio)
         write_wav(options.des_dir / f"{recording.utt}.wav", speech, cosyvoice.sample_rate, f"from {options.through}")
-        copy_file(recording.text, options.des_dir / f"{recording.utt}.txt")
+        (options.des_dir / f"{recording.utt}.txt").write_bytes(recording.text_bytes())
 
 
 def from_mel(cosyvoice: "CosyVoice", audio: Path) -> "Tensor":
