@@ -1,4 +1,5 @@
 # make test    run the tests
+# make test-faults   the long form of tests/faults: thousands of damaged files, of which make test reads some
 # make demo    the whole job on examples/raw_audio with CosyVoice-mini: prepare, train, merge, speak
 # make bench   measure decoding, synthesis, training, preparation and start-up, with the threads that each size gets
 # make eval    install the judges of tools/evaluate.py, and judge the voice that make demo left
@@ -9,7 +10,7 @@ PY := .venv/bin/python
 INSTALLED := .venv/installed
 JUDGES := .venv/judges
 
-.PHONY: venv test demo bench eval
+.PHONY: venv test test-faults demo bench eval
 
 venv: $(INSTALLED)
 
@@ -20,6 +21,9 @@ $(INSTALLED): requirements.txt constraints.txt
 
 test: venv
 	$(PY) -m pytest
+
+test-faults: venv
+	FAULT_CASES=500 $(PY) -m pytest tests/faults -rP
 
 MINI := pretrained_models/CosyVoice-mini
 FOLDERS := --model-dir $(MINI) --output-dir demo/output

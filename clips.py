@@ -76,8 +76,10 @@ class ClipMaker:
                 counts = [len(row[name][0]) for name in ("speech_token", "text_token")]
                 (outcome.speech_tokens, outcome.text_tokens), outcome.reused = counts, True
             outcome.row = row
-        except (InputError, OSError) as error:
+        except InputError as error:
             outcome.reason = str(error)
+        except OSError as error:
+            outcome.reason = f"{error.filename} cannot be read: {error.strerror}"
         return outcome
 
     def _hash(self, audio_data: bytes, text_data: bytes) -> str:

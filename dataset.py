@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from clip_files import SCHEMA, encoders_of
@@ -20,6 +20,7 @@ from cosyvoice.utils.frames import MEL_HOP_SAMPLES, SAMPLE_RATE_HZ, TOKEN_RATE_H
 COLUMNS = ["utt", "spk", "utt_embedding", "text_token", "speech_token", "speech_feat", "speech_feat_shape", "encoders"]
 FEWEST_CLIPS_TO_SPLIT = 8  # below, every clip is trained on
 FEWEST_HELD_OUT = 2
+MEL_BINS = 80
 
 
 @dataclass
@@ -46,6 +47,8 @@ def load_clips(data_dir: Path, model_dir: Path) -> list[Clip]:
     clips, made_with = [], set()
     for file in files:
         rows = read_rows(file)
+        for row in rows:
+            check_row(file, row)
         clips += map(to_clip, rows)
         made_with.update(row["encoders"] for row in rows)
     if not clips:
@@ -68,8 +71,44 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         problem = f"its columns {', '.join(strange)} are missing or of another type"
         raise InputError(f"{file} is not from prepare_joint_data.py: {problem}; move it away and run that again")
     rows = table.drop_columns("speech_feat").to_pylist()
-    mels = (mel.values.to_numpy() for mel in table["speech_feat"])  # not number by number through Python
+    mels = (_numbers(mel) for mel in table["speech_feat"])  # not number by number through Python
     return [row | {"speech_feat": mel} for row, mel in zip(rows, mels, strict=True)]
+
+
+def _numbers(cell: pa.Scalar) -> np.ndarray:
+    """Return a list cell's numbers: none for a missing cell, and NaN for a missing number."""
+    return cell.values.to_numpy(zero_copy_only=False) if cell.is_valid else np.empty(0, dtype=np.float32)
+
+
+def check_row(file: Path, row: dict[str, Any]) -> None:
+    """Raise InputError unless each column holds what `prepare_joint_data.py` writes there."""
+    shape, tokens, text = row["speech_feat_shape"], row["speech_token"], row["text_token"]
+    vector, mel = row["utt_embedding"], row["speech_feat"]
+    shaped = shape is not None and None not in shape and shape[1] == MEL_BINS and shape[0] > 0
+    right = {
+        "utt": isinstance(row["utt"], str) and row["utt"],
+        "spk": isinstance(row["spk"], str) and row["spk"].strip(),
+        "utt_embedding": vector is not None and None not in vector and np.isfinite(vector).all() and np.any(vector),
+        "text_token": text and None not in text and min(text) >= 0,
+        "speech_token": tokens and None not in tokens and min(tokens) >= 0,
+        "speech_feat_shape": shaped,
+        "speech_feat": not shaped or (len(mel) == shape[0] * MEL_BINS and np.isfinite(mel).all()),
+    }
+    if wrong := [name for name, holds in right.items() if not holds]:
+        clip = f"the clip {row['utt']!r} has a damaged {', '.join(wrong)}"
+        raise InputError(f"{file}: {clip}; delete the file and run prepare_joint_data.py again")
+
+
+def check_vocabularies(clips: Sequence[Clip], part: nn.Module) -> None:
+    """Raise InputError if a clip has tokens for which the model's part, an LLM or a flow, has no vector."""
+    embeddings = {"text_embedding": "text", "speech_embedding": "speech", "input_embedding": "speech"}
+    for name, kind in embeddings.items():
+        if (embedding := getattr(part, name, None)) is None:
+            continue
+        for clip in clips:
+            if (largest := int(getattr(clip, f"{kind}_token").max())) >= embedding.num_embeddings:
+                problem = f"the clip {clip.utt!r} has the {kind} token {largest}, and the model only those below"
+                raise InputError(f"{problem} {embedding.num_embeddings}; run prepare_joint_data.py again")
 
 
 def to_clip(row: dict[str, Any]) -> Clip:

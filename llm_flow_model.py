@@ -350,6 +350,7 @@ class JointModel(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         load_adapters(self, checkpoint["state_dict"])
+        self.batches_done = checkpoint[CHECKPOINT_KEY]["batches_done"]
         for name, state in checkpoint[CHECKPOINT_KEY]["progress"].items():
             self.progress[name] = PartProgress(**state)
             if self.progress[name].stopped:

@@ -9,10 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
 
+from config import MODES
 from cosyvoice.utils.command import check_least
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 from cosyvoice.utils.frontend_utils import has_words
 from cosyvoice.utils.text_files import decode_lines
 from utils import limit_threads, pick_device
@@ -23,8 +26,7 @@ if TYPE_CHECKING:
     from cosyvoice.cli.cosyvoice import CosyVoice
     from voice import Run
 
-PARTS = ("llm", "flow")
-SPEAKER_DIMENSIONS = 192
+PARTS = MODES["joint"]
 MOST_LETTERS_NAMED = 10
 VOICE_NAME = "voice"  # under this name the chosen speaker vector is handed to the front end
 
@@ -233,8 +235,7 @@ def read_vector(path: Path) -> "Tensor":
     import numpy as np
     import torch
 
-    from cosyvoice.utils.checkpoint import load_tensors
-
+    from cosyvoice.utils.checkpoint import DAMAGE, load_tensors
     if path.suffix not in (".pt", ".npy") or not path.is_file():
         raise InputError(f"--embedding takes mean, zero, or an existing .pt or .npy file, not {path}")
     if path.suffix == ".pt":
@@ -242,9 +243,10 @@ def read_vector(path: Path) -> "Tensor":
     else:
         try:
             vector = torch.from_numpy(np.load(path, allow_pickle=False))
-        except (EOFError, ValueError, TypeError):
+        except (*DAMAGE, SyntaxError, MemoryError, TokenError):  # numpy reads the header as Python's literals
             raise InputError(f"{path} is damaged or no array of numbers") from None
-    if not isinstance(vector, torch.Tensor) or vector.numel() != SPEAKER_DIMENSIONS or not vector.isfinite().all():
+    numbers = isinstance(vector, torch.Tensor) and vector.dtype != torch.bool and not vector.is_complex()
+    if not numbers or vector.numel() != SPEAKER_DIMENSIONS or not vector.isfinite().all():
         raise InputError(f"{path} does not hold {SPEAKER_DIMENSIONS} finite numbers")
     return vector.reshape(1, -1).float()
 

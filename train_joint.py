@@ -7,6 +7,7 @@ Watch it with `tensorboard --logdir output/joint_logs`. At the end the best weig
 
 import argparse
 import hashlib
+import math
 import re
 import uuid
 from collections.abc import Sequence
@@ -222,12 +223,14 @@ def build(
 
     from cosyvoice.utils.checkpoint import load_part
     from cosyvoice.utils.command import seed_all
-    from dataset import EpochOrder, collate, speaker_embedding, speaker_name, split_clips
+    from dataset import EpochOrder, check_vocabularies, collate, speaker_embedding, speaker_name, split_clips
     from llm_flow_model import JointModel
 
     train, held_out = split_clips(clips, config["validation_ratio"], args.seed)
     seed_all(args.seed)
     parts = {part: load_part(model_dir, part) for part in MODES[config["training_mode"]]}
+    for part in parts.values():
+        check_vocabularies(clips, part)
     origin = origin | {"speaker": speaker_name(clips)}
     model = JointModel(parts, config, args.seed, speaker_embedding(train), origin)
     if args.init:
@@ -282,6 +285,12 @@ def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]
         print(f"{name}: training {count:,} adapter parameters, {share:.2%} of all")
     train, held_out = (len(loader.dataset) if loader else 0 for loader in loaders)
     print(f"{train} clips to train on, {held_out} held out; {device}, {compute_precision(model.config, device)}")
+    passes, epochs = model.config["accumulate_grad_batches"], model.config["max_epochs"]
+    steps = math.ceil(len(loaders[0]) / passes)
+    print(
+        f"{steps * epochs} optimiser steps planned, {steps} in each of {epochs} epochs, at most "
+        f"{min(train, passes * model.config['batch_size'])} clips a step"
+    )
     if not held_out:
         print("no clip is held out (fewer than 8, or validation_ratio 0): training losses choose the best weights")
 

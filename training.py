@@ -75,6 +75,14 @@ class CheckpointKeeper(Checkpoint):
         self.last = last_checkpoint(output_dir, mode)
         self.interrupted = False
 
+    def on_train_start(self, trainer: pl.Trainer, model: JointModel) -> None:
+        """Make up for a run that was killed while it kept an epoch: copy that epoch, and remove the unfinished file."""
+        for unfinished in self.output_dir.glob(f".joint_{self.mode}_epoch*.part.ckpt"):
+            unfinished.unlink()
+        epochs_done = max(len(progress.history) for progress in model.progress.values())
+        if not self.fresh and not model.batches_done and all(epoch < epochs_done for _, epoch, _ in self.kept()):
+            self.keep_epoch(model, epochs_done)
+
     def on_train_batch_end(self, trainer: pl.Trainer, model: JointModel, *step: Any) -> None:
         if self.interrupted and self.fresh and self.last.is_file():
             raise KeyboardInterrupt  # less than an epoch is lost, and the earlier one's are not
@@ -88,16 +96,19 @@ class CheckpointKeeper(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, model: JointModel) -> None:
         model.batches_done = 0
         self.save_last(trainer, model)
-        loss = model.combined_loss()
-        name = f"joint_{self.mode}_epoch{model.epoch_number:04d}_loss{loss:.4f}.ckpt"
-        copy_file(self.last, self.output_dir / name)
-        for path, _, _ in sorted(self.kept(), key=lambda kept: kept[2])[KEPT_CHECKPOINTS:]:
-            path.unlink()
+        self.keep_epoch(model, model.epoch_number)
         print(f"\n{epoch_summary(model)}", flush=True)
         if self.listener:
             self.listener.listen(self.last, model.epoch_number, trainer.logger)
         if self.interrupted and not trainer.should_stop:
             raise Interrupted(self.last)
+
+    def keep_epoch(self, model: JointModel, epoch: int) -> None:
+        """Copy the last checkpoint, which ends this epoch, and keep only the best."""
+        name = f"joint_{self.mode}_epoch{epoch:04d}_loss{model.combined_loss():.4f}.ckpt"
+        copy_file(self.last, self.output_dir / name)
+        for path, _, _ in sorted(self.kept(), key=lambda kept: kept[2])[KEPT_CHECKPOINTS:]:
+            path.unlink()
 
     def save_last(self, trainer: pl.Trainer, model: JointModel) -> None:
         """With the first of a fresh run an earlier one's epochs go: they must not count among its best."""

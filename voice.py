@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from config import MODES
-from cosyvoice.utils.checkpoint import check_finite, fingerprint_weights, load_tensors, read_state_dict
+from cosyvoice.utils.checkpoint import check_fields, check_finite, fingerprint_weights, load_tensors, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import alone_in, atomic_write, save_tensors
 from lora import merged
@@ -26,6 +26,8 @@ STATE_FIELDS = {
     "epochs": int, "batches_done": int, "progress": dict,
 }  # fmt: skip
 PROGRESS_FIELDS = {"best_loss": float, "best_epoch": int, "stopped": str, "history": list, "best": dict}
+SIDECAR_FIELDS = {"speaker": str, "run": str, "files": dict, "merged_epoch": dict, "base": dict}
+PARTS = MODES["joint"]
 _OTHER = "train first, or give another joint_<mode>_*.ckpt"
 
 
@@ -43,7 +45,7 @@ def sidecar_path(output_dir: Path, mode: str) -> Path:
 
 def base_fingerprints(model_dir: Path) -> dict[str, str]:
     """What tells the base weights from others, by part. Raises InputError where a file is missing."""
-    files = {part: model_dir / f"{part}.pt" for part in ("llm", "flow")}
+    files = {part: model_dir / f"{part}.pt" for part in PARTS}
     for file in files.values():
         if not file.is_file():
             raise InputError(f"{file} does not exist; check the folder, or download the model again")
@@ -104,39 +106,32 @@ def read_run(path: Path) -> Run:
         kind = "merged or base weights" if weights else "something else"
         raise InputError(f"{path} is no checkpoint of train_joint.py but {kind}; {_OTHER}")
     parts = MODES[state["mode"]]
-    _check_fields(path, state, STATE_FIELDS)
+    check_fields(path, state, STATE_FIELDS, _OTHER)
     for part in parts:
-        _check_fields(path, state["base"], {part: str})
-        _check_fields(path, state["progress"], {part: dict})
-        _check_fields(path, state["progress"][part], PROGRESS_FIELDS)
-        _check_fields(path, state["config"], {f"{part}_lora": dict})
-        _check_fields(path, state["config"][f"{part}_lora"], {"lora_r": int, "lora_alpha": int | float})
+        check_fields(path, state["base"], {part: str}, _OTHER)
+        check_fields(path, state["progress"], {part: dict}, _OTHER)
+        check_fields(path, state["progress"][part], PROGRESS_FIELDS, _OTHER)
+        check_fields(path, state["config"], {f"{part}_lora": dict}, _OTHER)
+        check_fields(path, state["config"][f"{part}_lora"], {"lora_r": int, "lora_alpha": int | float}, _OTHER)
         for entry in state["progress"][part]["history"]:
-            _check_fields(path, entry, {"epoch": int, "train": float})
+            check_fields(path, entry, {"epoch": int, "train": float}, _OTHER)
         _check_tensors(path, state["progress"][part]["best"])
     _check_tensors(path, {"embedding": state["embedding"]})
-    _check_fields(path, content, {"state_dict": dict})
+    check_fields(path, content, {"state_dict": dict}, _OTHER)
     _check_tensors(path, content["state_dict"])
     adapters: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
     for name, tensor in content["state_dict"].items():
         _, part, inner = [*name.split(".", 2), "", ""][:3]  # "parts.<part>.<layer>"
-        _check_fields(path, adapters, {part: dict})
+        check_fields(path, adapters, {part: dict}, _OTHER)
         adapters[part][inner] = tensor
     return Run(path, state["mode"], parts, state["config"], state, adapters)
-
-
-def _check_fields(path: Path, found: Any, kinds: dict[str, Any]) -> None:
-    """Raises InputError where the mapping `found` lacks one of the fields or has another kind of value there."""
-    for name, kind in kinds.items():
-        if not isinstance(found, dict) or not isinstance(found.get(name), kind):
-            raise InputError(f"{path} is damaged: its {name or 'state'} is missing or of another kind; {_OTHER}")
 
 
 def _check_tensors(path: Path, tensors: dict[Any, Any]) -> None:
     """Raises InputError unless these are finite tensors by name."""
     if not all(isinstance(name, str) for name in tensors):
         raise InputError(f"{path} is damaged: its weights have no names; {_OTHER}")
-    _check_fields(path, tensors, dict.fromkeys(tensors, Tensor))
+    check_fields(path, tensors, dict.fromkeys(tensors, Tensor), _OTHER)
     check_finite(path, tensors)
 
 
@@ -167,10 +162,19 @@ def sidecars(folder: Path) -> list[Path]:
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
+    """Return the content of a file that `write_sidecar` wrote. Raises InputError for anything else."""
+    remedy = "run merge_joint_weights.py to write it anew"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"{path} cannot be read; run merge_joint_weights.py to write it anew") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise InputError(f"{path} cannot be read; {remedy}") from None
+    check_fields(path, content, SIDECAR_FIELDS, remedy)
+    if not content["files"].keys() <= set(PARTS):
+        raise InputError(f"{path} is damaged: it names files of other parts than {' and '.join(PARTS)}; {remedy}")
+    for name in content["files"]:
+        check_fields(path, content["files"], {name: str}, remedy)
+        check_fields(path, content["base"], {name: str}, remedy)
+    return content
 
 
 def stored_speakers(output_dir: Path, model_dir: Path) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Speaker:
 
         from cosyvoice.cli.cosyvoice import MODEL_PARTS
         from cosyvoice.cli.model import CosyVoiceModel
-        from speaking import SPEAKER_DIMENSIONS
+        from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 
         self.machine, self.name, self.precision, self.repeats = machine, name, precision, repeats
         llm, flow, hift = (build(source, part) for part in MODEL_PARTS)

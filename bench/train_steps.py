@@ -41,7 +41,7 @@ from measuring import (
 )
 
 from config import MINI_NAME, MODES, settings_for
-from speaking import SPEAKER_DIMENSIONS
+from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 
 if TYPE_CHECKING:
     from dataset import Clip

@@ -46,9 +46,3 @@ def test_a_full_disk_is_one_line_and_code_2(monkeypatch: pytest.MonkeyPatch, cap
         run(main)
     assert left.value.code == EXIT_USER_ERROR
     assert capsys.readouterr().err.startswith("train.py: No space left on device (logs/events); make room")
-
-    def mistaken(argv: object) -> int:
-        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "ours.txt")
-
-    with pytest.raises(FileNotFoundError):  # of this suite, not of the user's
-        run(mistaken)

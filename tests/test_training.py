@@ -369,6 +369,19 @@ def test_the_three_best_epochs_are_kept(train, tmp_path: Path, monkeypatch: pyte
     assert [name[-len("1.0000.ckpt") :] for name in kept] == ["3.0000.ckpt", "1.0000.ckpt", "2.0000.ckpt"]
 
 
+def test_an_epoch_that_a_killed_run_could_not_copy_is_kept_by_the_next(train, tmp_path: Path) -> None:
+    mode, output = ["--mode", "llm_only"], tmp_path / "output"
+    train(*mode, "--epochs", "1")
+    (first,) = output.glob("joint_llm_only_epoch0001_*.ckpt")
+    content = first.read_bytes()
+    first.unlink()
+    stray = first.with_name(f".{first.stem}.part.ckpt")
+    stray.write_bytes(content[:1000])
+    train(*mode, "--epochs", "2", "--resume", "auto")
+    assert first.read_bytes() == content and not stray.exists()
+    assert len(list(output.glob("joint_llm_only_epoch*.ckpt"))) == 2
+
+
 def test_epochs_differ_in_order_and_draws_and_validations_do_not(train, monkeypatch: pytest.MonkeyPatch) -> None:
     clip_losses, seen = TransformerLM.clip_losses, {True: [], False: []}
 
@@ -444,9 +457,10 @@ def test_steps_warm_up_and_are_clipped(train, monkeypatch: pytest.MonkeyPatch) -
 def test_the_newest_voice_and_run_are_taken(tmp_path: Path) -> None:
     for age, mode in enumerate(("joint", "llm_only", "flow_only")):
         for file in (tmp_path / f"voice_{mode}.json", tmp_path / f"joint_{mode}_last.ckpt"):
-            file.write_text(json.dumps({"files": {}, "mode": mode}))
+            nothing = dict.fromkeys(("files", "base", "merged_epoch"), {})
+            file.write_text(json.dumps({"speaker": mode, "run": "1", **nothing}))
             os.utime(file, (1e9 - age, 1e9 - age))
-    assert newest_voice(tmp_path)["mode"] == "joint"
+    assert newest_voice(tmp_path)["speaker"] == "joint"
     assert newest_run(tmp_path).name == "joint_joint_last.ckpt"
 
 

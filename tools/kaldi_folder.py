@@ -54,9 +54,18 @@ def write_tables(
 def read_numbers(path: Path) -> dict[str, Numbers]:
     """A file of `save_tensors({utterance or speaker: list of numbers})`. Raises InputError where it is none."""
     content = load_tensors(path, "run the stage before this one again")
-    if not isinstance(content, dict) or not all(isinstance(value, list) for value in content.values()):
+    if not isinstance(content, dict) or not all(map(_is_entry, content.items())):
         raise InputError(f"{path} does not hold a list of numbers by name; delete it and make it anew")
     return content
+
+
+def _is_entry(entry: tuple[object, object]) -> bool:
+    """Return whether it is a name and its numbers, which may follow a stamp."""
+    name, values = entry
+    if not isinstance(name, str) or not isinstance(values, list):
+        return False
+    numbers = values[1:] if values and isinstance(values[0], str) else values
+    return {type(number) for number in numbers} <= {int, float}
 
 
 def file_stamp(path: Path) -> str:

@@ -19,6 +19,12 @@ from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer, che
 Prompt = str | Path | BinaryIO | Tensor  # a recording, or (1, samples) at 16 kHz
 FRONTEND_PARTS = ("sample_rate", "get_tokenizer", "feat_extractor", "allowed_special")  # what it needs of a YAML
 PCM_PEAKS = {torch.int16: 2**15, torch.int32: 2**31}
+# What a stored voice may hold: by name its shape, with None for any size, and whether it holds fractions.
+STORED_INPUTS = {
+    **dict.fromkeys(("embedding", "llm_embedding", "flow_embedding"), ((1, None), True)),
+    "prompt_speech_feat": ((1, None, None), True),
+    **dict.fromkeys(("prompt_text", "llm_prompt_speech_token", "flow_prompt_speech_token"), ((1, None), False)),
+}
 END_OF_INSTRUCTION = "<endofprompt>"  # as CosyVoice-300M-Instruct was trained; plain text to the tokenizer
 
 
@@ -229,7 +235,24 @@ def read_spk2info(path: Path) -> dict[str, dict[str, Tensor]]:
     voices = load_tensors(path, "delete it or copy it again")
     if not isinstance(voices, dict) or not all(isinstance(voice, dict) for voice in voices.values()):
         raise InputError(f"{path} holds no voices by name; give the spk2info.pt of a model or of a merge")
+    for name, voice in voices.items():
+        if not isinstance(name, str) or not all(_is_input(key, value) for key, value in voice.items()):
+            raise InputError(f"{path}: the voice {name!r} is damaged; give the spk2info.pt of a model or of a merge")
     return voices
+
+
+def _is_input(name: str, value: Any) -> bool:
+    """Return whether a stored value is what `prompt_inputs` makes under its name; names that it does not make may hold
+    anything."""
+    if name not in STORED_INPUTS:
+        return True
+    dims, is_float = STORED_INPUTS[name]
+    return (
+        isinstance(value, Tensor)
+        and value.dim() == len(dims)
+        and all(wanted in (None, size) for wanted, size in zip(dims, value.shape, strict=True))
+        and (value.is_floating_point() if is_float else value.dtype in (torch.int32, torch.int64))
+    )
 
 
 def _with_length(sequence: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import struct
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,13 @@ def _check_tensors(path: Path, state: dict) -> None:
         what = f"{', '.join(others[:GROUPS_SHOWN])} are not named tensors" if others else "it is empty"
         raise InputError(f"{path} is not a weights file: {what}")
     check_finite(path, state)
+
+
+def check_fields(path: Path, found: Any, kinds: Mapping[str, Any], remedy: str) -> None:
+    """Raise InputError if the mapping `found` lacks one of the fields, or has another kind of value there."""
+    for name, kind in kinds.items():
+        if not isinstance(found, dict) or not isinstance(found.get(name), kind):
+            raise InputError(f"{path} is damaged: its {name or 'content'} is missing or of another kind; {remedy}")
 
 
 def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cosyvoice.utils.errors import DISK_TROUBLE, NO_PERMISSION, InputError, is_memory_trouble
+from cosyvoice.utils.errors import DISK_TROUBLE, GONE, NO_PERMISSION, InputError, is_memory_trouble
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -26,14 +26,18 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     except InputError as error:
         reason = str(error)
     except OSError as error:
-        if error.errno not in (*DISK_TROUBLE, *NO_PERMISSION):
+        if error.errno not in (*DISK_TROUBLE, *NO_PERMISSION, *GONE):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        reason = f"{error.strerror}{where}; make room, or choose files and folders that can be read and written"
-    except RuntimeError as error:
+        remedy = "make room, or choose files and folders that can be read and written"
+        if error.errno in GONE:
+            remedy = "was it moved or deleted during the run? Put it back, and run the same command again"
+        reason = f"{error.strerror}{where}; {remedy}"
+    except (RuntimeError, MemoryError) as error:
         if not is_memory_trouble(error):
             raise
-        reason = f"{str(error).splitlines()[0]} See 'CUDA out of memory' in README.md."
+        told = str(error).splitlines()[0] if str(error) else "the memory is full."
+        reason = f"{told} See 'Out of memory' in README.md."
     except KeyboardInterrupt:
         code, reason = EXIT_INTERRUPTED, "interrupted; what was finished is kept"
     if reason:

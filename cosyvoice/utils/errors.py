@@ -5,8 +5,11 @@ import re
 
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 NO_PERMISSION = (errno.EACCES, errno.EPERM)
-# How torch, the libraries that it calls, and onnxruntime say that a GPU's memory is full.
-_MEMORY_TROUBLE = re.compile("out of memory|ALLOC_FAILED|CUFFT_INTERNAL_ERROR|Failed to allocate memory|CUDA failure 2")
+GONE = (errno.ENOENT, errno.ENOTDIR)  # a file or folder that was there when the work began
+# How torch, the libraries that it calls, and onnxruntime say that memory is full.
+_MEMORY_TROUBLE = re.compile(
+    "out of memory|can't allocate memory|ALLOC_FAILED|CUFFT_INTERNAL_ERROR|Failed to allocate memory|CUDA failure 2"
+)
 
 
 class InputError(Exception):
@@ -17,4 +20,5 @@ class InputError(Exception):
 
 
 def is_memory_trouble(error: Exception) -> bool:
-    return type(error).__name__ == "OutOfMemoryError" or _MEMORY_TROUBLE.search(str(error)) is not None
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or _MEMORY_TROUBLE.search(str(error)) is not None

@@ -1,8 +1,9 @@
-"""How many mel frames belong to how many speech tokens."""
+"""Sizes that all models of this generation share, and how many mel frames belong to how many speech tokens."""
 
 SAMPLE_RATE_HZ = 22_050
 MEL_HOP_SAMPLES = 256  # one mel frame
 TOKEN_RATE_HZ = 50  # speech tokens
+SPEAKER_DIMENSIONS = 192  # of a speaker vector
 OVERLAP_TOKENS = 20  # neighbouring chunks of a stream share these
 
 

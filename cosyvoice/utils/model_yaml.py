@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from cosyvoice.utils.argument_types import misfits
 from cosyvoice.utils.errors import InputError
 
 TARGETS = frozenset(
@@ -156,10 +157,11 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for position, (key, _) in enumerate(node.value):
-            if key.value in names[:position]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in names:
                 raise _error(f"{key.value!r} is given twice", key)
+            names.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -292,15 +294,20 @@ class _Builder:
         function = self.locate(node.path)
         signature = inspect.signature(function)
         try:
-            (signature.bind_partial if node.partial else signature.bind)(*args, **kwargs)
+            bound = (signature.bind_partial if node.partial else signature.bind)(*args, **kwargs)
         except TypeError as error:
             raise InputError(f"{self.path}: {node.path}: {error}") from None
+        if problem := next(misfits(function, bound.arguments), None):
+            raise InputError(f"{self.path}: {node.path}: {problem}")
         if node.partial:
             return functools.partial(function, *args, **kwargs)
         try:
             return function(*args, **kwargs)
         except InputError as error:  # a value that the class does not implement
             raise InputError(f"{self.path}: {error}") from None
+        except (*CONTRADICTIONS, ArithmeticError, AssertionError, RuntimeError, MemoryError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{self.path}: {node.path} cannot be built with these values: {reason}") from None
 
     def locate(self, path: str) -> Callable[..., Any]:
         """The class or function of an allowed path.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, kaldi_fbank, whisper_log_mel
 from cosyvoice.utils.errors import InputError, is_memory_trouble
+from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -113,6 +114,8 @@ class SpeakerEncoder(SpeechEncoder):
         """
         check_prompt(wav_16k)
         vector = self.run(kaldi_fbank(wav_16k)[None].numpy()).reshape(1, -1)
+        if vector.shape[1] != SPEAKER_DIMENSIONS:
+            raise InputError(f"{self.path} gives {vector.shape[1]} numbers, not {SPEAKER_DIMENSIONS}; copy it again")
         if not vector.isfinite().all() or not vector.any():
             raise InputError("the speaker encoder gave no usable vector")
         return vector
