@@ -1,5 +1,5 @@
 # make test    run the tests
-# make test-faults   the long form of tests/faults: thousands of damaged files, of which make test reads some
+# make test-faults   the long form of tests/faults: thousands of damaged files, and commands stopped at random moments
 # make demo    the whole job on examples/raw_audio with CosyVoice-mini: prepare, train, merge, speak
 # make bench   measure decoding, synthesis, training, preparation and start-up, with the threads that each size gets
 # make eval    install the judges of tools/evaluate.py, and judge the voice that make demo left
@@ -23,7 +23,7 @@ test: venv
 	$(PY) -m pytest
 
 test-faults: venv
-	FAULT_CASES=500 $(PY) -m pytest tests/faults -rP
+	FAULT_CASES=500 FAULT_KILLS=20 $(PY) -m pytest tests/faults -rP
 
 MINI := pretrained_models/CosyVoice-mini
 FOLDERS := --model-dir $(MINI) --output-dir demo/output

@@ -87,7 +87,8 @@ def save_unfinished(row: pa.Table, data_dir: Path) -> None:
 
 def write_clips(rows: Sequence[pa.Table], speaker: str, data_dir: Path) -> None:
     """Write the one-row tables of one speaker to parquet files, in place of all clips of earlier runs."""
-    table = pa.concat_tables(rows)
+    # rows read from a file name the items of their lists differently: the bytes would tell which those were
+    table = pa.concat_tables([row.cast(SCHEMA) for row in rows])
     mean = np.mean(table["utt_embedding"].to_pylist(), axis=0)  # (192,)
     table = with_column(table, "spk", [speaker] * len(table))
     table = with_column(table, "spk_embedding", [mean / np.linalg.norm(mean)] * len(table))
