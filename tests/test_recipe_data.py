@@ -458,3 +458,65 @@ def test_a_damaged_download_is_deleted(site: Site) -> None:
 def test_a_site_without_sums_is_told(site: Site) -> None:
     result = site.download()
     assert result.returncode == 0 and "it is not checked" in result.stderr
+
+
+def test_a_download_goes_to_folders_whose_names_look_like_something_else(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("host:folder", "-C", tmp_path / "a:b"):
+        site.data = name
+        result = site.download()
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / name / "LibriTTS" / "tiny" / "1.wav").is_file()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        member("../outside"),
+        member("/tmp/outside"),
+        member("outside"),
+        member("LibriTTS/other/1.wav"),
+        member("LibriTTS/tiny/../../../outside"),
+        member("LibriTTS/tiny/link", tarfile.SYMTYPE, "/etc"),
+        member("LibriTTS/tiny/link", tarfile.SYMTYPE, "../../../.."),
+        member("LibriTTS/link", tarfile.SYMTYPE, "tiny"),
+        member("LibriTTS/tiny/hard", tarfile.LNKTYPE, "/etc/passwd"),
+        member("LibriTTS/tiny/null", tarfile.CHRTYPE),
+        member("LibriTTS/tiny/pipe", tarfile.FIFOTYPE),
+    ],
+    ids=lambda info: info.name,
+)
+def test_an_archive_can_write_only_its_own_part(site: Site, hostile: tarfile.TarInfo) -> None:
+    with tarfile.open(site.archive, "w:gz") as file:
+        file.addfile(hostile)
+        file.add(site.folder / "LibriTTS", "LibriTTS")
+    result = site.download()
+    assert result.returncode == 2 and "cannot be unpacked" in result.stderr and "Traceback" not in result.stderr
+    made = [path for path in site.data.rglob("*") if path.name != "tiny.tar.gz"]
+    assert not made and not (site.folder / "outside").exists()
+
+
+def test_what_lies_beside_the_parts_is_unpacked_too(site: Site) -> None:
+    (site.folder / "LibriTTS" / "LICENSE.txt").write_text("free")
+    with tarfile.open(site.archive, "w:gz") as file:
+        file.add(site.folder / "LibriTTS", "./LibriTTS")
+    assert site.download().returncode == 0
+    assert (site.data / "LibriTTS" / "LICENSE.txt").read_text() == "free"
+
+
+@pytest.mark.parametrize("script", [RECIPE / "run.sh", ROOT / "examples" / "mini" / "run.sh"], ids=str)
+@pytest.mark.parametrize("variable", ["stage", "stop_stage"])
+def test_a_stage_that_is_no_number_is_named(script: Path, variable: str, tmp_path: Path) -> None:
+    for value in ("two", "1.5", " ", "-"):
+        given = {**os.environ, variable: value, "work_dir": str(tmp_path / "work")}
+        result = subprocess.run(["bash", str(script)], env=given, capture_output=True, text=True, check=False)
+        assert result.returncode == 2 and f"the stage '{value}' is not a whole number" in result.stderr
+    assert not (tmp_path / "work").exists()

@@ -30,6 +30,15 @@ declare -A trained_on=([llm]="voices voices voices mixes mixes texts" [flow]="vo
     [hifigan]="voices voices mixes mixes speakers prompts")
 declare -A averaged=([llm]=1 [flow]=1 [hifigan]=3) # epochs, of the least held-out loss
 
+fail() {
+    echo "run.sh: $*" >&2
+    exit 2
+}
+
+for number in "$stage" "$stop_stage"; do
+    [[ $number =~ ^-?[0-9]+$ ]] || fail "the stage '$number' is not a whole number"
+done
+
 mkdir -p "$work_dir"
 config=$work_dir/cosyvoice.yaml # beside the lexicon that it names
 cp examples/mini/cosyvoice.yaml "$config"
@@ -45,10 +54,7 @@ write_lists() { # of all runs, so that what is missing shows at the start
         for split in train dev; do
             for corpus in ${trained_on[$run]}; do
                 part=$work_dir/$corpus/$split/parquet/data.list
-                [ -f "$part" ] || {
-                    echo "run.sh: $part does not exist; run stages 0 to 3 first" >&2
-                    exit 2
-                }
+                [ -f "$part" ] || fail "$part does not exist; run stages 0 to 3 first"
                 cat "$part"
             done >"$work_dir/$run.$split.list"
         done

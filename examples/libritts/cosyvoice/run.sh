@@ -44,6 +44,10 @@ fail() {
     exit 2
 }
 
+for number in "$stage" "$stop_stage"; do
+    [[ $number =~ ^-?[0-9]+$ ]] || fail "the stage '$number' is not a whole number"
+done
+
 asks_for() { # the number of a stage
     [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]
 }

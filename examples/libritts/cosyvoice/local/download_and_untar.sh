@@ -16,6 +16,10 @@ fail() {
 
 [ $# -eq 3 ] || fail "three arguments are needed: DATA_DIR DATA_URL PART"
 data_dir=$1 data_url=$2 part=$3
+case $data_dir in
+    /*) ;;
+    *) data_dir=./$data_dir ;; # a name that begins with - is no option
+esac
 archive=$data_dir/$part.tar.gz
 complete=$data_dir/LibriTTS/$part/.complete
 
@@ -23,7 +27,7 @@ if [ -f "$complete" ]; then
     echo "$part is complete"
     exit 0
 fi
-for program in curl md5sum tar; do
+for program in curl md5sum python; do
     command -v "$program" >/dev/null || fail "$program is not installed"
 done
 mkdir -p "$data_dir" || fail "cannot write $data_dir; choose another data_dir"
@@ -55,7 +59,28 @@ if [ -n "$md5" ] && ! md5sum --check --status <<<"$md5  $archive"; then
     rm "$archive"
     fail "$part.tar.gz was damaged on its way and is deleted; run this again"
 fi
-tar -xzf "$archive" -C "$data_dir" || fail "$archive cannot be unpacked; make room, or delete it and run this again"
+python - "$archive" "$data_dir" "$part" <<'END' || fail "$archive cannot be unpacked; make room, or delete it and run this again"
+import sys
+import tarfile
+
+archive, folder, part = sys.argv[1:]
+
+
+def own(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
+    """Let nothing through that lies outside LibriTTS/PART, except files beside it such as LibriTTS/LICENSE.txt."""
+    member = tarfile.data_filter(member, path)
+    corpus, inside, *deeper = [*member.name.removeprefix("./").split("/"), ""]
+    if corpus != "LibriTTS" or not (inside in ("", part) or (member.isfile() and deeper == [""])):
+        raise tarfile.FilterError(f"{member.name} does not belong to LibriTTS/{part}")
+    return member
+
+
+try:
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter=own)
+except (tarfile.TarError, OSError, EOFError) as error:
+    sys.exit(f"download_and_untar.sh: {error}")
+END
 [ -d "$data_dir/LibriTTS/$part" ] || fail "$archive holds no LibriTTS/$part"
 touch "$complete"
 echo "$part is complete"
