@@ -33,6 +33,7 @@ class Clip:
     speech_token: Tensor  # (N,) int64, 50 a second
     mel: Tensor  # (T, 80) float32 natural log-mel, T = mel_frames(N) at most
     embedding: Tensor  # (192,) float32, L2-normalised
+    text_place: Tensor | None = None  # (N,) int64, the text token that each speech token says, for a model that asks
 
 
 def load_clips(data_dir: Path, model_dir: Path) -> list[Clip]:
@@ -109,6 +110,16 @@ def check_vocabularies(clips: Sequence[Clip], part: nn.Module) -> None:
             if (largest := int(getattr(clip, f"{kind}_token").max())) >= embedding.num_embeddings:
                 problem = f"the clip {clip.utt!r} has the {kind} token {largest}, and the model only those below"
                 raise InputError(f"{problem} {embedding.num_embeddings}; run prepare_joint_data.py again")
+
+
+def find_places(clips: Sequence[Clip], llm: nn.Module) -> None:
+    """Find which text token each speech token says, once, for an LLM that would look for it at every step."""
+    if (aligner := getattr(llm, "aligner", None)) is None:
+        return
+    for clip in clips:
+        batch = collate([clip])
+        names = ("speech_token", "speech_token_len", "text_token", "text_token_len")
+        (clip.text_place,) = aligner.places(*(batch[name] for name in names))
 
 
 def to_clip(row: dict[str, Any]) -> Clip:
@@ -189,7 +200,8 @@ def collate(clips: list[Clip]) -> dict[str, Tensor]:
     text, text_lengths = padded([clip.text_token for clip in clips])
     speech, speech_lengths = padded([clip.speech_token for clip in clips])
     mel, mel_lengths = padded([clip.mel for clip in clips])
-    return {
+    places = [clip.text_place for clip in clips if clip.text_place is not None]
+    return ({"text_place": pad_list(places, 0)} if places else {}) | {
         "text_token": text,  # (B, L)
         "text_token_len": text_lengths,
         "speech_token": speech,  # (B, N)

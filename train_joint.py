@@ -223,7 +223,15 @@ def build(
 
     from cosyvoice.utils.checkpoint import load_part
     from cosyvoice.utils.command import seed_all
-    from dataset import EpochOrder, check_vocabularies, collate, speaker_embedding, speaker_name, split_clips
+    from dataset import (
+        EpochOrder,
+        check_vocabularies,
+        collate,
+        find_places,
+        speaker_embedding,
+        speaker_name,
+        split_clips,
+    )
     from llm_flow_model import JointModel
 
     train, held_out = split_clips(clips, config["validation_ratio"], args.seed)
@@ -231,6 +239,7 @@ def build(
     parts = {part: load_part(model_dir, part) for part in MODES[config["training_mode"]]}
     for part in parts.values():
         check_vocabularies(clips, part)
+        find_places(clips, part)
     origin = origin | {"speaker": speaker_name(clips)}
     model = JointModel(parts, config, args.seed, speaker_embedding(train), origin)
     if args.init:

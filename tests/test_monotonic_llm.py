@@ -23,6 +23,7 @@ from cosyvoice.utils.checkpoint import load_strict, read_state_dict
 from cosyvoice.utils.common import ras_sampling
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.model_yaml import load_model_yaml
+from dataset import Clip, collate, find_places
 from llm_flow_model import JointModel
 
 CPU = torch.device("cpu")
@@ -84,6 +85,16 @@ def test_it_reads_what_it_has_learned(trained: MonotonicLM) -> None:
     for text, tokens, _ in sentences(6, seed=1000):
         prefix = (NONE, NONE, torch.zeros(1, 192))
         assert trained.best_take(text.unsqueeze(0), *prefix) == tokens.tolist()
+
+
+def test_places_that_are_found_once_give_the_same_losses(trained: MonotonicLM) -> None:
+    mel, vector = torch.zeros(1, 80), torch.zeros(192)
+    clips = [Clip("", "", text, speech, mel, vector) for text, speech, _ in sentences(5, seed=3)]
+    expected, _ = trained.clip_losses(collate(clips), CPU)
+    find_places(clips, trained)
+    assert all(clip.text_place.shape == clip.speech_token.shape for clip in clips)
+    found, _ = trained.clip_losses(collate(clips), CPU)
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_aligner_finds_the_places(trained: MonotonicLM) -> None:
