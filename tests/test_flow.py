@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from cosyvoice.flow.decoder import ConditionalDecoder
 from cosyvoice.flow.flow import MaskedDiffWithXvec, draw_prefix_length
-from cosyvoice.flow.flow_matching import ConditionalCFM, MelPredictingCFM, TrainingDraw
+from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
 from cosyvoice.flow.length_regulator import InterpolateRegulator
-from cosyvoice.flow.mel_predictor import MelPredictor
+from cosyvoice.flow.mel_regressor import MelRegressor
 from cosyvoice.transformer.encoder import ConformerEncoder
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import OVERLAP_TOKENS, mel_frames
@@ -45,8 +45,8 @@ ESTIMATOR_OPTIONS = {
 }
 
 
-def build_cfm(estimator: nn.Module, kind: type[ConditionalCFM] = ConditionalCFM, **params: Any) -> ConditionalCFM:
-    return kind(3 * MELS, CFM_PARAMS | params, n_spks=1, spk_emb_dim=MELS, estimator=estimator)
+def build_cfm(estimator: nn.Module, **params: Any) -> ConditionalCFM:
+    return ConditionalCFM(3 * MELS, CFM_PARAMS | params, n_spks=1, spk_emb_dim=MELS, estimator=estimator)
 
 
 def build_estimator(**options: Any) -> ConditionalDecoder:
@@ -288,18 +288,6 @@ def test_halves_of_the_threads_compute_halves_of_the_items(monkeypatch: pytest.M
     assert seen[3:] == 6 * [(1, 2)]
 
 
-def test_the_solver_takes_the_models_number_of_steps_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    flow, inputs, calls = build_flow(n_timesteps=2), inference_inputs(tokens=5), []
-    estimator = flow.decoder.estimator.forward
-    monkeypatch.setattr(flow.decoder.estimator, "forward", lambda *given: calls.append(1) or estimator(*given))
-    flow.inference(**inputs)
-    assert len(calls) == 2
-    flow.inference(**inputs, n_timesteps=3)
-    assert len(calls) == 5
-    with pytest.raises(InputError, match="n_timesteps is 0; at least 1"):
-        build_flow(n_timesteps=0)
-
-
 def test_requests_at_the_same_time_leave_the_number_of_threads_alone() -> None:
     flow = build_flow()
 
@@ -407,74 +395,54 @@ def test_bfloat16_stays_close_to_float32() -> None:
 # --- a network that predicts the mel
 
 
-class KnownMel(nn.Module):
-    """Predicts 2 mu with conditions, and 0 without."""
-
-    in_channels = 4 * MELS
-
-    def forward(self, x: Tensor, mask: Tensor, mu: Tensor, t: Tensor, spks: Tensor, cond: Tensor) -> Tensor:
-        return 2 * mu
-
-
-def build_mel_predictor() -> MelPredictor:
+def build_mel_regressor() -> MelRegressor:
     torch.manual_seed(0)
-    options = {"channels": 12, "kernel_size": 3, "num_blocks": 2, "mel_mean": -5.0, "mel_std": 2.0}
-    return MelPredictor(4 * MELS, MELS, **options).eval()
+    return MelRegressor(MELS, MELS, MELS, channels=12, kernel_size=3, num_blocks=2, mel_mean=-5, mel_std=2).eval()
 
 
-@pytest.mark.parametrize("n_timesteps", [1, 4, 10])
-def test_a_predicted_mel_is_reached_from_any_noise_in_any_number_of_steps(n_timesteps: int) -> None:
-    mu = torch.randn(1, MELS, 7, generator=torch.Generator().manual_seed(1))
-    conditions = {"spks": torch.zeros(1, MELS), "cond": torch.zeros_like(mu)}
-    torch.manual_seed(2)
-    mel, _ = build_cfm(KnownMel(), MelPredictingCFM)(mu, torch.ones(1, 1, 7), n_timesteps, **conditions)
-    torch.testing.assert_close(mel, 1.7 * 2 * mu)  # guidance of 0.7 away from the mel without conditions, which is 0
+def regressor_inputs(lengths: list[int]) -> dict[str, Tensor]:
+    return {name: value for name, value in estimator_inputs(lengths).items() if name not in ("x", "t")}
 
 
-def test_a_predicted_mel_is_compared_with_the_mel() -> None:
-    mel = torch.randn(2, MELS, 6, generator=torch.Generator().manual_seed(1))
-    conditions = {"spks": torch.zeros(2, MELS), "cond": torch.zeros_like(mel)}
-    mask = torch.tensor([[[1, 1, 1, 1, 1, 1]], [[1, 1, 1, 1, 0, 0]]])
-    cfm = build_cfm(KnownMel(), MelPredictingCFM, training_cfg_rate=0.0)
-    right, _ = cfm.compute_loss(mel, mask, mel / 2, **conditions)
-    wrong, _ = cfm.compute_loss(mel, mask, (mel + 3) / 2, **conditions)
+def test_the_mel_regressor_is_compared_with_the_mel_and_not_with_padding() -> None:
+    regressor, inputs = build_mel_regressor(), regressor_inputs([6, 4])
+    mel = regressor.predict(**inputs)
+    right, _ = regressor.compute_loss(mel + 100 * ~inputs["mask"], **inputs)
+    wrong, _ = regressor.compute_loss(mel + 3, **inputs)
     torch.testing.assert_close(right, torch.tensor(0.0))
-    torch.testing.assert_close(wrong, torch.tensor(9.0))
+    torch.testing.assert_close(wrong, torch.tensor(3.0))
 
 
-def test_the_mel_predictor_sees_nothing_of_the_padding_and_follows_each_input() -> None:
-    predictor, inputs = build_mel_predictor(), estimator_inputs([9, 4])
-    mel = predictor(**inputs)
+def test_the_mel_regressor_sees_nothing_of_the_padding_and_follows_each_input() -> None:
+    regressor, inputs = build_mel_regressor(), regressor_inputs([9, 4])
+    mel = regressor.predict(**inputs)
     assert mel.shape == (2, MELS, 9) and (mel[1, :, 4:] == 0).all()
     alone = {name: value[1:, ..., :4] if value.dim() == 3 else value[1:] for name, value in inputs.items()}
-    torch.testing.assert_close(mel[1:, :, :4], predictor(**alone))
-    for name in ("x", "mu", "t", "spks", "cond"):
-        moved = predictor(**inputs | {name: inputs[name] + 0.5})
+    torch.testing.assert_close(mel[1:, :, :4], regressor.predict(**alone))
+    for name in ("mu", "spks", "cond"):
+        moved = regressor.predict(**inputs | {name: inputs[name] + 0.5})
         assert (moved - mel).abs().amax(dim=(1, 2)).gt(1e-4).all(), name
 
 
-def test_the_mel_predictor_learns_to_let_go_of_the_noise() -> None:
-    """Its mel is a function of the tokens; a flow that keeps its noise fails by the noise's spread, which is 1."""
-    torch.manual_seed(0)
-    cfm = build_cfm(build_mel_predictor().train(), MelPredictingCFM, inference_cfg_rate=0.0)
-    optimizer = torch.optim.Adam(cfm.parameters(), lr=5e-3)
-    mask, no_condition = torch.ones(16, 1, 20), {"spks": torch.zeros(16, MELS), "cond": torch.zeros(16, MELS, 20)}
-    for _ in range(300):
-        mu = torch.randn(16, MELS, 20)
-        loss, _ = cfm.compute_loss(2 * mu - 5, mask, mu, **no_condition)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    mel, _ = cfm.eval()(mu, mask, 10, **no_condition)
-    assert (mel - (2 * mu - 5)).square().mean().sqrt() < 0.5
+def test_a_flow_with_a_mel_regressor_says_the_same_at_every_seed_and_trains_every_weight() -> None:
+    flow = build_flow(decoder=build_mel_regressor())
+    inputs = inference_inputs(tokens=5)
+    torch.manual_seed(1)
+    mel, cache = flow.inference(**inputs)
+    torch.manual_seed(2)
+    again, _ = flow.inference(**inputs)
+    assert mel.shape == (1, MELS, mel_frames(5)) and torch.equal(again, mel)
+    assert cache is inputs["flow_cache"]
+    flow(training_batch(), torch.device("cpu"))["loss"].backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in flow.parameters())
 
 
-def test_the_mel_predictor_computes_the_same_in_its_form_for_inference() -> None:
-    predictor, inputs = build_mel_predictor(), estimator_inputs([9, 4])
-    mel = predictor(**inputs)
-    predictor.prepare_inference(lambda linear: nn.Sequential(linear))
-    assert all(isinstance(block.pointwise[2], nn.Sequential) for block in predictor.blocks)
-    torch.testing.assert_close(predictor(**inputs), mel)
+def test_the_mel_regressor_computes_the_same_in_its_form_for_inference() -> None:
+    regressor, inputs = build_mel_regressor(), regressor_inputs([9, 4])
+    mel = regressor.predict(**inputs)
+    regressor.prepare_inference(lambda linear: nn.Sequential(linear))
+    assert all(isinstance(block.pointwise[2], nn.Sequential) for block in regressor.blocks)
+    torch.testing.assert_close(regressor.predict(**inputs), mel)
 
 
 # --- settings

@@ -54,9 +54,9 @@ def test_its_attention_stacks_are_exported(tmp_path: Path) -> None:
 
 def test_the_shipped_model_speaks_a_sentence_of_the_right_length() -> None:
     cosyvoice = CosyVoice(str(SHIPPED))
-    assert cosyvoice.list_available_spks() == ["alpha", "gongitsune", "nezumi", "kumo"]
+    assert cosyvoice.list_available_spks() == ["gongitsune", "nezumi", "kumo"]
     torch.manual_seed(0)
-    (piece,) = cosyvoice.inference_sft(SENTENCE, "alpha")
+    (piece,) = cosyvoice.inference_sft(SENTENCE, "kumo")
     seconds = piece["tts_speech"].size(1) / cosyvoice.sample_rate
     assert 1 < seconds < 4 and 0.01 < piece["tts_speech"].std() < 0.5
 

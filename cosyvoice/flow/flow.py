@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from cosyvoice.flow.flow_matching import ConditionalCFM
 from cosyvoice.flow.length_regulator import InterpolateRegulator
+from cosyvoice.flow.mel_regressor import MelRegressor
 from cosyvoice.transformer.precision import MANY_FRAMES
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import TOKEN_RATE_HZ, mel_frames
@@ -34,21 +35,16 @@ class MaskedDiffWithXvec(nn.Module):
         vocab_size: int,
         encoder: nn.Module,
         length_regulator: InterpolateRegulator,
-        decoder: ConditionalCFM,
+        decoder: ConditionalCFM | MelRegressor,
         input_frame_rate: int = TOKEN_RATE_HZ,
         only_mask_loss: bool = True,
-        n_timesteps: int = 10,
     ) -> None:
-        """n_timesteps: Euler steps where `inference` is not told how many."""
         super().__init__()
         if output_type != "mel":
             raise InputError(f"MaskedDiffWithXvec: output_type {output_type!r} is not implemented; use 'mel'")
         if not only_mask_loss:
             raise InputError("MaskedDiffWithXvec: only_mask_loss False is not implemented; use True")
-        if n_timesteps < 1:
-            raise InputError(f"MaskedDiffWithXvec: n_timesteps is {n_timesteps}; at least 1 is needed")
         self.input_frame_rate = input_frame_rate  # tokens a second
-        self.n_timesteps = n_timesteps
         self.input_embedding = nn.Embedding(vocab_size, input_size)
         self.spk_embed_affine_layer = nn.Linear(spk_embed_dim, output_size)
         self.encoder = encoder
@@ -115,7 +111,7 @@ class MaskedDiffWithXvec(nn.Module):
         prompt_feat_len: Tensor,
         embedding: Tensor,
         flow_cache: Tensor | None,
-        n_timesteps: int | None = None,
+        n_timesteps: int = 10,
     ) -> tuple[Tensor, Tensor]:
         """The float32 mel (1, 80, T) of one utterance without its prompt, and the cache for the next chunk.
 
@@ -134,7 +130,7 @@ class MaskedDiffWithXvec(nn.Module):
         mel, flow_cache = self.decoder(
             mu=mu.transpose(1, 2),  # (1, T, M) -> (1, M, T)
             mask=torch.ones(1, 1, frames, dtype=torch.bool, device=mu.device),
-            n_timesteps=n_timesteps or self.n_timesteps,
+            n_timesteps=n_timesteps,
             spks=self._project_speaker(embedding),
             cond=F.pad(prompt_feat.to(mu.dtype).transpose(1, 2), (0, target_frames)),
             prompt_len=prompt_frames,

@@ -16,7 +16,6 @@ from cosyvoice.utils.frames import OVERLAP_TOKENS, mel_frames
 from matcha.models.components.flow_matching import cosine_time_grid, integrate_euler, optimal_transport_path
 
 CACHED_TAIL_FRAMES = mel_frames(OVERLAP_TOKENS)  # what the next chunk of a stream begins with
-EARLY = 2  # power of a MelPredictingCFM's evenly drawn times: half of them are below 1/4
 _making_workers = threading.Lock()
 _half_workers: dict[int, ThreadPoolExecutor] = {}  # by the number of threads
 
@@ -99,11 +98,10 @@ class ConditionalCFM(nn.Module):
             draw = replace(draw, t=times.to(x1).view(-1, 1, 1))
         if not drops_conditions:
             draw = replace(draw, keep=torch.ones_like(draw.keep))
-        t = self._training_time(draw.t)
-        y, u = optimal_transport_path(x1, draw.z, t, self.params.sigma_min)
+        y, u = optimal_transport_path(x1, draw.z, draw.t, self.params.sigma_min)
         mu, spks, cond = (_keep_items(condition, draw.keep) for condition in (mu, spks, cond))
-        predicted = self.estimator(y.to(mu.dtype), mask, mu, t.flatten(), spks, cond)
-        squared_error = ((predicted.float() - self._target(x1, u)) * mask).square().sum()
+        predicted = self.estimator(y.to(mu.dtype), mask, mu, draw.t.flatten(), spks, cond)
+        squared_error = ((predicted.float() - u) * mask).square().sum()
         return squared_error / (mask.sum() * u.shape[1]), y
 
     def draw_training(self, x1: Tensor) -> TrainingDraw:
@@ -177,41 +175,9 @@ class ConditionalCFM(nn.Module):
         def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
             both = torch.cat([x, x]).to(mu.dtype)  # one call: conditional items first, then unconditional
             with_conditions, without = estimator(both, masks, mu, t.expand(2 * batch), spks, cond).chunk(2)
-            return self._velocity((1 + w) * with_conditions - w * without, x, t)
+            return (1 + w) * with_conditions - w * without
 
         return integrate_euler(guided_velocity, x, t_span)
-
-    def _training_time(self, drawn: Tensor) -> Tensor:
-        """The flow times to train at, from numbers that are spread evenly over [0, 1)."""
-        return drawn
-
-    def _target(self, x1: Tensor, u: Tensor) -> Tensor:
-        """What the network is to predict on the path to the mel x1, whose velocity is u."""
-        return u
-
-    def _velocity(self, predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The velocity at x (B, M, T) and time t that the network's prediction says."""
-        return predicted
-
-
-class MelPredictingCFM(ConditionalCFM):
-    """A flow whose network predicts the mel at the path's end, from which the velocity follows.
-
-    A network narrower than what it would take to carry noise and mel cannot predict the noise, and so not the
-    velocity; of the mel it need only know what the tokens say (Li and He 2025, "Back to Basics: Let Denoising
-    Generative Models Denoise", section 3). The loss is the mean squared error of the mel. It is trained mostly near the
-    start of the path, where the tokens alone must tell the mel and from where few steps of the solver lead to the end.
-    """
-
-    def _training_time(self, drawn: Tensor) -> Tensor:
-        return drawn**EARLY
-
-    def _target(self, x1: Tensor, u: Tensor) -> Tensor:
-        return x1
-
-    def _velocity(self, predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        kept = 1 - self.params.sigma_min  # of the noise, over the whole path
-        return (predicted - kept * x) / (1 - kept * t)
 
 
 def _for_halves(estimator: nn.Module, device: torch.device) -> Callable[..., Tensor]:

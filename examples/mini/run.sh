@@ -22,6 +22,7 @@ num_jobs=${num_jobs:-2}
 # Four neural voices that speak, and mixtures of five; two of flite's and two of festival's, whose many sentences teach
 # reading; pseudo-speakers and three people, so that a voice never heard before is nothing new.
 base_voices=(alpha gongitsune nezumi kumo)
+stored_voices=(gongitsune nezumi kumo) # alpha is heard far worse from text than these
 mixtures=(mix{1..30})
 reading_voices=(slt awb kal16 ked)
 corpora=(voices mixes texts speakers prompts)
@@ -135,5 +136,5 @@ fi
 
 if asks_for 7; then
     echo "Stage 7: model folder"
-    python examples/mini/make_model_dir.py --work_dir "$work_dir" --voices "${base_voices[@]}" --model_dir "$model_dir"
+    python examples/mini/make_model_dir.py --work_dir "$work_dir" --voices "${stored_voices[@]}" --model_dir "$model_dir"
 fi

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 GRAMMAR_FILE = FOLDER / "grammar.txt"
-JUDGED = (FOLDER / "eval_sentences.txt", *sorted((FOLDER.parent / "raw_audio").glob("*.txt")))
+JUDGED = (
+    FOLDER / "eval_sentences.txt", FOLDER / "tune_sentences.txt", *sorted((FOLDER.parent / "raw_audio").glob("*.txt")),
+)  # fmt: skip
 START = "sentence"
 RUN_WORDS = 5  # a sentence that shares so many words in a row with a judged one counts as that one
 MAX_WORDS = 22  # longer ones take the engines' voices out of breath, and memory in training
