@@ -3,11 +3,13 @@
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cosyvoice.utils.errors import DISK_TROUBLE, GONE, NO_PERMISSION, InputError, is_memory_trouble
 
+PLACE_TROUBLE = (*DISK_TROUBLE, *NO_PERMISSION, *GONE)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 VALIDATION = 1_000_003  # in place of the epoch in `seed_all`: keeps validation apart from every training epoch
@@ -20,15 +22,16 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is loaded, which main does
     if isinstance(sys.stdout, io.TextIOWrapper):  # which, redirected on Windows, may lack the letters of a file's name
         sys.stdout.reconfigure(errors="backslashreplace")
+    threading.excepthook = _tell_of_thread
     code, reason = EXIT_USER_ERROR, ""
     try:
         code = main(None) or 0
     except InputError as error:
         reason = str(error)
     except OSError as error:
-        if error.errno not in (*DISK_TROUBLE, *NO_PERMISSION, *GONE):
+        if error.errno not in PLACE_TROUBLE:
             raise
-        where = f" ({error.filename})" if error.filename else ""
+        where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
         remedy = "make room, or choose files and folders that can be read and written"
         if error.errno in GONE:
             remedy = "was it moved or deleted during the run? Put it back, and run the same command again"
@@ -43,6 +46,12 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     if reason:
         print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     sys.exit(code)
+
+
+def _tell_of_thread(failure: threading.ExceptHookArgs) -> None:
+    """Print how a thread ended, unless it was where it writes: the logs' writer passes that on to the main thread."""
+    if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in PLACE_TROUBLE):
+        threading.__excepthook__(failure)
 
 
 def check_least(option: str, number: int, least: int = 1) -> None:

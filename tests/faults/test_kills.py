@@ -3,96 +3,21 @@
 This takes minutes, so `make test` stops each command once and `make test-faults` often: FAULT_KILLS says how often.
 """
 
-import hashlib
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from jobs import COMMANDS, Job, new_job
 
-from tools.random_model import make_random_model
-from voice import read_run
-
-ROOT = Path(__file__).resolve().parents[2]
-RECORDINGS = ROOT / "examples" / "raw_audio"
 KILLS = int(os.environ.get("FAULT_KILLS", "1"))
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
-CLIPS = 8
-COMMANDS = {  # run inside the job's folder
-    "prepare": "prepare_joint_data.py --model-dir model --data-dir data --input-dir raw --workers 1 --device cpu",
-    "train": "train_joint.py --model-dir model --data-dir data --output-dir output --device cpu --resume auto --set",
-    "merge": "merge_joint_weights.py --model-dir model --output-dir output",
-    "speak": "inference_joint.py --model-dir model --output-dir output --text-file raw/lines --device cpu",
-}
-COMMANDS["speak"] += " --batch-size 1"
-COMMANDS["train"] += " batch_size=1 accumulate_grad_batches=4 max_feat_len=40 learning_rate=0.01 max_epochs=2"
-
-
-@dataclass
-class Job:
-    """The whole job in one folder, whose commands can be run, stopped and compared."""
-
-    folder: Path
-
-    def start(self, name: str) -> subprocess.Popen[str]:
-        script, *options = COMMANDS[name].split()
-        command = [sys.executable, str(ROOT / script), *options]
-        return subprocess.Popen(
-            command, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-
-    def run(self, name: str) -> float:
-        """Run to the end. Returns the seconds that it took."""
-        started = time.perf_counter()
-        process = self.start(name)
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-        return time.perf_counter() - started
-
-    def stop(self, name: str, seconds: float, kind: signal.Signals) -> None:
-        """Start the command and stop it after so many seconds; a signal that can be caught leaves no traceback."""
-        process = self.start(name)
-        time.sleep(seconds)
-        process.send_signal(kind)
-        _, errors = process.communicate(timeout=120)
-        assert seconds < 1 or "Traceback" not in errors, errors  # before that, Python itself is interrupted
-
-    def result(self) -> dict[str, str]:
-        """Return what the job has made: contents by name, without what tells the time."""
-        found = {}
-        for path in sorted([*(self.folder / "data").rglob("*"), *(self.folder / "output").rglob("*")]):
-            if path.is_file() and path.suffix in (".parquet", ".csv", ".pt", ".wav"):
-                found[str(path.relative_to(self.folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
-            if path.name.endswith("_last.ckpt"):
-                progress = read_run(path).state["progress"]
-                found[path.name] = str([(part, state["history"], state["stopped"]) for part, state in progress.items()])
-        return found
-
-    def copy(self, folder: Path) -> "Job":
-        for name in ("data", "output"):
-            shutil.copytree(self.folder / name, folder / name)
-        for name in ("model", "raw"):
-            (folder / name).symlink_to(self.folder / name)
-        return Job(folder)
-
-
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, float, dict[str, str]]]:
     """Of each command: the job just before it, the seconds that it takes, and what is there after it."""
-    job = Job(tmp_path_factory.mktemp("job"))
-    make_random_model(job.folder / "model", seed=7)
-    for name in ("raw", "data", "output"):
-        (job.folder / name).mkdir()
-    for number in range(1, CLIPS + 1):
-        for suffix in ("wav", "txt"):
-            shutil.copy(RECORDINGS / f"{number:03d}.{suffix}", job.folder / "raw")
-    (job.folder / "raw" / "lines").write_text("One.\nTwo words.\nThree more words.\n")
+    job = new_job(tmp_path_factory.mktemp("job"))
     found = {}
     for name in COMMANDS:
         before = job.copy(tmp_path_factory.mktemp(f"before_{name}"))
