@@ -70,7 +70,7 @@ def known_rows(data_dir: Path) -> dict[str, pa.Table]:
     for path in [*data_dir.glob("clips-*.parquet"), *(data_dir / UNFINISHED).glob("*.parquet")]:
         try:
             table = pq.read_table(path, partitioning=None)
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
             continue
         if table.schema.equals(SCHEMA):
             hashes = table["content_hash"].to_pylist()

@@ -65,7 +65,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         with pq.ParquetFile(file) as parquet:
             strange = [name for name in COLUMNS if SCHEMA.field(name) not in parquet.schema_arrow]
             table = None if strange else parquet.read(COLUMNS)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{file} cannot be read ({reason}); delete it and run prepare_joint_data.py again") from None
     if strange:

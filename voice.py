@@ -101,7 +101,7 @@ def read_run(path: Path) -> Run:
     """
     content = load_tensors(path, _OTHER)
     state = content.get(CHECKPOINT_KEY) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or state.get("mode") not in MODES:
+    if not isinstance(state, dict) or str(state.get("mode")) not in MODES:
         weights = isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
         kind = "merged or base weights" if weights else "something else"
         raise InputError(f"{path} is no checkpoint of train_joint.py but {kind}; {_OTHER}")

@@ -25,12 +25,14 @@ from cosyvoice.tokenizer.phones import PhoneTokenizer
 from cosyvoice.tokenizer.tokenizer import ByteTokenizer
 from cosyvoice.utils import audio
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 from cosyvoice.utils.pitch import pitch_track
 
 Sample = dict[str, Any]
 
 FRAMES_PER_SECOND = 100  # the frames of 10 ms that `filter` counts in
 ROWS_AT_ONCE = 64
+NEEDED_COLUMNS = {"utt", "text", "audio_data", "utt_embedding", "spk_embedding", "speech_token"}
 LOWEST_COLOUR_HZ = 100.0
 
 logger = logging.getLogger(__name__)
@@ -39,14 +41,37 @@ logger = logging.getLogger(__name__)
 def parquet_opener(data: Iterable[Sample], mode: str = "train") -> Iterator[Sample]:
     """{'src': path of a parquet file} -> one sample a row, with the row's columns added.
 
-    Raises InputError for a file that cannot be read.
+    Rows with a missing or damaged value are left out, with a warning. Raises InputError for a file that cannot be read
+    or lacks a column.
     """
     for sample in data:
         with readable_parquet(sample["src"]):
-            for rows in pyarrow.parquet.ParquetFile(sample["src"]).iter_batches(ROWS_AT_ONCE):
+            file = pyarrow.parquet.ParquetFile(sample["src"])
+            if missing := sorted(NEEDED_COLUMNS - set(file.schema_arrow.names)):
+                raise InputError(f"{sample['src']} has no {', '.join(missing)}; make it anew with make_parquet_list.py")
+            for rows in file.iter_batches(ROWS_AT_ONCE):
                 columns = [column.to_numpy(zero_copy_only=False) for column in rows.columns]
                 for values in zip(*columns, strict=True):
-                    yield {**sample, **dict(zip(rows.schema.names, values, strict=True))}
+                    row = dict(zip(rows.schema.names, values, strict=True))
+                    if damaged := [name for name, value in row.items() if not _is_right(name, value)]:
+                        reason = f"its {', '.join(damaged)} is missing or damaged"
+                        logger.warning("utterance %s of %s is left out: %s", row.get("utt"), sample["src"], reason)
+                    else:
+                        yield {**sample, **row}
+
+
+def _is_right(name: str, value: Any) -> bool:
+    """Return whether a value is of the kind that `make_parquet_list.py` writes into the column."""
+    if name in ("utt", "spk", "text", "wav"):
+        return isinstance(value, str)
+    if name == "audio_data":
+        return isinstance(value, bytes)
+    numbers = value if isinstance(value, np.ndarray) else np.empty(0, dtype=object)
+    if name in ("utt_embedding", "spk_embedding"):
+        return numbers.shape == (SPEAKER_DIMENSIONS,) and numbers.dtype.kind == "f" and bool(np.isfinite(numbers).all())
+    if name == "speech_token":
+        return numbers.dtype.kind in "iu" and bool((numbers >= 0).all())
+    return True  # a column that nothing here reads
 
 
 @contextmanager
@@ -54,7 +79,7 @@ def readable_parquet(file: str) -> Iterator[None]:
     """Inside, an error of reading is an InputError that names the file."""
     try:
         yield
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # the last for the columns' names
         reason = " ".join(str(error).split())
         remedy = "make it anew, or start in the folder that its path counts from"
         raise InputError(f"{file} is no readable parquet file: {reason}; {remedy}") from error

@@ -35,6 +35,7 @@ from dataset import COLUMNS, check_row, collate, read_rows, to_clip
 from recordings import find_recordings
 from speaking import choose_voice, read_vector
 from tools.kaldi_folder import read_numbers, read_table
+from tools.make_parquet_list import schema
 from voice import base_fingerprints, read_run
 
 CASES = int(os.environ.get("FAULT_CASES", "25"))
@@ -202,6 +203,31 @@ def rows(good: Good, draw: random.Random) -> None:
         collate([to_clip(read)])
 
 
+def recipe_rows(good: Good, draw: random.Random) -> None:
+    """Rows of the recipe's files go through the steps of its configuration; damaged ones are left out."""
+    row = {name: good.row[name] for name in ("utt", "wav", "text", "spk", "speech_token")} | {"audio_data": good.wav}
+    row |= {name: good.row["utt_embedding"] for name in ("utt_embedding", "spk_embedding")}
+    spoilt_row = dict(row)
+    name = draw.choice(list(row))
+    if isinstance(row[name], list):
+        values = list(row[name])
+        others = [math.nan, math.inf] if isinstance(values[0], float) else [-1]
+        values[draw.randrange(len(values))] = draw.choice([None, *others])
+        spoilt_row[name] = draw.choice([None, values, values[:-1]])
+    else:
+        spoilt_row[name] = None
+    path = good.folder / "parquet_000000000.tar"
+    pq.write_table(pa.Table.from_pylist([spoilt_row, row, row], schema("0")), path)
+    if draw.random() < 0.4:
+        path.write_bytes(with_other_bytes(path.read_bytes(), draw))
+    config = load_model_yaml(PARITY_DIR / "tiny.yaml", parts=("data_pipeline",))
+    samples = iter([{"src": str(path)}])
+    for step in config["data_pipeline"]:
+        samples = step(samples, mode="train")
+    for padded in samples:
+        assert len(padded["utts"]) >= 2
+
+
 def model_yaml(good: Good, draw: random.Random) -> None:
     lines = good.yaml.splitlines()
     valued = [number for number, line in enumerate(lines) if ": " in line and not line.lstrip().startswith(("#", "__"))]
@@ -261,8 +287,8 @@ def lexicon(good: Good, draw: random.Random) -> None:
 
 
 FAMILIES = (
-    sidecar, speakers, checkpoint, rows, model_yaml, weights, weights_bytes, vector, vector_pt, audio, table, numbers,
-    listing, lexicon,
+    sidecar, speakers, checkpoint, rows, recipe_rows, model_yaml, weights, weights_bytes, vector, vector_pt, audio,
+    table, numbers, listing, lexicon,
 )  # fmt: skip
 
 
