@@ -23,7 +23,7 @@ test: venv
 	$(PY) -m pytest
 
 test-faults: venv
-	FAULT_CASES=500 FAULT_KILLS=20 $(PY) -m pytest tests/faults -rP
+	FAULT_CASES=500 FAULT_KILLS=10 $(PY) -m pytest tests/faults -rP
 
 MINI := pretrained_models/CosyVoice-mini
 FOLDERS := --model-dir $(MINI) --output-dir demo/output
