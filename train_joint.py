@@ -286,6 +286,8 @@ def start_from(checkpoint: Path, model: "JointModel", model_dir: Path) -> None:
 
 def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]", device: str) -> None:
     """Say what will be trained."""
+    import torch
+
     from llm_flow_model import trainable_share
     from training import compute_precision
 
@@ -300,6 +302,8 @@ def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]
         f"{steps * epochs} optimiser steps planned, {steps} in each of {epochs} epochs, at most "
         f"{min(train, passes * model.config['batch_size'])} clips a step"
     )
+    if device == "cuda" and (count := torch.cuda.device_count()) > 1:
+        print(f"one of {count} GPUs is used; CUDA_VISIBLE_DEVICES chooses which")
     if not held_out:
         print("no clip is held out (fewer than 8, or validation_ratio 0): training losses choose the best weights")
 

@@ -13,7 +13,6 @@ that of the process, on CUDA that of its tensors. Each row follows as a line of 
 
 import argparse
 import logging
-import resource
 import statistics
 import sys
 import warnings
@@ -41,6 +40,7 @@ from measuring import (
 )
 
 from config import MINI_NAME, MODES, settings_for
+from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 
 if TYPE_CHECKING:
@@ -169,10 +169,15 @@ def time_steps(model: "JointModel", clips: "list[Clip]", device: str, repeats: i
 
 
 def peak_bytes(device: str) -> int:
+    """Return the most memory in use so far. Raises InputError where the system does not count it."""
     if device == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        raise InputError("this system does not tell how much memory a process took; use Linux or macOS") from None
     unit = 1 if sys.platform == "darwin" else 1024  # of what the system counts in
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -1,6 +1,8 @@
 """Prepared weights of language model and flow: float32 is the same mathematics, the others stay close to it."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -11,7 +13,13 @@ from torch import Tensor, nn
 
 from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.llm.llm import TransformerLM
-from cosyvoice.transformer.decoding import LEAST_CAPTURED_FRAMES, MOST_CAPTURED_FRAMES, CapturedSteps, CapturedStepsPool
+from cosyvoice.transformer.decoding import (
+    LEAST_CAPTURED_FRAMES,
+    MOST_CAPTURED_FRAMES,
+    MOST_IDLE,
+    CapturedSteps,
+    CapturedStepsPool,
+)
 from cosyvoice.transformer.precision import LINEARS, MANY_FRAMES, check_precision, fastest_precision
 from cosyvoice.utils.command import seed_all
 from cosyvoice.utils.draws import Draws
@@ -102,6 +110,25 @@ def test_sequences_at_the_same_time_have_steps_of_their_own(plain: TransformerLM
     longest = llm.following(frames[:, :20], MOST_CAPTURED_FRAMES)
     assert torch.equal(next(longest), expected[0])
     assert llm.captured.idle == [longer]
+
+
+@torch.inference_mode()
+def test_many_threads_get_steps_of_their_own_and_few_are_kept(plain: TransformerLM) -> None:
+    pool, threads = with_captured_steps(plain).captured, 3 * MOST_IDLE
+    all_hold, taken = threading.Barrier(threads), []
+
+    def hold(number: int) -> None:
+        for _ in range(5):
+            with pool.lent(10 + number) as steps:
+                all_hold.wait(timeout=60)
+                taken.append(steps)
+                all_hold.wait(timeout=60)
+
+    with ThreadPoolExecutor(threads) as workers:
+        list(workers.map(hold, range(threads)))
+    for start in range(0, len(taken), threads):
+        assert len(set(map(id, taken[start : start + threads]))) == threads
+    assert len(pool.idle) == MOST_IDLE
 
 
 @torch.inference_mode()

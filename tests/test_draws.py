@@ -9,7 +9,7 @@ import torch
 from cosyvoice.flow.flow_matching import ConditionalCFM
 from cosyvoice.hifigan.source import SineGen
 from cosyvoice.utils.command import seed_all
-from cosyvoice.utils.common import nucleus_sampling, random_sampling
+from cosyvoice.utils.common import most_probable, nucleus_sampling, random_sampling
 from cosyvoice.utils.draws import Draws, generator
 
 LOG_P = torch.zeros(1000)
@@ -75,3 +75,14 @@ def test_flow_and_vocoder_draw_from_them_too(source: str) -> None:
         assert torch.equal(noise(), first)
     with Draws(2):
         assert not torch.equal(noise(), first)
+
+
+@pytest.mark.parametrize("levels", [2, 5, 40, 10**6])
+@pytest.mark.parametrize("count", [1, 25, 99, 100, 200])
+def test_the_most_probable_are_what_a_stable_sort_begins_with(levels: int, count: int) -> None:
+    """With many ties, with some, and with none."""
+    for seed in range(20):
+        scores = torch.randint(levels, (100,), generator=torch.Generator().manual_seed(seed)) / levels
+        expected, ids = (whole[:count] for whole in scores.sort(descending=True, stable=True))
+        found = most_probable(scores, count)
+        assert torch.equal(found[0], expected) and torch.equal(found[1], ids)

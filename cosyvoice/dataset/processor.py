@@ -25,14 +25,13 @@ from cosyvoice.tokenizer.phones import PhoneTokenizer
 from cosyvoice.tokenizer.tokenizer import ByteTokenizer
 from cosyvoice.utils import audio
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 from cosyvoice.utils.pitch import pitch_track
 
 Sample = dict[str, Any]
 
 FRAMES_PER_SECOND = 100  # the frames of 10 ms that `filter` counts in
 ROWS_AT_ONCE = 64
-NEEDED_COLUMNS = {"utt", "text", "audio_data", "utt_embedding", "spk_embedding", "speech_token"}
+VECTORS = ("utt_embedding", "spk_embedding")
 LOWEST_COLOUR_HZ = 100.0
 
 logger = logging.getLogger(__name__)
@@ -41,15 +40,11 @@ logger = logging.getLogger(__name__)
 def parquet_opener(data: Iterable[Sample], mode: str = "train") -> Iterator[Sample]:
     """{'src': path of a parquet file} -> one sample a row, with the row's columns added.
 
-    Rows with a missing or damaged value are left out, with a warning. Raises InputError for a file that cannot be read
-    or lacks a column.
+    Rows with a missing or damaged value are left out, with a warning. Raises InputError for a file that cannot be read.
     """
     for sample in data:
         with readable_parquet(sample["src"]):
-            file = pyarrow.parquet.ParquetFile(sample["src"])
-            if missing := sorted(NEEDED_COLUMNS - set(file.schema_arrow.names)):
-                raise InputError(f"{sample['src']} has no {', '.join(missing)}; make it anew with make_parquet_list.py")
-            for rows in file.iter_batches(ROWS_AT_ONCE):
+            for rows in pyarrow.parquet.ParquetFile(sample["src"]).iter_batches(ROWS_AT_ONCE):
                 columns = [column.to_numpy(zero_copy_only=False) for column in rows.columns]
                 for values in zip(*columns, strict=True):
                     row = dict(zip(rows.schema.names, values, strict=True))
@@ -67,11 +62,18 @@ def _is_right(name: str, value: Any) -> bool:
     if name == "audio_data":
         return isinstance(value, bytes)
     numbers = value if isinstance(value, np.ndarray) else np.empty(0, dtype=object)
-    if name in ("utt_embedding", "spk_embedding"):
-        return numbers.shape == (SPEAKER_DIMENSIONS,) and numbers.dtype.kind == "f" and bool(np.isfinite(numbers).all())
+    if name in VECTORS:
+        return len(numbers) > 0 and numbers.dtype.kind == "f" and bool(np.isfinite(numbers).all())
     if name == "speech_token":
         return numbers.dtype.kind in "iu" and bool((numbers >= 0).all())
     return True  # a column that nothing here reads
+
+
+def _check_columns(sample: Sample, *names: str) -> None:
+    """Raise InputError if the file that a sample is from lacks one of the columns."""
+    if missing := [name for name in names if name not in sample]:
+        remedy = "make it anew with tools/make_parquet_list.py"
+        raise InputError(f"{sample.get('src')} has no column {', '.join(missing)}; {remedy}")
 
 
 @contextmanager
@@ -106,6 +108,7 @@ def tokenize(
         raise InputError("tokenize: spelled_share works only with get_phone_tokenizer. Leave it out")
     spells = spelled_share > 0 and mode == "train"
     for sample in data:
+        _check_columns(sample, "text")
         if isinstance(tokenizer, ByteTokenizer):
             words = tokenizer.encode_words(sample["text"], lambda: spells and random.random() < spelled_share)
             counts = [len(word) for word in words]
@@ -157,6 +160,7 @@ def filter(
     ratios, clips without speech tokens, and audio that cannot be decoded (with a warning).
     """
     for sample in data:
+        _check_columns(sample, "audio_data", "speech_token")
         try:
             speech, sample_rate = audio.read_wav(BytesIO(sample.pop("audio_data")))
         except InputError as error:
@@ -239,7 +243,8 @@ def compute_f0(data: Iterable[Sample], sample_rate: int, hop_size: int, mode: st
 def parse_embedding(data: Iterable[Sample], normalize: bool, mode: str = "train") -> Iterator[Sample]:
     """Turns `utt_embedding` and `spk_embedding` into float32 tensors (192,), of length 1 when `normalize`."""
     for sample in data:
-        vectors = {name: torch.tensor(sample[name], dtype=torch.float32) for name in ("utt_embedding", "spk_embedding")}
+        _check_columns(sample, *VECTORS)
+        vectors = {name: torch.tensor(sample[name], dtype=torch.float32) for name in VECTORS}
         if normalize:
             vectors = {name: F.normalize(vector, dim=0) for name, vector in vectors.items()}
         yield {**sample, **vectors}
@@ -299,13 +304,15 @@ def padding(
     for samples in data:
         samples = sorted(samples, key=lambda sample: -sample["speech"].size(1))
         padded: dict[str, Any] = {
-            "utts": [sample["utt"] for sample in samples],
+            "utts": [sample.get("utt") for sample in samples],
             "text": [sample.get("text") for sample in samples],
             **_padded("text_token", _token_tensors(samples, "text_token")),
             **_padded("speech_token", _token_tensors(samples, "speech_token")),
-            "utt_embedding": torch.stack([sample["utt_embedding"] for sample in samples]),
-            "spk_embedding": torch.stack([sample["spk_embedding"] for sample in samples]),
         }
+        for name in VECTORS:
+            if len({sample[name].shape for sample in samples}) > 1:
+                raise InputError(f"the {name} of {padded['utts']} differ in size; run tools/extract_embedding.py again")
+            padded[name] = torch.stack([sample[name] for sample in samples])
         for name in ("speech_feat", "text_place"):
             if name in samples[0]:
                 padded |= _padded(name, [sample[name] for sample in samples])

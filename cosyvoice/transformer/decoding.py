@@ -18,6 +18,7 @@ from cosyvoice.transformer.precision import Convert, stacked
 
 LEAST_CAPTURED_FRAMES = 1024  # of short sentences, so that one graph serves them
 MOST_CAPTURED_FRAMES = 4096  # longer ones would keep gigabytes for the most that they could become
+MOST_IDLE = 4  # that wait for the next sequence; each keeps its cache
 WARM_UP_STEPS = 3  # in which libraries choose kernels and allocate workspaces, which no capture may do
 _capturing = threading.Lock()  # torch can do one at a time
 
@@ -122,37 +123,42 @@ class CapturedSteps:
         return self.head(self.stack.after_norm(x)[0, -1]).float().log_softmax(dim=-1)
 
     def capture(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        side, before = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(before)
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_STEPS):
                 self.compute()  # writes what the replay will write
-        torch.cuda.current_stream().wait_stream(side)
+        before.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # other threads, such as the flow of a stream, may go on allocating memory
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):  # its own is of the first GPU
-            self.log_p = self.compute()
+        try:
+            # other threads, such as the flow of a stream, may go on allocating memory
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):  # its own is of the first GPU
+                self.log_p = self.compute()
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails leaves the thread on the other
         self.graph = graph  # only now: a failed capture, for want of memory, is tried again by the next sentence
 
 
 class CapturedStepsPool:
-    """`CapturedSteps` that are used again, and as many as sequences are being written at a time."""
+    """`CapturedSteps` that are used again: as many as sequences are being written at a time, of which few are kept."""
 
     def __init__(self, stack: TransformerEncoder, embedding: nn.Embedding, head: nn.Module) -> None:
         self.parts = (stack, embedding, head)
         self.idle: list[CapturedSteps] = []
+        self._choosing = threading.Lock()
 
     @contextmanager
     def lent(self, frames: int) -> Iterator[CapturedSteps]:
         """Steps for a new sequence of at most so many frames."""
-        while self.idle:
-            steps = self.idle.pop()
-            if steps.capacity >= frames:
-                break
-        else:
+        with self._choosing:
+            steps = next((steps for steps in self.idle if steps.capacity >= frames), None)
+            # without one that fits, all are too short: a longer one serves short sentences too
+            self.idle = [other for other in self.idle if other is not steps] if steps else []
+        if steps is None:
             steps = CapturedSteps(*self.parts, capacity=max(LEAST_CAPTURED_FRAMES, 1 << (frames - 1).bit_length()))
         steps.clear()
         try:
             yield steps
         finally:
-            self.idle.append(steps)
+            with self._choosing:
+                self.idle = [*self.idle, steps][-MOST_IDLE:]
