@@ -20,6 +20,7 @@ from cosyvoice.utils.checkpoint import (
     read_state_dict,
 )
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.file_utils import save_tensors
 
 
 class Bomb:
@@ -213,3 +214,20 @@ def test_only_weights_are_left_in_their_file(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
     assert torch.equal(loaded, torch.arange(1000.0)) and not mapped["vector"].any()
+
+
+def test_a_flipped_bit_anywhere_in_a_weights_file_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "llm.pt"
+    save_tensors({"a": torch.arange(1000.0), "b": torch.ones(3, 4, dtype=torch.float16)}, path)
+    content = path.read_bytes()
+    read_state_dict(path)
+    unnoticed = []
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        try:
+            state = read_state_dict(path)
+        except InputError:
+            continue
+        if not torch.equal(state["a"], torch.arange(1000.0)) or not torch.equal(state["b"].float(), torch.ones(3, 4)):
+            unnoticed.append(place)
+    assert not unnoticed

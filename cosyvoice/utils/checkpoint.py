@@ -1,11 +1,13 @@
 """Reading weights: never code, always strict, and a mismatch explained."""
 
 import hashlib
+import mmap
 import pickle
 import re
 import struct
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +39,7 @@ RANDOM_INITS = (
     init.kaiming_normal_,
 )
 
+NAME_LENGTHS_AT, LOCAL_HEADER_BYTES = 26, 30  # of a part of a zip file (PKWARE's APPNOTE 4.3.7)
 _ANOTHER = "take another copy, or train again"
 
 # What reading a damaged file ends in, by where the damage lies.
@@ -63,6 +66,7 @@ def load_tensors(path: Path, remedy: str, mapped: bool = False) -> Any:
     if not path.is_file():
         raise InputError(f"{path} does not exist; {remedy}")
     try:
+        _check_sums(path)
         with warnings.catch_warnings(action="ignore"):  # about pickles of other versions, which are refused below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -72,6 +76,23 @@ def load_tensors(path: Path, remedy: str, mapped: bool = False) -> Any:
         raise InputError(f"{path} is damaged or of another kind; {remedy}") from None
     except DAMAGE:
         raise InputError(f"{path} is damaged or of another kind; {remedy}") from None
+
+
+def _check_sums(path: Path) -> None:
+    """Raise BadZipFile if a part of the file is not what was written: torch writes a sum of each and compares none."""
+    if not zipfile.is_zipfile(path):
+        return  # torch's format before 1.6 has none
+    with (
+        path.open("rb") as file,
+        zipfile.ZipFile(file) as parts,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as content,
+    ):
+        for part in parts.infolist():
+            names = struct.unpack_from("<HH", content, part.header_offset + NAME_LENGTHS_AT)
+            start = part.header_offset + LOCAL_HEADER_BYTES + sum(names)
+            if zlib.crc32(content[start : start + part.compress_size]) != part.CRC:
+                raise zipfile.BadZipFile(part.filename)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
