@@ -15,12 +15,11 @@ from torch.utils.data import Sampler
 from clip_files import SCHEMA, encoders_of
 from cosyvoice.utils.common import pad_list
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import MEL_HOP_SAMPLES, SAMPLE_RATE_HZ, TOKEN_RATE_HZ, mel_frames
+from cosyvoice.utils.frames import MEL_BINS, MEL_HOP_SAMPLES, SAMPLE_RATE_HZ, TOKEN_RATE_HZ, mel_frames
 
 COLUMNS = ["utt", "spk", "utt_embedding", "text_token", "speech_token", "speech_feat", "speech_feat_shape", "encoders"]
 FEWEST_CLIPS_TO_SPLIT = 8  # below, every clip is trained on
 FEWEST_HELD_OUT = 2
-MEL_BINS = 80
 
 
 @dataclass

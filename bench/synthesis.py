@@ -134,8 +134,7 @@ class Speaker:
         """Noise of these tokens' length."""
         import torch
 
-        from cosyvoice.cli.model import MEL_BINS
-        from cosyvoice.utils.frames import mel_frames
+        from cosyvoice.utils.frames import MEL_BINS, mel_frames
 
         self.model.hift.inference(torch.randn(1, MEL_BINS, mel_frames(tokens), device=self.machine.device))
 

@@ -120,8 +120,7 @@ def settings_of(source: Path) -> dict[str, Any]:
 def random_clip(length: int) -> "Clip":
     import torch
 
-    from cosyvoice.cli.model import MEL_BINS
-    from cosyvoice.utils.frames import mel_frames
+    from cosyvoice.utils.frames import MEL_BINS, mel_frames
     from dataset import Clip
 
     text, speech = (torch.randint(0, IDS, (length * count,)) for count in (TEXT_TOKENS, SPEECH_TOKENS))

@@ -11,7 +11,7 @@ import torch
 
 import config
 from config import JOINT_TRAINING_CONFIG, MINI_NAME, PROJECT_DIR, check_config, find_model_dir, settings_for
-from cosyvoice.bin import export_jit
+from cosyvoice.bin import export_jit, export_onnx
 from cosyvoice.cli.cosyvoice import CosyVoice
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
@@ -50,6 +50,11 @@ def test_its_attention_stacks_are_exported(tmp_path: Path) -> None:
         shutil.copy(SHIPPED / name, tmp_path)
     export_jit.main(["--model_dir", str(tmp_path)])
     assert len(list(tmp_path.glob("*.fp32.zip"))) == len(export_jit.STACKS)
+
+
+def test_a_flow_without_an_estimator_is_not_exported() -> None:
+    with pytest.raises(InputError, match="CosyVoice-mini has no estimator to be exported"):
+        export_onnx.main(["--model_dir", str(SHIPPED)])
 
 
 def test_the_shipped_model_speaks_a_sentence_of_the_right_length() -> None:

@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from cosyvoice.utils.checkpoint import load_part
 
     flow = load_part(model_dir, "flow")
+    if not hasattr(flow.decoder, "estimator"):
+        raise InputError(f"the flow of {model_dir} has no estimator to be exported; give a folder like CosyVoice-300M")
     path = model_dir / "flow.decoder.estimator.fp32.onnx"
     export(flow.decoder.estimator, flow.spk_embed_affine_layer.out_features, path)
     print(f"wrote {path}")

@@ -19,9 +19,8 @@ from cosyvoice.utils.checkpoint import load_strict, read_state_dict
 from cosyvoice.utils.device import fastest_device
 from cosyvoice.utils.draws import Draws
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import MEL_HOP_SAMPLES, OVERLAP_TOKENS, mel_frames
+from cosyvoice.utils.frames import MEL_BINS, MEL_HOP_SAMPLES, OVERLAP_TOKENS, mel_frames
 
-MEL_BINS = 80
 MOST_FFT_PLANS = 16  # kept on a GPU
 MIN_SPEED, MAX_SPEED = 0.5, 2.0
 HOP_SECONDS, MAX_HOP_SECONDS = 2, 4  # speech that one chunk of a stream adds

@@ -74,7 +74,7 @@ class MaskedDiffWithXvec(nn.Module):
         times: Tensor | None = None,
         drops_conditions: bool = True,
     ) -> Tensor:
-        """The decoder's mean squared error over the valid mel cells; of clip i prefix_lengths[i] frames are known.
+        """The decoder's loss over the valid mel cells; of clip i prefix_lengths[i] frames are known.
 
         token (B, N) and feat (B, T, 80) are padded, T = max(feat_len); embedding (B, 192) is of any length. For the
         others see `ConditionalCFM.compute_loss`.

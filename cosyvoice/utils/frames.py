@@ -2,6 +2,7 @@
 
 SAMPLE_RATE_HZ = 22_050
 MEL_HOP_SAMPLES = 256  # one mel frame
+MEL_BINS = 80
 TOKEN_RATE_HZ = 50  # speech tokens
 SPEAKER_DIMENSIONS = 192  # of a speaker vector
 OVERLAP_TOKENS = 20  # neighbouring chunks of a stream share these
