@@ -8,12 +8,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from cosyvoice.utils.audio import is_silent
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import contains_chinese, has_words
 
 MIN_SECONDS, MAX_SECONDS = 0.5, 30.0
 MIN_RATE_HZ, DULL_RATE_HZ = 4000, 16000  # below the first, nothing of speech is left
-SILENCE_DBFS = -60.0  # a clip whose peak stays below is silent
 QUIET_DBFS = -30.0
 FRAME_SECONDS = 0.02
 PAUSE_DB, LOUDEST_PAUSE_DB = -40.0, -20.0  # frames at this level below the loudest are pauses; where there is noise,
@@ -58,7 +58,7 @@ def check_waveform(wav: Tensor, rate: int, outcome: Outcome) -> None:
     if outcome.seconds > MAX_SECONDS:
         raise InputError(f"the audio has {outcome.seconds:.3f} s; at most {MAX_SECONDS:.0f} s are possible")
     outcome.silence_share = silence_share(wav, rate)
-    if decibels((wav - wav.mean()).abs().max()) < SILENCE_DBFS:  # a constant is no sound
+    if is_silent(wav):
         raise InputError("the audio is silent")
 
 

@@ -17,7 +17,8 @@ DATA_DIR = Path("data")
 OUTPUT_DIR = Path("output")
 MODEL_NAMES = ("CosyVoice-300M", "CosyVoice-300M-SFT", "CosyVoice-300M-Instruct")
 MINI_NAME = "CosyVoice-mini"  # the small model that ships with the suite
-MODES = {"joint": ("llm", "flow"), "llm_only": ("llm",), "flow_only": ("flow",)}
+PARTS = ("llm", "flow")  # that are trained
+MODES = {"joint": PARTS, "llm_only": ("llm",), "flow_only": ("flow",)}
 SEED = 1986
 
 JOINT_TRAINING_CONFIG: dict[str, Any] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
 
-from config import MODES
+from config import PARTS
 from cosyvoice.utils.command import check_least
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from cosyvoice.cli.cosyvoice import CosyVoice
     from voice import Run
 
-PARTS = MODES["joint"]
 MOST_LETTERS_NAMED = 10
 VOICE_NAME = "voice"  # under this name the chosen speaker vector is handed to the front end
 
@@ -81,7 +80,6 @@ class ReadyVoice:
                     whole, spoken = torch.cat(spoken, dim=1), []
                     write_wav(line.output, whole, rate_hz, comment=f"seed {seed}, line {line.number}, {told}")
                     yield line, whole.size(1) / rate_hz
-
 
     def warn_of_letters(self, lines: Sequence[Line]) -> None:
         """Say which letters nobody can expect to hear right."""
@@ -236,6 +234,7 @@ def read_vector(path: Path) -> "Tensor":
     import torch
 
     from cosyvoice.utils.checkpoint import DAMAGE, load_tensors
+
     if path.suffix not in (".pt", ".npy") or not path.is_file():
         raise InputError(f"--embedding takes mean, zero, or an existing .pt or .npy file, not {path}")
     if path.suffix == ".pt":

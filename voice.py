@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from config import MODES
+from config import MODES, PARTS
 from cosyvoice.utils.checkpoint import check_fields, check_finite, fingerprint_weights, load_tensors, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import alone_in, atomic_write, save_tensors
@@ -27,7 +27,6 @@ STATE_FIELDS = {
 }  # fmt: skip
 PROGRESS_FIELDS = {"best_loss": float, "best_epoch": int, "stopped": str, "history": list, "best": dict}
 SIDECAR_FIELDS = {"speaker": str, "run": str, "files": dict, "merged_epoch": dict, "base": dict}
-PARTS = MODES["joint"]
 _OTHER = "train first, or give another joint_<mode>_*.ckpt"
 
 

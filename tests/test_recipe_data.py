@@ -481,7 +481,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
     "hostile",
     [
         member("../outside"),
-        member("/tmp/outside"),
+        member("/outside"),
         member("outside"),
         member("LibriTTS/other/1.wav"),
         member("LibriTTS/tiny/../../../outside"),

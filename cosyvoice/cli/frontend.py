@@ -215,8 +215,9 @@ def load_prompt(prompt_wav: Prompt, rate: int) -> Tensor:
             prompt_wav = prompt_wav / PCM_PEAKS[prompt_wav.dtype]
         if not prompt_wav.is_floating_point():
             raise InputError(f"a prompt tensor holds floating point numbers, int16 or int32, not {prompt_wav.dtype}")
-        check_prompt(prompt_wav.float())
-        return resample(prompt_wav.float(), PROMPT_RATE_HZ, rate)
+        wav = prompt_wav.float()
+        check_prompt(wav)
+        return resample(wav, PROMPT_RATE_HZ, rate)
     if not isinstance(prompt_wav, str | Path):
         if not hasattr(prompt_wav, "seek"):
             kind = type(prompt_wav).__name__

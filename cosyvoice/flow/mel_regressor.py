@@ -41,18 +41,11 @@ class MelRegressor(nn.Module):
         self.to_mel = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, mel_channels))
 
     def compute_loss(
-        self,
-        x1: Tensor,
-        mask: Tensor,
-        mu: Tensor,
-        spks: Tensor,
-        cond: Tensor,
-        times: Tensor | None = None,
-        drops_conditions: bool = True,
+        self, x1: Tensor, mask: Tensor, mu: Tensor, spks: Tensor, cond: Tensor, **path: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the mean absolute error of the log-mel over the valid mel cells, and the prediction (B, M, T).
 
-        x1 (B, M, T) is the mel; for the others see `predict`. times and drops_conditions are of no use here:
+        x1 (B, M, T) is the mel; for the others see `predict`. path: what ConditionalCFM takes besides, of no use here:
         there is no path from noise, and no guidance that needs items without conditions.
         """
         predicted = self.predict(mask, mu, spks, cond)

@@ -23,15 +23,12 @@ def misfits(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Itera
         kind, annotation = parameters[name].kind, parameters[name].annotation
         if kind is inspect.Parameter.VAR_KEYWORD and inspect.isclass(function):
             parent = function.__mro__[1]
-            yield from misfits(parent, {key: item for key, item in value.items() if key in _parameters(parent)})
+            known = inspect.signature(parent).parameters
+            yield from misfits(parent, {key: item for key, item in value.items() if key in known})
         elif not _fits(value, annotation):
             yield f"{name} must be {_spelled(annotation)}, not {value!r:.80}"
         elif not _is_moderate(value, MOST.get(name, MOST_ANYTHING)):
             yield f"{name} is {value!r:.80}, which no model has"
-
-
-def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(function).parameters
 
 
 def _fits(value: Any, annotation: Any) -> bool:

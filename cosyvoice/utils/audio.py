@@ -33,6 +33,7 @@ WAV_HEADER_BYTES = 4096
 OPEN_SIZES = (0, 0xFFFFFFFF)  # of a wav's samples, whose writer did not know it yet
 WHOLE_SHARE = 0.95  # of the frames that an mp3 tells of, which are an estimate
 FAINT = 0.01  # of the loudest channel
+SILENT = 1e-3  # of full scale: what stays below is no sound
 
 # What libsndfile cannot read and ffmpeg can, by the bytes at a place near the beginning.
 MOST_FFMPEG_SECONDS = 2 * MOST_SECONDS
@@ -103,9 +104,13 @@ def _readable(wav: str | Path | BinaryIO, name: str) -> str | Path | BinaryIO:
         size = file.seek(0, SEEK_END) - start
         file.seek(start)
         if any(header[place:].startswith(mark) for place, mark in FFMPEG_MARKS):
-            content = file.read()
-            file.seek(start)
-            return _with_ffmpeg(content, name)
+            if file is not wav:
+                return _with_ffmpeg(Path(wav), name)
+            with tempfile.TemporaryDirectory() as folder:  # ffmpeg must be able to jump in the file
+                copied = Path(folder) / "stream"
+                copied.write_bytes(file.read())
+                file.seek(start)
+                return _with_ffmpeg(copied, name)
         place = _place_of_size(header)
         if place is None:
             return wav
@@ -120,17 +125,14 @@ def _readable(wav: str | Path | BinaryIO, name: str) -> str | Path | BinaryIO:
     return BytesIO(content[:4] + (size - 8).to_bytes(4, "little") + content[8:place] + true_size + content[place + 4 :])
 
 
-def _with_ffmpeg(content: bytes, name: str) -> BytesIO:
+def _with_ffmpeg(path: Path, name: str) -> BytesIO:
     """Return the sound of a file as a wav of its own rate and channels. Raises InputError if that is impossible."""
     if shutil.which("ffmpeg") is None:
         convert = f"ffmpeg -i {name} {Path(name).with_suffix('.wav')}"
         raise InputError(f"{name} needs ffmpeg, which is not installed. Install it, or convert the file: {convert}")
-    with tempfile.NamedTemporaryFile() as file:  # ffmpeg must be able to jump in it
-        file.write(content)
-        file.flush()
-        only_this = ["-protocol_whitelist", "file,pipe", "-i", f"file:{file.name}"]  # such files may name others
-        command = ["ffmpeg", "-nostdin", "-v", "error", *only_this, "-vn", "-t", str(MOST_FFMPEG_SECONDS)]
-        done = subprocess.run([*command, "-f", "wav", "-"], capture_output=True, check=False)
+    only_this = ["-protocol_whitelist", "file,pipe", "-i", f"file:{path.absolute()}"]  # such files may name others
+    command = ["ffmpeg", "-nostdin", "-v", "error", *only_this, "-vn", "-t", str(MOST_FFMPEG_SECONDS)]
+    done = subprocess.run([*command, "-f", "wav", "-"], capture_output=True, check=False)
     if done.returncode != 0:
         raise InputError(f"{name} cannot be decoded as audio; convert it to wav")
     return _readable(BytesIO(done.stdout), name)  # the size of a wav that went through a pipe is open
@@ -162,6 +164,11 @@ def _mono(samples: np.ndarray) -> np.ndarray:
     if np.sqrt(np.square(mean).mean()) < FAINT * levels.max():
         return np.ascontiguousarray(samples[:, levels.argmax()])
     return mean
+
+
+def is_silent(wav: Tensor) -> bool:
+    """Return whether (1, samples) hold no sound; a constant is none."""
+    return bool((wav - wav.mean()).abs().max() < SILENT)
 
 
 def _name(wav: str | Path | BinaryIO) -> str:

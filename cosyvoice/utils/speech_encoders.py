@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, kaldi_fbank, whisper_log_mel
+from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, is_silent, kaldi_fbank, whisper_log_mel
 from cosyvoice.utils.errors import InputError, is_memory_trouble
 from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 ONNX_THREADS = 1  # per call; several recordings are encoded by several Python threads
 MIN_SECONDS = 0.1  # shorter ones give the networks no frame to look at
-SILENT = 1e-3  # of full scale
 
 
 class SpeechEncoder:
@@ -130,5 +129,5 @@ def check_prompt(wav_16k: Tensor) -> None:
         raise InputError(f"prompt audio of {seconds:.2f} s; it may have {MIN_SECONDS} to {MAX_PROMPT_SECONDS} seconds")
     if not wav_16k.isfinite().all():
         raise InputError("the audio holds samples that are not numbers")
-    if (wav_16k - wav_16k.mean()).abs().max() < SILENT:
+    if is_silent(wav_16k):
         raise InputError("the audio is silent")

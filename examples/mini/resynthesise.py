@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     from cosyvoice.cli.cosyvoice import CosyVoice
+    from cosyvoice.utils.file_utils import atomic_write
     from recordings import find_recordings
     from speaking import write_wav
 
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed_all(options.seed)
         speech = pass_through(cosyvoice, recording.audio)
         write_wav(options.des_dir / f"{recording.utt}.wav", speech, cosyvoice.sample_rate, f"from {options.through}")
-        (options.des_dir / f"{recording.utt}.txt").write_bytes(recording.text_bytes())
+        with atomic_write(options.des_dir / f"{recording.utt}.txt") as temporary:
+            temporary.write_bytes(recording.text_bytes())
 
 
 def from_mel(cosyvoice: "CosyVoice", audio: Path) -> "Tensor":

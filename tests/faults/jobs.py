@@ -75,6 +75,16 @@ class Job:
         return Job(folder)
 
 
+@dataclass
+class Stage:
+    """One command of a job that was run to its end."""
+
+    job: Job
+    before: Job  # a copy from just before the command
+    seconds: float  # that it takes
+    result: dict[str, str]  # what is there after it
+
+
 def new_job(folder: Path) -> Job:
     """Make a small random model and some recordings."""
     make_random_model(folder / "model", seed=7)

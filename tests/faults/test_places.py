@@ -6,20 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import COMMANDS, Job, new_job
+from jobs import COMMANDS, Job, Stage
 
 resource = pytest.importorskip("resource")  # which Windows lacks
 FULL_BYTES = 4_000  # no file may grow beyond this
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
-    """Of each command: the job just before it. The one of "done" is finished."""
-    job, found = new_job(tmp_path_factory.mktemp("job")), {}
-    for name in COMMANDS:
-        found[name] = job.copy(tmp_path_factory.mktemp(f"before_{name}"))
-        job.run(name)
-    return found | {"done": job}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -35,12 +25,12 @@ def fill_up() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_on_a_full_disk_a_command_says_so_in_one_line_and_old_files_stay(
-    name: str, stages: dict[str, Job], tmp_path: Path
+    name: str, finished: Job, tmp_path: Path
 ) -> None:
-    job = stages["done"].copy(tmp_path)
+    job = finished.copy(tmp_path)
     before = files(tmp_path)
     (tmp_path / "raw").unlink()
-    shutil.copytree(stages["done"].folder / "raw", tmp_path / "raw")
+    shutil.copytree(finished.folder / "raw", tmp_path / "raw")
     (tmp_path / "raw" / "001.txt").write_text("Other words are to be said here.")  # there is something to do again
     if name == "train":
         for path in (tmp_path / "output").glob("*last.ckpt"):
@@ -59,11 +49,11 @@ def test_on_a_full_disk_a_command_says_so_in_one_line_and_old_files_stay(
 
 @pytest.mark.parametrize(("name", "folder"), [("prepare", "raw"), ("prepare", "data"), ("train", "output")])
 def test_a_folder_that_is_deleted_under_a_command_leaves_no_traceback(
-    name: str, folder: str, stages: dict[str, Job], tmp_path: Path
+    name: str, folder: str, stages: dict[str, Stage], finished: Job, tmp_path: Path
 ) -> None:
-    job = stages[name].copy(tmp_path)
+    job = stages[name].before.copy(tmp_path)
     (tmp_path / "raw").unlink()
-    shutil.copytree(stages["done"].folder / "raw", tmp_path / "raw")
+    shutil.copytree(finished.folder / "raw", tmp_path / "raw")
     process = job.start(name)
     waits_for = {"raw": "data/.prepare_joint_data.py.lock", "data": "data/.unfinished", "output": "output/*.ckpt"}
     while process.poll() is None and not list(tmp_path.glob(waits_for[folder])):
