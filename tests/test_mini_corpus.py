@@ -657,6 +657,30 @@ def test_prompts_become_a_corpus_of_three_people(prompts: Path, tmp_path: Path) 
     assert times == {path: path.stat().st_mtime_ns for path in folder.glob("wav/*.wav")}
 
 
+def test_judging_clips_are_english_sentences_with_their_texts(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [
+        "; a comment",
+        "hello: Hello.  One two three four five six seven.",
+        "vm-goodbye: Hello. One two three four five six seven.",  # said already
+        "beep: [this is a beep tone of more words than eight]",
+        "digits/one: One.",
+        "gone: This prompt is in the list and in no folder.",
+    ]
+    texts = tmp_path / "texts.gz"
+    texts.write_bytes(gzip.compress("\n".join(lines).encode()))
+    monkeypatch.setattr(make_prompts, "JUDGING_TEXTS", texts)
+    folder = tmp_path / "judging"
+    make_prompts.main(["--des_dir", str(folder), "--judging"])
+    assert sorted(path.name for path in folder.iterdir()) == ["hello.txt", "hello.wav"]
+    assert (folder / "hello.txt").read_text() == "Hello. One two three four five six seven.\n"
+    assert soundfile.info(folder / "hello.wav").duration == 1.5
+    texts.unlink()
+    with pytest.raises(InputError, match="texts.gz or .* does not exist. Run: sudo apt-get install .*sounds-en-g722"):
+        make_prompts.main(["--des_dir", str(folder), "--judging"])
+
+
 def test_missing_prompts_or_decoders_are_told(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--des_dir", str(tmp_path / "prompts")]
     with pytest.raises(InputError, match="--num_processes 0"):
