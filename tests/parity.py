@@ -1,11 +1,13 @@
 """Access to the recorded numbers of the public implementation.
 
-The folder named by PARITY_DIR (default: tests/data/parity) holds .npz cases, .json tables, tiny models and `index.json`
-with each case's `meta`. Tests collect their cases from the files found there and take every size and seed from them.
+A folder of recorded numbers holds .npz cases, .json tables, tiny models and `index.json` with each case's `meta`: V1 is
+CosyVoice-300M's, named by PARITY_DIR (default: tests/data/parity), V2 CosyVoice2's, named by PARITY2_DIR (default:
+tests/data/parity2). Tests collect their cases from the files found there and take every size and seed from them.
 """
 
 import json
 import os
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,32 +16,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PARITY_DIR = Path(os.environ.get("PARITY_DIR") or Path(__file__).parent / "data" / "parity").resolve()
+DATA = Path(__file__).parent / "data"
 
 
-def cases(pattern: str) -> list[str]:
-    """Names without suffix of the .npz cases whose name matches the glob pattern, e.g. `llm_infer_*`."""
-    return sorted(path.stem for path in PARITY_DIR.glob(f"{pattern}.npz"))
+@dataclass(frozen=True)
+class Recorded:
+    """A folder of recorded numbers."""
+
+    folder: Path
+
+    def cases(self, pattern: str) -> list[str]:
+        """Return the names without suffix of the .npz cases that match the glob pattern, e.g. `llm_infer_*`."""
+        return sorted(path.stem for path in self.folder.glob(f"{pattern}.npz"))
+
+    @cache
+    def index(self) -> dict[str, Any]:
+        return json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+
+    def meta(self, name: str) -> dict[str, Any]:
+        return self.index()["files"][f"{name}.npz"]["meta"]
+
+    def arrays(self, name: str) -> dict[str, Tensor]:
+        """Return all arrays of one case as tensors."""
+        with np.load(self.folder / f"{name}.npz") as archive:
+            return {key: torch.from_numpy(archive[key]) for key in archive.files}
+
+    def table(self, name: str) -> Any:
+        """Return the content of one .json file."""
+        return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
-@cache
-def index() -> dict[str, Any]:
-    return json.loads((PARITY_DIR / "index.json").read_text(encoding="utf-8"))
+V1 = Recorded(Path(os.environ.get("PARITY_DIR") or DATA / "parity").resolve())
+V2 = Recorded(Path(os.environ.get("PARITY2_DIR") or DATA / "parity2").resolve())
 
-
-def meta(name: str) -> dict[str, Any]:
-    return index()["files"][f"{name}.npz"]["meta"]
-
-
-def arrays(name: str) -> dict[str, Tensor]:
-    """All arrays of one case as tensors."""
-    with np.load(PARITY_DIR / f"{name}.npz") as archive:
-        return {key: torch.from_numpy(archive[key]) for key in archive.files}
-
-
-def table(name: str) -> Any:
-    """The content of one .json file."""
-    return json.loads((PARITY_DIR / f"{name}.json").read_text(encoding="utf-8"))
+PARITY_DIR, cases, meta, arrays, table = V1.folder, V1.cases, V1.meta, V1.arrays, V1.table
 
 
 def assert_close(actual: Tensor, expected: Tensor, atol: float = 0.0, rtol: float = 0.0) -> None:
