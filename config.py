@@ -21,6 +21,7 @@ MINI_NAME = "CosyVoice-mini"  # the small model that ships with the suite
 PARTS = ("llm", "flow")  # that are trained
 MODES = {"joint": PARTS, "llm_only": ("llm",), "flow_only": ("flow",)}
 SEED = 1986
+CHECKPOINT_KEY = "voice"  # where the suite's own state lies in a training checkpoint
 
 JOINT_TRAINING_CONFIG: dict[str, Any] = {
     "training_mode": "joint",  # joint, llm_only or flow_only

@@ -1,12 +1,14 @@
 """A base model's folder: which files it has, where they lie, and what they say about the model."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cosyvoice.model_folder.model_yaml import load_model_yaml
+from cosyvoice.model_folder.fingerprints import fingerprint_file
+from cosyvoice.model_folder.model_yaml import load_model_yaml, spelled
 from cosyvoice.utils.errors import InputError
 
 MOST_THREADS = 1024
@@ -75,6 +77,19 @@ class ModelFolder:
     def weights(self, part: str) -> Path:
         """Return the file of a part's weights: llm, flow or hift."""
         return self.path / f"{part}.pt"
+
+    def encoders(self) -> str:
+        """Return what tells apart models whose tokens and vectors mean different things, as a SHA-256 in hexadecimal.
+
+        It is made of both encoders and the text tokenizer. Raises InputError if the file of an encoder is missing.
+        """
+        files = self.speech_tokenizer, self.speaker_encoder
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"{file} does not exist; copy it from the {self.generation.name} download")
+        tokenizer = self.parts(["get_tokenizer"])["get_tokenizer"]
+        content = " ".join([*map(fingerprint_file, files), str(spelled(tokenizer))])
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def parts(self, names: Sequence[str], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the named entries of the YAML, built. See `load_model_yaml`."""
