@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from clip_files import SCHEMA, encoders_of
 from cosyvoice.utils.common import pad_list
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import MEL_BINS, MEL_HOP_SAMPLES, SAMPLE_RATE_HZ, TOKEN_RATE_HZ, mel_frames
+from cosyvoice.utils.frames import MEL_BINS, MEL_HOP_SAMPLES, SAMPLE_RATE_HZ, TOKEN_RATE_HZ, Rates, mel_frames
 
 COLUMNS = ["utt", "spk", "utt_embedding", "text_token", "speech_token", "speech_feat", "speech_feat_shape", "encoders"]
 FEWEST_CLIPS_TO_SPLIT = 8  # below, every clip is trained on
@@ -138,7 +138,7 @@ def to_clip(row: dict[str, Any]) -> Clip:
 
 def whole_tokens(frames: int) -> int:
     """Most speech tokens whose mel frames number at most `frames`: the inverse of `mel_frames`."""
-    return ((frames + 1) * TOKEN_RATE_HZ * MEL_HOP_SAMPLES - 1) // SAMPLE_RATE_HZ
+    return Rates(SAMPLE_RATE_HZ, MEL_HOP_SAMPLES, TOKEN_RATE_HZ).whole_tokens(frames)
 
 
 def speaker_name(clips: Sequence[Clip]) -> str:

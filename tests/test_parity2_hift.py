@@ -65,6 +65,17 @@ def test_gradients(name: str) -> None:
     CHECKS.gradients(name)
 
 
+@pytest.mark.parametrize("name", [*V2.cases("stream_*"), *V2.cases("whole_*")])
+def test_sources_of_a_stream(name: str) -> None:
+    """Several seconds, drawn one after another, each chunk beginning with the source that the last one ended with."""
+    hift, case, carried = tiny_hift(), V2.arrays(name), None
+    torch.manual_seed(V2.meta(name)["seed"])
+    for chunk in range(V2.meta(name)["num_chunks"]):
+        _, source = hift.inference(speech_feat=case[f"chunk{chunk}/hift_mel"], cache_source=carried)
+        assert_close(source, case[f"chunk{chunk}/source"], atol=CHECKS.source)
+        carried = source[..., -V2.meta("windows")["source_cache_len"] :]
+
+
 @pytest.mark.parametrize("name", V2.cases("windows"))
 def test_cross_fade_of_chunks(name: str) -> None:
     case, numbers = V2.arrays(name), V2.meta(name)
