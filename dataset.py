@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.utils.common import pad_list
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import MEL_BINS, MEL_HOP_SAMPLES, SAMPLE_RATE_HZ, TOKEN_RATE_HZ, mel_frames
+from cosyvoice.utils.frames import MEL_BINS, MEL_HOP_SAMPLES, SAMPLE_RATE_HZ, TOKEN_RATE_HZ, Rates, mel_frames
 
 SCHEMA = pa.schema(
     {
@@ -159,7 +159,7 @@ def to_clip(row: dict[str, Any]) -> Clip:
 
 def whole_tokens(frames: int) -> int:
     """Most speech tokens whose mel frames number at most `frames`: the inverse of `mel_frames`."""
-    return ((frames + 1) * TOKEN_RATE_HZ * MEL_HOP_SAMPLES - 1) // SAMPLE_RATE_HZ
+    return Rates(SAMPLE_RATE_HZ, MEL_HOP_SAMPLES, TOKEN_RATE_HZ).whole_tokens(frames)
 
 
 def speaker_name(clips: Sequence[Clip]) -> str:
