@@ -6,9 +6,9 @@ import pytest
 from parity import PARITY_DIR
 from tiny2 import write_config
 
+from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import Rates, mel_frames
-from cosyvoice.utils.model_yaml import load_model_yaml
 
 V1, V2 = Rates(22050, 256, 50), Rates(24000, 480, 25)
 

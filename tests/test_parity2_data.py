@@ -21,8 +21,8 @@ from transformers import AutoTokenizer
 
 from cosyvoice.dataset import processor
 from cosyvoice.dataset.dataset import Dataset
+from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.model_yaml import load_model_yaml
 
 NAMES = V2.cases("data")
 EXACT = {"atol": 0.0}

@@ -7,8 +7,8 @@ from tempfile import TemporaryDirectory
 from parity import V2
 from torch import nn
 
-from cosyvoice.utils.checkpoint import load_strict, read_state_dict
-from cosyvoice.utils.model_yaml import load_model_yaml
+from cosyvoice.model_folder.model_yaml import load_model_yaml
+from cosyvoice.model_folder.weights import load_strict, read_state_dict
 
 NOT_NEEDED = ("llm", "flow", "get_tokenizer")
 TOKENIZER = (
