@@ -1,20 +1,18 @@
 """The attention stacks behind the text encoder, the language model and the flow's token encoder."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from cosyvoice.transformer.attention import AttentionCache, RelPositionMultiHeadedAttention
+from cosyvoice.transformer.cache import INITIAL_CACHE_FRAMES, visible_rows
 from cosyvoice.transformer.convolution import ConvolutionModule
 from cosyvoice.transformer.embedding import relative_positions
 from cosyvoice.transformer.encoder_layer import EncoderLayer, PositionwiseFeedForward
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.mask import add_optional_chunk_mask, make_pad_mask, subsequent_mask
-
-INITIAL_CACHE_FRAMES = 256
+from cosyvoice.utils.mask import add_optional_chunk_mask, make_pad_mask
 
 
 class InputEmbedding(nn.Module):
@@ -131,14 +129,9 @@ class BaseEncoder(nn.Module):
         last = 0 if self.static_chunk_size == 1 else 1 - frames
         return relative_positions(frames - 1, last, x.size(2), x.device).to(x.dtype).unsqueeze(0)
 
-    def new_cache(self) -> list[AttentionCache]:
-        """An empty cache, one part a block, for `forward_chunk`."""
-        return [layer.self_attn.new_cache(INITIAL_CACHE_FRAMES) for layer in self.encoders]
-
-    def joined_cache(self, caches: Sequence[list[AttentionCache]]) -> tuple[list[AttentionCache], Tensor]:
-        """One cache of B sequences from theirs, in which all end together, and where each begins: (B,)."""
-        lengths = torch.tensor([cache[0].length for cache in caches], device=caches[0][0].keys.device)
-        return [AttentionCache.joined(layers) for layers in zip(*caches, strict=True)], lengths.max() - lengths
+    def new_cache(self, capacity: int = INITIAL_CACHE_FRAMES) -> list[AttentionCache]:
+        """Return an empty cache, one part a block, for `forward_chunk` and `step_at`."""
+        return [layer.self_attn.new_cache(capacity) for layer in self.encoders]
 
     def forward_chunk(self, xs: Tensor, cache: list[AttentionCache], starts: Tensor | None = None) -> Tensor:
         """Encode the next N frames of growing sequences causally, reusing all that `cache` holds.
@@ -146,14 +139,24 @@ class BaseEncoder(nn.Module):
         xs: (B, N, input_size). starts: (B,), where each sequence begins in a joined cache. The cache is extended.
         Returns (B, N, output_size), equal to the same frames of `forward` over the whole sequence in a causal stack.
         """
-        new, total = xs.size(1), cache[0].length + xs.size(1)
-        mask = None if new == 1 else subsequent_mask(total, xs.device)[None, total - new :]  # (1, N, T)
-        if starts is not None:
-            begun = torch.arange(total, device=xs.device) >= starts[:, None, None]  # (B, 1, T)
-            mask = begun if mask is None else begun & mask
+        mask = visible_rows(xs.size(1), cache[0].length + xs.size(1), starts, xs.device)
         x = self.embed(xs)
         for layer, layer_cache in zip(self.encoders, cache, strict=True):
             x = layer.step(x, mask, layer_cache)
+        return self.after_norm(x)
+
+    def step_at(self, x: Tensor, place: Tensor, cache: list[AttentionCache]) -> Tensor:
+        """`forward_chunk` for one frame (1, 1, input_size) that becomes row `place` (1,) of the cache.
+
+        All rows take part in each step, so that a CUDA graph can repeat it. Only the caller counts the rows.
+        """
+        rows = torch.arange(cache[0].capacity, device=x.device)
+        seen = (rows <= place).view(1, 1, -1)
+        nearest = len(rows) - 1  # the row of distance 0
+        order = (rows + nearest - place).clamp(max=nearest)
+        x = self.embed(x)
+        for layer, layer_cache in zip(self.encoders, cache, strict=True):
+            x = layer.feed(x + layer.self_attn.step_at(layer.normed(x, 0), place, seen, order, layer_cache))
         return self.after_norm(x)
 
 
