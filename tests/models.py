@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from parity import PARITY_DIR
+from parity import PARITY_DIR, V2
 from torch import nn
 
 from cosyvoice.utils.checkpoint import load_strict, read_state_dict
@@ -14,6 +14,15 @@ def tiny(part: str) -> nn.Module:
     """A fresh `llm`, `flow` or `hift` of tiny.yaml's sizes with tiny_<part>.pt loaded, in eval mode."""
     module = load_model_yaml(PARITY_DIR / "tiny.yaml", parts=(part,))[part]
     weights = PARITY_DIR / f"tiny_{part}.pt"
+    load_strict(module, read_state_dict(weights), weights.name)
+    return module.eval()
+
+
+def tiny2(part: str) -> nn.Module:
+    """Return a fresh `llm`, `flow` or `hift` of tiny2.yaml's sizes with tiny2_<part>.pt loaded, in eval mode."""
+    overrides = {"qwen_pretrain_path": str(V2.folder / "tiny2_blanken")}
+    module = load_model_yaml(V2.folder / "tiny2.yaml", parts=(part,), overrides=overrides)[part]
+    weights = V2.folder / f"tiny2_{part}.pt"
     load_strict(module, read_state_dict(weights), weights.name)
     return module.eval()
 

@@ -78,10 +78,15 @@ class SpeechTokenLM(nn.Module):
         `embedding` (B, 192). Returns `loss` (nats, mean over all speech and end tokens of the batch) and `acc`.
         """
         scores, classes, _ = self.predictions(batch, device)
+        loss, accuracy = self.loss_and_accuracy(scores, classes, len(batch["text_token"]))
+        return {"loss": loss, "acc": accuracy}
+
+    def loss_and_accuracy(self, scores: Tensor, classes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the loss and the accuracy of N predictions, scores (N, V) of classes (N,), in `count` clips."""
         loss = self.criterion_ce(scores.unsqueeze(0), classes.unsqueeze(0))
         if not self.criterion_ce.normalize_length:
-            loss = loss / len(batch["text_token"])
-        return {"loss": loss, "acc": th_accuracy(scores, classes.unsqueeze(0), IGNORE_ID)}
+            loss = loss / count
+        return loss, th_accuracy(scores, classes.unsqueeze(0), IGNORE_ID)
 
     def clip_losses(self, batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         """What `forward` would give as the loss of each clip alone, (B,), and the accuracy over all of them."""
@@ -244,9 +249,13 @@ class SpeechTokenLM(nn.Module):
         self, text: Tensor, min_ratio: float = MIN_TOKEN_TEXT_RATIO, max_ratio: float = MAX_TOKEN_TEXT_RATIO
     ) -> tuple[int, int]:
         """The least and most speech tokens that `text` (1, T) may get. Raises InputError for empty text."""
-        if text.size(1) == 0:
+        return int(text.size(1) * min_ratio), self.most_tokens(text.size(1), max_ratio)
+
+    def most_tokens(self, text_tokens: int, max_ratio: float) -> int:
+        """The most speech tokens that so many text tokens may get. Raises InputError if there is no text."""
+        if text_tokens == 0:
             raise InputError("there is no text to speak: give at least one word")
-        return int(text.size(1) * min_ratio), int(text.size(1) * max_ratio)
+        return int(text_tokens * max_ratio)
 
     def choose(self, log_p: Tensor, tokens: Sequence[int], min_tokens: int, sampling: int) -> int:
         """The token that follows `tokens`, which do not end before there are `min_tokens`. log_p: (V,)."""
