@@ -66,7 +66,7 @@ PLACES = {
 IGNORED_CALLS = frozenset({"random.seed", "numpy.random.seed", "torch.manual_seed", "torch.cuda.manual_seed_all"})
 # What PyYAML ends in where a value contradicts its tag, e.g. `!!bool maybe`.
 CONTRADICTIONS = (ValueError, LookupError, AttributeError, TypeError)
-OTHER_MODEL = re.compile(r"CosyVoice3LM|Causal|Upsample|CosyVoice[23]")
+OTHER_MODEL = re.compile(r"CosyVoice3|DiT|CausalHiFT")
 
 _REFERENCE = re.compile(r"<(\w+)>")
 _OPERATORS = {
@@ -198,7 +198,8 @@ def _check_target(path: str, node: yaml.Node) -> None:
     module, _, name = path.rpartition(".")
     if path in TARGETS or (module in TARGET_MODULES and not name.startswith("_")):
         return
-    hint = "; it belongs to CosyVoice2 or later, use a CosyVoice-300M folder" if OTHER_MODEL.search(path) else ""
+    remedy = "; it belongs to CosyVoice3 or later, use a CosyVoice-300M or CosyVoice2-0.5B folder"
+    hint = remedy if OTHER_MODEL.search(path) else ""
     raise _error(f"the class or function {path!r} is not allowed{hint}", node)
 
 
