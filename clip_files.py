@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cosyvoice.utils.checkpoint import fingerprint_file
+from cosyvoice.model_folder.folder import ModelFolder
+from cosyvoice.model_folder.model_yaml import spelled
+from cosyvoice.model_folder.weights import fingerprint_file
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write
-from cosyvoice.utils.model_yaml import load_model_yaml, spelled
 
 CLIPS_PER_FILE = 100
-ENCODERS = ("speech_tokenizer_v1.onnx", "campplus.onnx")
 UNFINISHED = ".unfinished"  # folder of the rows that an interrupted run had made
 
 _saving = threading.Lock()  # two copies of a recording are one file
@@ -50,11 +50,13 @@ def encoders_of(model_dir: Path) -> str:
 
     Raises InputError where one of the encoders' files is missing.
     """
-    for path in (model_dir / name for name in ENCODERS):
+    folder = ModelFolder(model_dir)
+    encoders = folder.speech_tokenizer, folder.speaker_encoder
+    for path in encoders:
         if not path.is_file():
-            raise InputError(f"{path} does not exist; copy it from the CosyVoice-300M download")
-    hashes = [fingerprint_file(model_dir / name) for name in ENCODERS]
-    tokenizer = load_model_yaml(model_dir / "cosyvoice.yaml", parts=("get_tokenizer",))["get_tokenizer"]
+            raise InputError(f"{path} does not exist; copy it from the {folder.generation.name} download")
+    hashes = [fingerprint_file(path) for path in encoders]
+    tokenizer = folder.parts(["get_tokenizer"])["get_tokenizer"]
     return hashlib.sha256(" ".join((*hashes, str(spelled(tokenizer)))).encode()).hexdigest()
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from clip_checks import MAX_SECONDS, Outcome, check_pace, check_waveform, warnings_of, without_edges
 from clip_files import SCHEMA, encoders_of, with_column
-from cosyvoice.cli.frontend import FRONTEND_PARTS, CosyVoiceFrontEnd
+from cosyvoice.cli.frontend import FRONTEND_PARTS, open_front_end
+from cosyvoice.model_folder.folder import ModelFolder
+from cosyvoice.model_folder.weights import fingerprint_file
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, read_wav, resample
-from cosyvoice.utils.checkpoint import fingerprint_file
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import TOKEN_RATE_HZ
-from cosyvoice.utils.model_yaml import load_model_yaml
 from recordings import AUDIO_KINDS, Recording
 from utils import decode_text
 
@@ -32,23 +32,15 @@ class ClipMaker:
     def __init__(
         self, model_dir: Path, device: str, known: dict[str, pa.Table], edge_seconds: float | None = None
     ) -> None:
-        parts = load_model_yaml(model_dir / "cosyvoice.yaml", parts=FRONTEND_PARTS)
-        self.sample_rate = parts["sample_rate"]
-        self.frontend = CosyVoiceFrontEnd(
-            parts["get_tokenizer"],
-            parts["feat_extractor"],
-            model_dir / "campplus.onnx",
-            model_dir / "speech_tokenizer_v1.onnx",
-            allowed_special=parts["allowed_special"],
-            sample_rate=self.sample_rate,
-            device=device,
-        )
+        folder = ModelFolder(model_dir)
+        self.frontend = open_front_end(folder, folder.parts(FRONTEND_PARTS), device)
+        self.sample_rate = self.frontend.sample_rate
         self.frontend.encode("")  # what is wrong with the folder shows here, not clip by clip
         self.frontend.speech_tokenizer.open()
         self.frontend.speaker_encoder.open()
         self.known, self.edge_seconds = known, edge_seconds
         self._encoders = encoders_of(model_dir)
-        yaml = fingerprint_file(model_dir / "cosyvoice.yaml")
+        yaml = fingerprint_file(folder.yaml)
         how = [ROW_VERSION, edge_seconds, self.frontend.normalizer.wetext, yaml, self._encoders]
         self._made_with = " ".join(map(str, how)).encode()
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cosyvoice.model_folder.folder import COSYVOICE_300M, ModelFolder, is_model_folder
 from cosyvoice.utils.errors import InputError
 
 PROJECT_DIR = Path(__file__).resolve().parent
@@ -60,37 +61,17 @@ JOINT_TRAINING_CONFIG: dict[str, Any] = {
     "flow_prompt_ratio": 0.0,  # share of clips whose first mel frames are given to the flow; none are at inference
 }  # fmt: skip
 
-# What a base model needs otherwise, by the name of its folder.
-MODEL_SETTINGS: dict[str, dict[str, Any]] = {
-    MINI_NAME: {
-        # a gentle course for its LLM, whose loss counts the steps through the text too; docs/few_shot.md
-        "llm_lora": {"lora_alpha": 0.5},
-        "llm_loss_threshold": 1.7,  # of fewer than 8 clips, none is held out to end training in time
-        "flow_lora": {
-            "lora_r": 32,
-            "lora_alpha": 64,
-            "target_modules": [
-                "linear_q", "linear_k", "linear_v", "linear_out", "w_1", "w_2", "pointwise.0", "pointwise.2",
-            ],
-        },
-        "flow_loss_threshold": 0.3,
-        "learning_rate": 4e-3,
-        "batch_size": 4,
-        "accumulate_grad_batches": 1,
-        "early_stopping_patience": 20,
-        "max_epochs": 30,
-    },
-}
-
-# CPU threads a base model computes with, where more would wait for each other longer than they work.
-MODEL_THREADS = {MINI_NAME: 1}
-
 
 def settings_for(model_dir: Path) -> dict[str, Any]:
-    """JOINT_TRAINING_CONFIG with what this base model needs otherwise."""
-    config = copy.deepcopy(JOINT_TRAINING_CONFIG)
-    for name, value in MODEL_SETTINGS.get(model_dir.resolve().name, {}).items():
-        config[name] = config[name] | value if isinstance(value, dict) else value
+    """Return JOINT_TRAINING_CONFIG with the settings that the base model's folder asks for.
+
+    Raises InputError if one of those is not a setting, or has an impossible value.
+    """
+    config, folder = copy.deepcopy(JOINT_TRAINING_CONFIG), ModelFolder(model_dir)
+    for name, value in folder.finetuning.items():
+        both = isinstance(value, dict) and isinstance(config.get(name), dict)
+        config[name] = config[name] | value if both else value
+    check_config(config, f"the finetuning entry of {folder.yaml} needs a change")
     return config
 
 
@@ -159,7 +140,7 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def check_config(config: dict[str, Any]) -> None:
+def check_config(config: dict[str, Any], what: str = "the settings (config.py, --set) need a change") -> None:
     """Raise one InputError that names every unknown, missing or impossible setting and the remedy."""
     flat = flatten(config)
     problems = [f"{key} is no setting" for key in flat if key not in _RULES]
@@ -169,7 +150,7 @@ def check_config(config: dict[str, Any]) -> None:
         if key in flat and not holds(flat[key]):
             problems.append(f"{key} must be {wanted}, not {flat[key]!r}")
     if problems:
-        raise InputError("the settings (config.py, --set) need a change: " + "; ".join(problems) + known)
+        raise InputError(f"{what}: " + "; ".join(problems) + known)
 
 
 def with_changes(config: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
@@ -205,13 +186,13 @@ def find_model_dir(given: str | Path | None) -> Path:
     """
     if given is not None:
         folder = Path(given)
-        if not (folder / "cosyvoice.yaml").is_file():
-            raise InputError(f"{folder} is no model folder: it holds no cosyvoice.yaml; {_DOWNLOAD}")
+        if not is_model_folder(folder):
+            raise InputError(f"{folder} is no model folder: it holds no {COSYVOICE_300M.yaml}; {_DOWNLOAD}")
         return folder
     places = [parent / "pretrained_models" / name for parent in _search_roots() for name in MODEL_NAMES]
     mini = PROJECT_DIR / "pretrained_models" / MINI_NAME
     for folder in (*places, mini):
-        if (folder / "cosyvoice.yaml").is_file():
+        if is_model_folder(folder):
             if folder == mini:
                 small = "a small English model to try things out with (docs/mini.md)"
                 print(f"no {MODEL_NAMES[0]} found: using {MINI_NAME}, {small}")

@@ -13,6 +13,7 @@ from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
 
 from config import PARTS
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.utils.command import check_least
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
@@ -233,7 +234,7 @@ def read_vector(path: Path) -> "Tensor":
     import numpy as np
     import torch
 
-    from cosyvoice.utils.checkpoint import DAMAGE, load_tensors
+    from cosyvoice.model_folder.weights import DAMAGE, load_tensors
 
     if path.suffix not in (".pt", ".npy") or not path.is_file():
         raise InputError(f"--embedding takes mean, zero, or an existing .pt or .npy file, not {path}")
@@ -255,14 +256,14 @@ def load_voice(
 ) -> "CosyVoice":
     """With the speaker vector (1, 192) stored as VOICE_NAME. precision: default the fastest of the device."""
     from cosyvoice.cli.cosyvoice import CosyVoice
+    from cosyvoice.model_folder.weights import read_state_dict
     from cosyvoice.transformer.precision import fastest_precision
-    from cosyvoice.utils.checkpoint import read_state_dict
     from lora import merged
 
     device = pick_device(device_name)
     weights: dict[str, Any] = dict(voice.weights)
     for part in voice.adapters.parts if voice.adapters else ():
-        base = read_state_dict(model_dir / f"{part}.pt")
+        base = read_state_dict(ModelFolder(model_dir).weights(part))
         weights[part] = merged(base, voice.adapters.adapters[part], voice.adapters.scale(part))
     precision = precision or fastest_precision(device)
     cosyvoice = CosyVoice(model_dir, device=str(device), weights=weights, precision=precision)
@@ -272,10 +273,11 @@ def load_voice(
 
 def file_sources(voice: Voice, model_dir: Path) -> dict[str, str]:
     """What each part was loaded from, in words."""
-    sources = {part: str(voice.weights.get(part, f"{model_dir / part}.pt (base)")) for part in PARTS}
+    folder = ModelFolder(model_dir)
+    sources = {part: str(voice.weights.get(part, f"{folder.weights(part)} (base)")) for part in PARTS}
     for part in voice.adapters.parts if voice.adapters else ():
         sources[part] += f" + adapters of {voice.adapters.path}"
-    return sources | {"hift": f"{model_dir / 'hift.pt'} (base)"}
+    return sources | {"hift": f"{folder.weights('hift')} (base)"}
 
 
 def write_wav(path: Path, speech: "Tensor", rate_hz: int, comment: str) -> None:

@@ -221,7 +221,7 @@ def build(
     """The model with new adapters (or those of `--init`), and the loaders of training and held-out clips."""
     from torch.utils.data import DataLoader
 
-    from cosyvoice.utils.checkpoint import load_part
+    from cosyvoice.model_folder.weights import load_part
     from cosyvoice.utils.command import seed_all
     from dataset import (
         EpochOrder,

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import DATA_DIR, MODEL_THREADS, OUTPUT_DIR, SEED
+from config import DATA_DIR, OUTPUT_DIR, SEED
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.text_files import decode_lines
 
@@ -80,9 +81,9 @@ def limit_threads(model_dir: Path) -> None:
     """Let torch compute with as many threads as suit the base model, unless OMP_NUM_THREADS says how many."""
     import torch
 
-    name = model_dir.resolve().name
-    if name in MODEL_THREADS and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(MODEL_THREADS[name])
+    threads = ModelFolder(model_dir).threads
+    if threads and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
 
 
 def check_writable(folder: Path, model_dir: Path | None = None) -> None:

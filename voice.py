@@ -12,7 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from config import MODES, PARTS
-from cosyvoice.utils.checkpoint import check_fields, check_finite, fingerprint_weights, load_tensors, read_state_dict
+from cosyvoice.model_folder.folder import ModelFolder
+from cosyvoice.model_folder.weights import (
+    check_fields,
+    check_finite,
+    fingerprint_weights,
+    load_tensors,
+    read_state_dict,
+)
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import alone_in, atomic_write, save_tensors
 from lora import merged
@@ -44,7 +51,7 @@ def sidecar_path(output_dir: Path, mode: str) -> Path:
 
 def base_fingerprints(model_dir: Path) -> dict[str, str]:
     """What tells the base weights from others, by part. Raises InputError where a file is missing."""
-    files = {part: model_dir / f"{part}.pt" for part in PARTS}
+    files = {part: ModelFolder(model_dir).weights(part) for part in PARTS}
     for file in files.values():
         if not file.is_file():
             raise InputError(f"{file} does not exist; check the folder, or download the model again")
@@ -84,7 +91,7 @@ def check_base(
     """Raises InputError unless the parts of what is called `trained` have their base weights in this folder."""
     for part in parts:
         if base[part] != fingerprints[part]:
-            other = f"{trained} was trained on another base model than {model_dir / part}.pt"
+            other = f"{trained} was trained on another base model than {ModelFolder(model_dir).weights(part)}"
             raise InputError(f"{other}; give the folder it was trained on with --model-dir")
 
 
@@ -180,7 +187,7 @@ def stored_speakers(output_dir: Path, model_dir: Path) -> dict[str, Any]:
     """What `spk2info.pt` of the base model and that of the output folder hold; of one name, the latter's."""
     from cosyvoice.cli.frontend import read_spk2info
 
-    return read_spk2info(model_dir / "spk2info.pt") | read_spk2info(output_dir / "spk2info.pt")
+    return read_spk2info(ModelFolder(model_dir).stored_speakers) | read_spk2info(output_dir / "spk2info.pt")
 
 
 def write_speaker(run: Run, known: dict[str, Any], output_dir: Path) -> Path:
@@ -241,7 +248,7 @@ def merge_run(run: Run, model_dir: Path, output_dir: Path, targets: dict[str, Pa
         speakers, epochs = stored_speakers(output_dir, model_dir), {}
         with ExitStack() as renaming:  # all at the end, so that a stopped merge mixes no old part with a new one
             for part, target in targets.items():
-                base = read_state_dict(model_dir / f"{part}.pt")
+                base = read_state_dict(ModelFolder(model_dir).weights(part))
                 adapters = run.best(part) if use_best else run.adapters[part]
                 save_tensors(merged(base, adapters, run.scale(part)), renaming.enter_context(atomic_write(target)))
                 progress = run.state["progress"][part]

@@ -109,8 +109,8 @@ def sources(args: argparse.Namespace) -> dict[str, Path]:
 
 def build(source: Path, part: str) -> "nn.Module":
     """`llm`, `flow` or `hift` of a model folder, or with random weights in the sizes of a .yaml file, in eval mode."""
-    from cosyvoice.utils.checkpoint import load_part
-    from cosyvoice.utils.model_yaml import load_model_yaml
+    from cosyvoice.model_folder.model_yaml import load_model_yaml
+    from cosyvoice.model_folder.weights import load_part
 
     return load_part(source, part) if source.is_dir() else load_model_yaml(source, parts=(part,))[part].eval()
 

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from measuring import (
-    CONFIGS,
     Machine,
     add_device,
     add_measuring,
@@ -39,7 +38,7 @@ from measuring import (
     sources,
 )
 
-from config import MINI_NAME, MODES, settings_for
+from config import MODES, settings_for
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 
@@ -114,7 +113,7 @@ def joint_model(source: Path, mode: str, seed: int, batch_size: int = 1) -> "Joi
 
 
 def settings_of(source: Path) -> dict[str, Any]:
-    return settings_for(Path(MINI_NAME) if source == CONFIGS["mini"] else source)
+    return settings_for(source if source.is_dir() else source.parent)
 
 
 def random_clip(length: int) -> "Clip":

@@ -6,8 +6,8 @@ from pathlib import Path
 from parity import PARITY_DIR, V2
 from torch import nn
 
-from cosyvoice.utils.checkpoint import load_strict, read_state_dict
-from cosyvoice.utils.model_yaml import load_model_yaml
+from cosyvoice.model_folder.model_yaml import load_model_yaml
+from cosyvoice.model_folder.weights import load_strict, read_state_dict
 
 
 def tiny(part: str) -> nn.Module:

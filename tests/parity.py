@@ -29,12 +29,8 @@ class Recorded:
         """Return the names without suffix of the .npz cases that match the glob pattern, e.g. `llm_infer_*`."""
         return sorted(path.stem for path in self.folder.glob(f"{pattern}.npz"))
 
-    @cache
-    def index(self) -> dict[str, Any]:
-        return json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
-
     def meta(self, name: str) -> dict[str, Any]:
-        return self.index()["files"][f"{name}.npz"]["meta"]
+        return _index(self.folder)["files"][f"{name}.npz"]["meta"]
 
     def arrays(self, name: str) -> dict[str, Tensor]:
         """Return all arrays of one case as tensors."""
@@ -44,6 +40,11 @@ class Recorded:
     def table(self, name: str) -> Any:
         """Return the content of one .json file."""
         return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@cache
+def _index(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "index.json").read_text(encoding="utf-8"))
 
 
 V1 = Recorded(Path(os.environ.get("PARITY_DIR") or DATA / "parity").resolve())

@@ -46,6 +46,7 @@ COSYVOICE_LAYERS = (
     ("cli", "bin"),
     ("llm", "flow", "hifigan", "dataset"),
     ("transformer", "tokenizer", "text"),
+    ("model_folder",),
     ("utils",),
 )
 LIGHTNING_PLACES = ("llm_flow_model.py", "train_joint.py", "training.py", "cosyvoice/bin")

@@ -11,7 +11,7 @@ from models import tiny, tiny_model_dir
 from parity import PARITY_DIR
 from torch import Tensor, nn
 
-from cosyvoice.utils.checkpoint import (
+from cosyvoice.model_folder.weights import (
     fingerprint_file,
     fingerprint_weights,
     load_part,

@@ -21,7 +21,7 @@ from cosyvoice.utils.frames import SAMPLE_RATE_HZ
 from llm_flow_model import JointModel
 from lora import adapters
 from speaking import read_lines, write_wav
-from utils import limit_threads, pick_device
+from utils import pick_device
 from voice import base_fingerprints, last_checkpoint, merge_run, merged_path, read_run
 
 MODE = "joint"
@@ -297,20 +297,3 @@ def test_help_answers_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--adapter" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("model", "omp_num_threads", "threads"),
-    [("CosyVoice-mini", None, [1]), ("CosyVoice-mini", "2", []), ("CosyVoice-300M", None, [])],
-)
-def test_a_small_model_computes_with_one_thread(
-    monkeypatch: pytest.MonkeyPatch, model: str, omp_num_threads: str | None, threads: list[int]
-) -> None:
-    """Unless the environment asks for more."""
-    asked: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if omp_num_threads:
-        monkeypatch.setenv("OMP_NUM_THREADS", omp_num_threads)
-    limit_threads(Path("pretrained_models", model))
-    assert asked == threads

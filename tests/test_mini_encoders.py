@@ -15,9 +15,9 @@ import torch
 import whisper.model
 from torch import Tensor, nn
 
+from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, WHISPER_HOP_SAMPLES, WHISPER_MELS, whisper_log_mel
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.model_yaml import load_model_yaml
 from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer
 from examples.mini import (
     encoder_files,

@@ -10,12 +10,12 @@ import soundfile
 import torch
 
 import config
-from config import JOINT_TRAINING_CONFIG, MINI_NAME, PROJECT_DIR, check_config, find_model_dir, settings_for
+from config import MINI_NAME, PROJECT_DIR, find_model_dir
 from cosyvoice.bin import export_jit, export_onnx
 from cosyvoice.cli.cosyvoice import CosyVoice
+from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
-from cosyvoice.utils.model_yaml import load_model_yaml
 from examples.mini import make_model_dir, resynthesise, voice_folders
 from tools.kaldi_folder import write_table
 
@@ -147,11 +147,3 @@ def test_the_mini_is_used_where_there_is_no_300m_and_said_to_be(
         (folder / "cosyvoice.yaml").touch()
         assert find_model_dir(None) == folder  # the larger one as soon as it is there
         assert (MINI_NAME in capsys.readouterr().out) == (name == MINI_NAME)
-
-
-def test_the_minis_settings_are_settings() -> None:
-    for name in config.MODEL_SETTINGS:
-        changed = settings_for(Path("anywhere") / name)
-        check_config(changed)
-        assert changed != JOINT_TRAINING_CONFIG
-    assert settings_for(Path("CosyVoice-300M")) == JOINT_TRAINING_CONFIG

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from parity import PARITY_DIR
 
+from cosyvoice.model_folder.model_yaml import load_model_yaml, spelled
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.model_yaml import load_model_yaml, spelled
 
 Load = Callable[..., dict[str, Any]]
 
@@ -119,7 +119,7 @@ def test_seed_calls_are_ignored(load: Load) -> None:
 
 def test_only_the_named_parts_are_imported() -> None:
     code = (
-        "import sys; from pathlib import Path; from cosyvoice.utils.model_yaml import load_model_yaml;"
+        "import sys; from pathlib import Path; from cosyvoice.model_folder.model_yaml import load_model_yaml;"
         f"load_model_yaml(Path({str(PARITY_DIR / 'tiny.yaml')!r}), parts=('sample_rate', 'train_conf'));"
         "print({'torch', 'hydra', 'whisper', 'cosyvoice.llm.llm'} & set(sys.modules))"
     )

@@ -9,8 +9,8 @@ from models import tiny
 from parity import PARITY_DIR, table
 from torch import Tensor
 
-from cosyvoice.utils.checkpoint import load_strict, read_state_dict
-from cosyvoice.utils.model_yaml import load_model_yaml
+from cosyvoice.model_folder.model_yaml import load_model_yaml
+from cosyvoice.model_folder.weights import load_strict, read_state_dict
 
 CONFIG = Path(__file__).parents[1] / "examples" / "libritts" / "cosyvoice" / "conf" / "cosyvoice.yaml"
 PARTS = ("llm", "flow", "hift")

@@ -9,10 +9,10 @@ import pytest
 
 from cosyvoice.cli.text_normalizer import TextNormalizer, TextSplit
 from cosyvoice.dataset import processor
+from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.tokenizer.phones import PHONES, PhoneTokenizer, get_phone_tokenizer
 from cosyvoice.tokenizer.tokenizer import BYTE_IDS, get_byte_tokenizer
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.model_yaml import load_model_yaml
 
 LEXICON = """the dh ax0
 a ax0

@@ -21,9 +21,9 @@ from torch import Tensor
 from cosyvoice.bin import average_model, export_jit, export_onnx, train
 from cosyvoice.bin.recipe_checkpoints import LAST, STATE_KEY, CheckpointWriter, RecipeCheckpoints
 from cosyvoice.bin.recipe_models import SpeechModel
-from cosyvoice.utils.checkpoint import load_strict, read_state_dict
+from cosyvoice.model_folder.model_yaml import load_model_yaml
+from cosyvoice.model_folder.weights import load_strict, read_state_dict
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.model_yaml import load_model_yaml
 
 PARTS = ("llm", "flow", "hifigan")
 

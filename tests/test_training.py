@@ -20,7 +20,7 @@ from config import JOINT_TRAINING_CONFIG, with_changes
 from cosyvoice.cli.frontend import read_spk2info
 from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
 from cosyvoice.llm.llm import TransformerLM
-from cosyvoice.utils.checkpoint import load_part, read_state_dict
+from cosyvoice.model_folder.weights import load_part, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import mel_frames
 from cosyvoice.utils.scheduler import learning_rate_factor

@@ -12,7 +12,8 @@ import inference_joint
 import merge_joint_weights
 import prepare_joint_data
 import train_joint
-from cosyvoice.utils.checkpoint import load_part, read_state_dict
+from config import JOINT_TRAINING_CONFIG
+from cosyvoice.model_folder.weights import load_part, read_state_dict
 from lora import inject, load_adapters, merged
 from tools.random_model import make_random_model
 from voice import read_run
@@ -21,10 +22,15 @@ RECORDINGS = Path(__file__).parents[1] / "examples" / "raw_audio"
 CPU = ["--device", "cpu"]
 
 
-def whole_job(folder: Path, size: str, clips: int, settings: list[str]) -> dict:
-    """Run the commands in `folder`. Returns the `model` and `output` folders, and the options `into` that name both."""
-    model, data, output, recordings = (folder / name for name in ("model", "data", "output", "raw_audio"))
+def whole_job(folder: Path, size: str, clips: int, finetuning: dict[str, int | float]) -> dict:
+    """Run the commands in `folder`, with a base model that asks for these settings.
+
+    Returns the `model` and `output` folders, and the options `into` that name both.
+    """
+    model, data, output, recordings = (folder / name for name in ("anna", "data", "output", "raw_audio"))
     make_random_model(model, seed=7, size=size)
+    with (model / "cosyvoice.yaml").open("a", encoding="utf-8") as file:
+        file.write("finetuning:\n" + "".join(f"    {name}: {value}\n" for name, value in finetuning.items()))
     recordings.mkdir()
     for number in range(1, clips + 1):
         for suffix in ("wav", "txt"):
@@ -32,7 +38,9 @@ def whole_job(folder: Path, size: str, clips: int, settings: list[str]) -> dict:
     into = ["--model-dir", str(model), "--output-dir", str(output)]
     prepare = ["--model-dir", str(model), "--data-dir", str(data), "--input-dir", str(recordings)]
     assert prepare_joint_data.main(prepare) == 0
-    assert train_joint.main([*into, "--data-dir", str(data), *CPU, "--set", *settings]) == 0
+    assert train_joint.main([*into, "--data-dir", str(data), *CPU]) == 0
+    settings = read_run(output / "joint_joint_last.ckpt").config
+    assert settings == JOINT_TRAINING_CONFIG | finetuning, "the folder's settings are those of training"
     first = (output / "llm_merged_joint.pt").read_bytes()
     assert merge_joint_weights.main(into) == 0
     assert (output / "llm_merged_joint.pt").read_bytes() == first, "merging twice gave another file"
@@ -49,8 +57,8 @@ def assert_speech(path: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    settings = ["max_epochs=1", "accumulate_grad_batches=2", "learning_rate=0.01"]
-    return whole_job(tmp_path_factory.mktemp("job"), "small", 8, settings)
+    finetuning = {"max_epochs": 1, "accumulate_grad_batches": 2, "learning_rate": 0.01}
+    return whole_job(tmp_path_factory.mktemp("job"), "small", 8, finetuning)
 
 
 def test_whole_job_speaks(job: dict) -> None:
@@ -87,6 +95,6 @@ def test_merged_output_equals_base_and_adapter(job: dict, dtype: torch.dtype, to
 @pytest.mark.full_size
 def test_whole_job_at_full_size(tmp_path: Path) -> None:
     """Two training steps, a merge and a sentence at the sizes of CosyVoice-300M."""
-    settings = ["max_epochs=1", "accumulate_grad_batches=1", "max_feat_len=100"]
-    job = whole_job(tmp_path, "300m", 2, settings)
+    finetuning = {"max_epochs": 1, "accumulate_grad_batches": 1, "max_feat_len": 100}
+    job = whole_job(tmp_path, "300m", 2, finetuning)
     assert_speech(job["output"] / "result.wav")

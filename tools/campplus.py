@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosyvoice.utils.checkpoint import NoRandomInit, load_strict, read_state_dict
+from cosyvoice.model_folder.weights import NoRandomInit, load_strict, read_state_dict
 
 MELS = 80
 HEAD_CHANNELS = 32

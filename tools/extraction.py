@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from cosyvoice.model_folder.weights import fingerprint_file
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
-from cosyvoice.utils.checkpoint import fingerprint_file
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 from cosyvoice.utils.speech_encoders import SpeechEncoder

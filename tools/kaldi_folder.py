@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from cosyvoice.utils.checkpoint import load_tensors
+from cosyvoice.model_folder.weights import load_tensors
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write
 from cosyvoice.utils.text_files import decode_lines

@@ -106,8 +106,8 @@ def write_weights(folder: Path, config: Path, seed: int) -> None:
     """llm.pt, flow.pt and hift.pt with fresh weights; the caller's random state stays as it was."""
     import torch
 
+    from cosyvoice.model_folder.model_yaml import load_model_yaml
     from cosyvoice.utils.file_utils import save_tensors
-    from cosyvoice.utils.model_yaml import load_model_yaml
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

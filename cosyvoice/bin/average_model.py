@@ -75,7 +75,7 @@ def average(paths: Sequence[Path]) -> "dict[str, Tensor]":
     """The mean of state dicts, formed in double precision, in each tensor's own type; without training counters."""
     import torch
 
-    from cosyvoice.utils.checkpoint import read_state_dict
+    from cosyvoice.model_folder.weights import read_state_dict
 
     sums: dict[str, Tensor] = {}
     types: dict[str, torch.dtype] = {}

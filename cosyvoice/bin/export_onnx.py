@@ -38,7 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     model_dir = parse(argv).model_dir
-    from cosyvoice.utils.checkpoint import load_part
+    from cosyvoice.model_folder.weights import load_part
 
     flow = load_part(model_dir, "flow")
     if not hasattr(flow.decoder, "estimator"):

@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from cosyvoice.bin.recipe_models import RecipeModel
-from cosyvoice.utils.checkpoint import load_strict, load_tensors
+from cosyvoice.model_folder.weights import load_strict, load_tensors
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write, save_tensors
 

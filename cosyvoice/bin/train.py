@@ -100,7 +100,7 @@ def train(args: argparse.Namespace) -> int:
 
 def own_or_common(config: Path, name: str, model: str) -> Any:
     """The YAML's entry NAME_MODEL where it has one, else `name` or, for the vocoder, NAME_gan."""
-    from cosyvoice.utils.model_yaml import load_model_yaml
+    from cosyvoice.model_folder.model_yaml import load_model_yaml
 
     own, common = f"{name}_{model}", f"{name}_gan" if model == "hifigan" else name
     found = load_model_yaml(config, parts=(own,), defaults={own: None})[own]
@@ -119,7 +119,7 @@ def identity(
     args: argparse.Namespace, train_conf: dict[str, Any], steps: list[Any], loader: "EpochLoader"
 ) -> dict[str, Any]:
     """What a run must keep when it is resumed: the optimiser's and the schedule's state bring their settings along."""
-    from cosyvoice.utils.model_yaml import spelled
+    from cosyvoice.model_folder.model_yaml import spelled
 
     settings = {name: value for name, value in train_conf.items() if name not in FREE_TO_CHANGE}
     return {
@@ -166,8 +166,8 @@ def refuse_used_folder(model_dir: Path) -> None:
 
 def build_model(args: argparse.Namespace, train_conf: dict[str, Any]) -> "RecipeModel":
     from cosyvoice.bin.recipe_models import SpeechModel, VocoderModel
+    from cosyvoice.model_folder.model_yaml import load_model_yaml
     from cosyvoice.utils.command import seed_all
-    from cosyvoice.utils.model_yaml import load_model_yaml
 
     seed_all(args.seed)
     part = load_model_yaml(args.config, parts=(args.model,))[args.model]
@@ -179,7 +179,7 @@ def build_model(args: argparse.Namespace, train_conf: dict[str, Any]) -> "Recipe
 
 def load_weights(part: "nn.Module", path: Path) -> None:
     """A vocoder's generator may come without its discriminators, which then start anew."""
-    from cosyvoice.utils.checkpoint import load_strict, read_state_dict
+    from cosyvoice.model_folder.weights import load_strict, read_state_dict
 
     state = read_state_dict(path)
     if hasattr(part, "discriminator"):

@@ -7,18 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from cosyvoice.cli.frontend import FRONTEND_PARTS, CosyVoiceFrontEnd, Prompt
+from cosyvoice.cli.frontend import FRONTEND_PARTS, Prompt, open_front_end
 from cosyvoice.cli.model import CosyVoiceModel, Weights, check_speed
-from cosyvoice.utils.checkpoint import NoRandomInit
+from cosyvoice.model_folder.folder import ModelFolder
+from cosyvoice.model_folder.weights import NoRandomInit
 from cosyvoice.utils.draws import Draws
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 from cosyvoice.utils.frames import TOKEN_RATE_HZ
 from cosyvoice.utils.frontend_utils import has_words
-from cosyvoice.utils.model_yaml import load_model_yaml
 
 MODEL_PARTS = ("llm", "flow", "hift")
-OTHER_MODELS = {"cosyvoice2.yaml": "CosyVoice2", "cosyvoice3.yaml": "CosyVoice3"}
 
 Speech = Iterator[dict[str, Tensor]]
 
@@ -55,30 +54,16 @@ class CosyVoice:
         if load_jit or load_trt or trt_concurrent != 1:
             raise InputError("load_jit, load_trt and trt_concurrent are not supported here; leave them out")
         self.model_dir = Path(model_dir)
-        _check_folder(self.model_dir)
+        folder = ModelFolder(model_dir)
         with NoRandomInit():
-            parts = load_model_yaml(
-                self.model_dir / "cosyvoice.yaml",
-                parts=(*FRONTEND_PARTS, *MODEL_PARTS, "text_split"),
-                defaults={"text_split": None},  # folders of upstream have none
-            )
+            parts = folder.parts((*FRONTEND_PARTS, *MODEL_PARTS, "text_split"), {"text_split": None})
         if parts["flow"].input_frame_rate != TOKEN_RATE_HZ:
             raise InputError(f"{model_dir} is not a {TOKEN_RATE_HZ} Hz model; use CosyVoice-300M, -SFT or -Instruct")
-        self.sample_rate = parts["sample_rate"]
         modules = [parts[name] for name in MODEL_PARTS]
         self.model = CosyVoiceModel(*modules, fp16=fp16, device=device, precision=precision)
-        self.frontend = CosyVoiceFrontEnd(
-            parts["get_tokenizer"],
-            parts["feat_extractor"],
-            self.model_dir / "campplus.onnx",
-            self.model_dir / "speech_tokenizer_v1.onnx",
-            self.model_dir / "spk2info.pt",
-            parts["allowed_special"],
-            sample_rate=self.sample_rate,
-            device="cpu" if self.model.device.type == "cpu" else "auto",
-            text_split=parts["text_split"],
-        )
-        files = {name: self.model_dir / f"{name}.pt" for name in MODEL_PARTS} | dict(weights or {})
+        self.frontend = open_front_end(folder, parts, "cpu" if self.model.device.type == "cpu" else "auto")
+        self.sample_rate = self.frontend.sample_rate
+        files = {name: folder.weights(name) for name in MODEL_PARTS} | dict(weights or {})
         self.model.load(*(files[name] for name in MODEL_PARTS))
 
     def list_available_spks(self) -> list[str]:
@@ -99,7 +84,7 @@ class CosyVoice:
 
     def save_spkinfo(self) -> None:
         """Write the stored voices to the model folder's spk2info.pt."""
-        save_tensors(self.frontend.spk2info, self.model_dir / "spk2info.pt")
+        save_tensors(self.frontend.spk2info, ModelFolder(self.model_dir).stored_speakers)
 
     def inference_sft(
         self,
@@ -203,14 +188,3 @@ class CosyVoice:
 def AutoModel(model_dir: str | Path, **options: Any) -> CosyVoice:
     """The model of a folder, whose kind upstream finds out; here there is one kind. options: those of CosyVoice."""
     return CosyVoice(model_dir, **options)
-
-
-def _check_folder(model_dir: Path) -> None:
-    if not model_dir.is_dir():
-        raise InputError(
-            f"there is no model folder {model_dir}; download CosyVoice-300M from "
-            "https://huggingface.co/FunAudioLLM/CosyVoice-300M"
-        )
-    for file_name, model in OTHER_MODELS.items():
-        if (model_dir / file_name).exists():
-            raise InputError(f"{model_dir} is a {model} folder; use CosyVoice-300M, -SFT or -Instruct")

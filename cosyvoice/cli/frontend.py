@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cosyvoice.cli.text_normalizer import TextNormalizer, TextSplit
+from cosyvoice.model_folder.folder import ModelFolder
+from cosyvoice.model_folder.weights import load_tensors
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav, resample
-from cosyvoice.utils.checkpoint import load_tensors
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import SAMPLE_RATE_HZ
 from cosyvoice.utils.frontend_utils import has_words
@@ -224,6 +225,21 @@ def load_prompt(prompt_wav: Prompt, rate: int) -> Tensor:
             raise InputError(f"a prompt is a path, an open file or a tensor (1, samples) at 16 kHz, not {kind}")
         prompt_wav.seek(0)  # a stream is read once for every feature
     return load_wav(prompt_wav, rate)
+
+
+def open_front_end(folder: ModelFolder, parts: Mapping[str, Any], device: str) -> CosyVoiceFrontEnd:
+    """Return the front end of a model folder. parts: FRONTEND_PARTS of its YAML, and maybe text_split."""
+    return CosyVoiceFrontEnd(
+        parts["get_tokenizer"],
+        parts["feat_extractor"],
+        folder.speaker_encoder,
+        folder.speech_tokenizer,
+        folder.stored_speakers,
+        parts["allowed_special"],
+        sample_rate=parts["sample_rate"],
+        device=device,
+        text_split=parts.get("text_split"),
+    )
 
 
 def read_spk2info(path: Path) -> dict[str, dict[str, Tensor]]:

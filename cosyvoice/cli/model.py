@@ -14,8 +14,8 @@ from cosyvoice.cli.prefetch import prefetch
 from cosyvoice.flow.flow import MaskedDiffWithXvec
 from cosyvoice.hifigan.generator import HiFTGenerator
 from cosyvoice.llm.llm import TransformerLM
+from cosyvoice.model_folder.weights import load_strict, read_state_dict
 from cosyvoice.transformer.precision import check_precision
-from cosyvoice.utils.checkpoint import load_strict, read_state_dict
 from cosyvoice.utils.device import fastest_device
 from cosyvoice.utils.draws import Draws
 from cosyvoice.utils.errors import InputError

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cosyvoice.utils.checkpoint import load_tensors
+from cosyvoice.model_folder.weights import load_tensors
 from cosyvoice.utils.command import seed_all
 from cosyvoice.utils.device import cpu_has_bfloat16
 from cosyvoice.utils.errors import InputError

@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_seed(parser)
     options = parser.parse_args(argv)
 
+    from cosyvoice.model_folder.model_yaml import load_model_yaml
     from cosyvoice.utils.file_utils import save_tensors
-    from cosyvoice.utils.model_yaml import load_model_yaml
 
     seed_all(options.seed)
     flow = load_model_yaml(options.config, parts=("flow",))["flow"]

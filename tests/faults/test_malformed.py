@@ -26,11 +26,11 @@ from parity import PARITY_DIR
 from clip_files import SCHEMA
 from config import JOINT_TRAINING_CONFIG, MODES
 from cosyvoice.cli.frontend import read_spk2info
+from cosyvoice.model_folder.model_yaml import load_model_yaml
+from cosyvoice.model_folder.weights import load_strict, read_state_dict
 from cosyvoice.tokenizer.phones import read_lexicon
 from cosyvoice.utils.audio import read_wav
-from cosyvoice.utils.checkpoint import load_strict, read_state_dict
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.model_yaml import load_model_yaml
 from dataset import COLUMNS, check_row, collate, read_rows, to_clip
 from recordings import find_recordings
 from speaking import choose_voice, read_vector

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from cosyvoice.utils.argument_types import misfits
+from cosyvoice.model_folder.argument_types import misfits
 from cosyvoice.utils.errors import InputError
 
 TARGETS = frozenset(

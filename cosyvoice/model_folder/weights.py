@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.model_yaml import load_model_yaml
 
 # Integers that training checkpoints of this format carry among the weights.
 TRAINING_COUNTERS = ("epoch", "step")
@@ -148,10 +148,10 @@ class NoRandomInit(TorchFunctionMode):
 
 def load_part(model_dir: Path, part: str) -> nn.Module:
     """`llm`, `flow` or `hift` of a model folder, built and strictly loaded, in eval mode on the CPU."""
+    folder = ModelFolder(model_dir)
     with NoRandomInit():
-        module = load_model_yaml(model_dir / "cosyvoice.yaml", parts=(part,))[part]
-    weights = model_dir / f"{part}.pt"
-    load_strict(module, read_state_dict(weights), str(weights))
+        module = folder.parts([part])[part]
+    load_strict(module, read_state_dict(folder.weights(part)), str(folder.weights(part)))
     return module.eval()
 
 

@@ -1,0 +1,82 @@
+"""A model folder answers for its files, its generation and its settings."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import JOINT_TRAINING_CONFIG, PROJECT_DIR, settings_for
+from cosyvoice.model_folder.folder import ModelFolder, is_model_folder
+from cosyvoice.utils.errors import InputError
+from utils import limit_threads
+
+MINI = PROJECT_DIR / "pretrained_models" / "CosyVoice-mini"
+
+
+def folder_with(path: Path, yaml: str) -> Path:
+    path.mkdir()
+    (path / "cosyvoice.yaml").write_text(yaml, encoding="utf-8")
+    return path
+
+
+def test_a_folder_names_its_files() -> None:
+    folder = ModelFolder(MINI)
+    files = [folder.yaml, folder.speech_tokenizer, folder.speaker_encoder, folder.stored_speakers]
+    files += [folder.weights(part) for part in ("llm", "flow", "hift")]
+    assert all(file.is_file() for file in files) and len(set(files)) == 7
+    assert folder.generation.name == "CosyVoice-300M" and is_model_folder(MINI)
+
+
+def test_settings_and_threads_travel_with_a_renamed_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "anna"
+    copy.mkdir()
+    for name in ("cosyvoice.yaml", "lexicon.txt.gz"):
+        shutil.copy(MINI / name, copy)
+    assert settings_for(copy) == settings_for(MINI) != JOINT_TRAINING_CONFIG
+    assert settings_for(copy)["flow_lora"]["lora_r"] == 32 and settings_for(copy)["llm_lora"]["lora_r"] == 8
+    chosen = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    limit_threads(copy)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    limit_threads(copy)
+    assert chosen == [1]
+
+
+def test_a_folder_that_asks_for_nothing_gets_the_defaults(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "CosyVoice-mini", "sample_rate: 22050\n")
+    assert settings_for(folder) == JOINT_TRAINING_CONFIG and ModelFolder(folder).threads is None
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ("finetuning: [1]", "finetuning holds .1.. Give settings of config.py by their names"),
+        ("finetuning: {wings: 2}", "the finetuning entry of .*cosyvoice.yaml needs a change: wings is no setting"),
+        ("finetuning: {llm_lora: 2}", "needs a change: llm_lora is no setting; llm_lora.lora_r is missing"),
+        ("finetuning: {flow_lora: {lora_r: many}}", "flow_lora.lora_r must be a whole number at least 1"),
+        ("finetuning: {learning_rate: {a: 1}}", "needs a change: learning_rate.a is no setting"),
+    ],
+)
+def test_impossible_settings_of_a_folder_are_refused(entry: str, message: str, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "model", f"{entry}\n")
+    with pytest.raises(InputError, match=message) as error:
+        settings_for(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["0", "true", "1.5", "many", "1025", "[1]"])
+def test_impossible_threads_of_a_folder_are_refused(value: str, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "model", f"threads: {value}\n")
+    with pytest.raises(InputError, match="threads is .*. Give a number from 1 to 1024"):
+        limit_threads(folder)
+
+
+def test_folders_that_cannot_serve_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no model folder .*; download CosyVoice-300M from https://"):
+        ModelFolder(tmp_path / "nowhere")
+    folder = folder_with(tmp_path / "model", "")
+    (folder / "cosyvoice3.yaml").touch()
+    with pytest.raises(InputError, match="model is a CosyVoice3 folder; use CosyVoice-300M"):
+        ModelFolder(folder)
