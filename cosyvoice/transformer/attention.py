@@ -1,30 +1,25 @@
 """Multi-head self-attention with relative positions, and the cache that makes decoding incremental."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.transformer.embedding import relative_positions
+from matcha.models.components.past import KeyValueCache
 
 
 @dataclass
-class AttentionCache:
+class AttentionCache(KeyValueCache):
     """What one layer has already computed while a sequence grows.
 
-    The three buffers hold `capacity` rows and are enlarged by doubling; rows in use are views, never copies.
+    The positions, too, have `capacity` rows. All are enlarged by doubling.
     """
 
-    keys: Tensor  # (B, H, capacity, D), rows 0..length-1 in use
-    values: Tensor  # (B, H, capacity, D)
-    positions: Tensor  # (1, H, capacity, D), projected distances capacity-1 .. 0: the last T rows serve T keys
-    length: int = 0
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.size(2)
+    positions: Tensor = field(kw_only=True)  # (1, H, capacity, D), distances capacity-1 .. 0: the last T serve T keys
+    later: Tensor = field(kw_only=True)  # (1, H, L, D), distances -1 .. -L: of keys behind their query
 
     @classmethod
     def joined(cls, caches: "Sequence[AttentionCache]") -> "AttentionCache":
@@ -36,7 +31,7 @@ class AttentionCache:
             rows = slice(length - cache.length, length)
             keys[item, :, rows] = cache.keys[0, :, : cache.length]
             values[item, :, rows] = cache.values[0, :, : cache.length]
-        return cls(keys, values, largest.positions, length)
+        return cls(keys, values, length, positions=largest.positions, later=largest.later)
 
 
 def position_scores(query: Tensor, positions: Tensor, num_keys: int) -> Tensor:
@@ -103,11 +98,11 @@ class RelPositionMultiHeadedAttention(nn.Module):
         if end > cache.capacity:
             self.enlarge(cache, max(end, 2 * cache.capacity))
         query, key, value = self.project(x)
-        cache.keys[:, :, cache.length : end] = self.split_heads(key)
-        cache.values[:, :, cache.length : end] = self.split_heads(value)
-        cache.length = end
+        keys, values = cache.append(self.split_heads(key), self.split_heads(value))
         positions = cache.positions[:, :, cache.capacity - end :]
-        return self.attend(query, cache.keys[:, :, :end], cache.values[:, :, :end], positions, mask)
+        if cache.later.size(2) > 0:
+            positions = torch.cat((positions, cache.later), dim=2)
+        return self.attend(query, keys, values, positions, mask)
 
     def attend(
         self,
@@ -131,22 +126,28 @@ class RelPositionMultiHeadedAttention(nn.Module):
         heads = F.scaled_dot_product_attention(content_query, key, value, attn_mask=bias, dropout_p=dropout)
         return self.linear_out(heads.transpose(1, 2).flatten(2))  # (B, H, N, D) -> (B, N, C)
 
-    def new_cache(self, capacity: int) -> AttentionCache:
-        """An empty cache with room for `capacity` frames, in the weights' type and place."""
+    def new_cache(self, capacity: int, ahead: int = 0) -> AttentionCache:
+        """An empty cache with room for `capacity` frames, in the weights' type and place.
+
+        ahead: how many frames behind itself a query may see, at most.
+        """
         empty = self.pos_bias_u.new_empty(1, self.h, 0, self.d_k)
-        cache = AttentionCache(empty, empty, empty)
+        later = self.projected_positions(-1, -ahead) if ahead else empty
+        cache = AttentionCache(empty, empty, positions=empty, later=later)
         self.enlarge(cache, capacity)
         return cache
 
     def enlarge(self, cache: AttentionCache, capacity: int) -> None:
         """Give every buffer `capacity` rows."""
-        grown = capacity - cache.capacity
         cache.positions = self.grown_positions(cache.positions, capacity)
-        cache.keys = F.pad(cache.keys, (0, 0, 0, grown))
-        cache.values = F.pad(cache.values, (0, 0, 0, grown))
+        cache.reserve(capacity)
 
     def grown_positions(self, positions: Tensor, capacity: int) -> Tensor:
         """Projected distances (1, H, W, D) from W - 1 down to 0, and before them those from `capacity` - 1 to W."""
+        return torch.cat((self.projected_positions(capacity - 1, positions.size(2)), positions), dim=2)
+
+    def projected_positions(self, first: int, last: int) -> Tensor:
+        """(1, H, W, D): the projected distances from `first` down to `last`."""
         weight = self.linear_pos.weight
-        far = relative_positions(capacity - 1, positions.size(2), weight.size(1), weight.device).to(weight.dtype)
-        return torch.cat((self.split_heads(self.linear_pos(far.unsqueeze(0))), positions), dim=2)
+        distances = relative_positions(first, last, weight.size(1), weight.device).to(weight.dtype)
+        return self.split_heads(self.linear_pos(distances.unsqueeze(0)))

@@ -25,13 +25,19 @@ from cosyvoice.utils.errors import InputError
 
 TARGETS = frozenset(
     {
+        "cosyvoice.llm.llm.Qwen2Encoder",
+        "cosyvoice.llm.llm.Qwen2LM",
         "cosyvoice.llm.llm.TransformerLM",
         "cosyvoice.llm.monotonic.MonotonicLM",
         "cosyvoice.transformer.encoder.ConformerEncoder",
         "cosyvoice.transformer.encoder.TransformerEncoder",
+        "cosyvoice.transformer.upsample_encoder.UpsampleConformerEncoder",
+        "cosyvoice.flow.flow.CausalMaskedDiffWithXvec",
         "cosyvoice.flow.flow.MaskedDiffWithXvec",
         "cosyvoice.flow.length_regulator.InterpolateRegulator",
+        "cosyvoice.flow.flow_matching.CausalConditionalCFM",
         "cosyvoice.flow.flow_matching.ConditionalCFM",
+        "cosyvoice.flow.decoder.CausalConditionalDecoder",
         "cosyvoice.flow.decoder.ConditionalDecoder",
         "cosyvoice.flow.mel_regressor.MelRegressor",
         "cosyvoice.hifigan.generator.HiFTGenerator",
@@ -41,6 +47,7 @@ TARGETS = frozenset(
         "cosyvoice.utils.common.ras_sampling",
         "cosyvoice.tokenizer.phones.get_phone_tokenizer",
         "cosyvoice.tokenizer.tokenizer.get_byte_tokenizer",
+        "cosyvoice.tokenizer.tokenizer.get_qwen_tokenizer",
         "cosyvoice.tokenizer.tokenizer.get_tokenizer",
         "matcha.hifigan.models.MultiPeriodDiscriminator",
         "matcha.utils.audio.mel_spectrogram",
@@ -48,12 +55,18 @@ TARGETS = frozenset(
         "whisper.tokenizer.get_tokenizer",
     }
 )
+# Where a class lives in another file here than its public path says.
+LOCATIONS = {
+    "cosyvoice.flow.flow.CausalMaskedDiffWithXvec": "cosyvoice.flow.causal_flow.CausalMaskedDiffWithXvec",
+    "cosyvoice.flow.flow_matching.CausalConditionalCFM": "cosyvoice.flow.causal_flow_matching.CausalConditionalCFM",
+    "cosyvoice.flow.decoder.CausalConditionalDecoder": "cosyvoice.flow.causal_decoder.CausalConditionalDecoder",
+}
 # Anything that these modules define themselves; what they import is not theirs to hand out.
 TARGET_MODULES = frozenset({"cosyvoice.dataset.processor", "cosyvoice.hifigan.discriminator"})
 IGNORED_CALLS = frozenset({"random.seed", "numpy.random.seed", "torch.manual_seed", "torch.cuda.manual_seed_all"})
 # What PyYAML ends in where a value contradicts its tag, e.g. `!!bool maybe`.
 CONTRADICTIONS = (ValueError, LookupError, AttributeError, TypeError)
-OTHER_MODEL = re.compile(r"Qwen2|Causal|Upsample|CosyVoice[23]")
+OTHER_MODEL = re.compile(r"Causal|DiT|CosyVoice3")
 
 _REFERENCE = re.compile(r"<(\w+)>")
 _OPERATORS = {
@@ -181,7 +194,7 @@ def _check_target(path: str, node: yaml.Node) -> None:
     module, _, name = path.rpartition(".")
     if path in TARGETS or (module in TARGET_MODULES and not name.startswith("_")):
         return
-    hint = "; it belongs to CosyVoice2 or later, use a CosyVoice-300M folder" if OTHER_MODEL.search(path) else ""
+    hint = "; it belongs to CosyVoice3, use a CosyVoice2 or CosyVoice-300M folder" if OTHER_MODEL.search(path) else ""
     raise _error(f"the class or function {path!r} is not allowed{hint}", node)
 
 
@@ -319,7 +332,7 @@ class _Builder:
         from hydra.utils import instantiate
 
         try:
-            function = instantiate({"_target_": path, "_partial_": True}).func
+            function = instantiate({"_target_": LOCATIONS.get(path, path), "_partial_": True}).func
         except InstantiationException as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{self.path}: {path} cannot be imported: {reason}") from error
