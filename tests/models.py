@@ -12,17 +12,17 @@ from cosyvoice.model_folder.weights import load_strict, read_state_dict
 
 def tiny(part: str) -> nn.Module:
     """A fresh `llm`, `flow` or `hift` of tiny.yaml's sizes with tiny_<part>.pt loaded, in eval mode."""
-    module = load_model_yaml(PARITY_DIR / "tiny.yaml", parts=(part,))[part]
-    weights = PARITY_DIR / f"tiny_{part}.pt"
-    load_strict(module, read_state_dict(weights), weights.name)
-    return module.eval()
+    return built(PARITY_DIR / "tiny.yaml", part)
 
 
 def tiny2(part: str) -> nn.Module:
-    """Return a fresh `llm`, `flow` or `hift` of tiny2.yaml's sizes with tiny2_<part>.pt loaded, in eval mode."""
-    overrides = {"qwen_pretrain_path": str(V2.folder / "tiny2_blanken")}
-    module = load_model_yaml(V2.folder / "tiny2.yaml", parts=(part,), overrides=overrides)[part]
-    weights = V2.folder / f"tiny2_{part}.pt"
+    """The same of CosyVoice2's tiny2.yaml."""
+    return built(V2.folder / "tiny2.yaml", part, {"qwen_pretrain_path": str(V2.folder / "tiny2_blanken")})
+
+
+def built(config: Path, part: str, overrides: dict[str, str] | None = None) -> nn.Module:
+    module = load_model_yaml(config, parts=(part,), overrides=overrides)[part]
+    weights = config.with_name(f"{config.stem}_{part}.pt")
     load_strict(module, read_state_dict(weights), weights.name)
     return module.eval()
 

@@ -205,7 +205,7 @@ MISTAKES = [
     ("merge", "--model-dir {root}/no_yaml", "is no model folder", "snapshot_download"),
     ("prepare", "--model-dir {root}/cut_yaml", "no entry", "use the one of a CosyVoice-300M folder"),
     ("prepare", "--model-dir {root}/cut_onnx", "campplus.onnx", "damaged", "copy it again"),
-    ("prepare", "--model-dir {root}/later", "CosyVoice3LM", "use a CosyVoice-300M or CosyVoice2-0.5B folder"),
+    ("prepare", "--model-dir {root}/later", "CosyVoice3LM", "use a CosyVoice2 or CosyVoice-300M folder"),
     ("train", "--model-dir {root}/popen", "'subprocess.Popen' is not allowed"),
     ("train", "--model-dir {root}/system", "'os.mkdir' is not allowed"),
     ("train", "--model-dir {root}/python", "python/object/apply:os.mkdir"),

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from cosyvoice.flow.decoder import ConditionalDecoder
-from cosyvoice.flow.flow import MaskedDiffWithXvec, draw_prefix_length
+from cosyvoice.flow.flow import MaskedDiffWithXvec
 from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
 from cosyvoice.flow.length_regulator import InterpolateRegulator
 from cosyvoice.flow.mel_regressor import MelRegressor
+from cosyvoice.flow.token_flow import draw_prefix_length
 from cosyvoice.transformer.encoder import ConformerEncoder
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import OVERLAP_TOKENS, mel_frames

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from parity import V2
 
+from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.tokenizer.qwen import QwenTokenizer, get_qwen_tokenizer
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.model_yaml import load_model_yaml
 
 SIZES = ("full", "tiny")
 TINY = V2.folder / "tiny2_blanken"

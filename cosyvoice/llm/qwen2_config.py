@@ -5,7 +5,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosyvoice.utils.argument_types import MOST_ANYTHING
+from cosyvoice.model_folder.argument_types import MOST_ANYTHING
 from cosyvoice.utils.errors import InputError
 
 if TYPE_CHECKING:

@@ -31,13 +31,13 @@ TARGETS = frozenset(
         "cosyvoice.llm.monotonic.MonotonicLM",
         "cosyvoice.transformer.encoder.ConformerEncoder",
         "cosyvoice.transformer.encoder.TransformerEncoder",
-        "cosyvoice.flow.decoder.CausalConditionalDecoder",
+        "cosyvoice.transformer.upsample_encoder.UpsampleConformerEncoder",
         "cosyvoice.flow.flow.CausalMaskedDiffWithXvec",
         "cosyvoice.flow.flow.MaskedDiffWithXvec",
-        "cosyvoice.transformer.upsample_encoder.UpsampleConformerEncoder",
         "cosyvoice.flow.length_regulator.InterpolateRegulator",
         "cosyvoice.flow.flow_matching.CausalConditionalCFM",
         "cosyvoice.flow.flow_matching.ConditionalCFM",
+        "cosyvoice.flow.decoder.CausalConditionalDecoder",
         "cosyvoice.flow.decoder.ConditionalDecoder",
         "cosyvoice.flow.mel_regressor.MelRegressor",
         "cosyvoice.hifigan.generator.HiFTGenerator",
@@ -55,18 +55,21 @@ TARGETS = frozenset(
         "whisper.tokenizer.get_tokenizer",
     }
 )
-# Anything that these modules define themselves; what they import is not theirs to hand out.
-TARGET_MODULES = frozenset({"cosyvoice.dataset.processor", "cosyvoice.hifigan.discriminator"})
-# Where the file names another place than the one that holds the class or function here.
-PLACES = {
+# Where a class lives in another file here than its public path says.
+LOCATIONS = {
     "cosyvoice.llm.llm.Qwen2Encoder": "cosyvoice.llm.qwen2_encoder.Qwen2Encoder",
     "cosyvoice.llm.llm.Qwen2LM": "cosyvoice.llm.qwen2_lm.Qwen2LM",
+    "cosyvoice.flow.flow.CausalMaskedDiffWithXvec": "cosyvoice.flow.causal_flow.CausalMaskedDiffWithXvec",
+    "cosyvoice.flow.flow_matching.CausalConditionalCFM": "cosyvoice.flow.causal_flow_matching.CausalConditionalCFM",
+    "cosyvoice.flow.decoder.CausalConditionalDecoder": "cosyvoice.flow.causal_decoder.CausalConditionalDecoder",
     "cosyvoice.tokenizer.tokenizer.get_qwen_tokenizer": "cosyvoice.tokenizer.qwen.get_qwen_tokenizer",
 }
+# Anything that these modules define themselves; what they import is not theirs to hand out.
+TARGET_MODULES = frozenset({"cosyvoice.dataset.processor", "cosyvoice.hifigan.discriminator"})
 IGNORED_CALLS = frozenset({"random.seed", "numpy.random.seed", "torch.manual_seed", "torch.cuda.manual_seed_all"})
 # What PyYAML ends in where a value contradicts its tag, e.g. `!!bool maybe`.
 CONTRADICTIONS = (ValueError, LookupError, AttributeError, TypeError)
-OTHER_MODEL = re.compile(r"CosyVoice3|DiT|CausalHiFT")
+OTHER_MODEL = re.compile(r"Causal|DiT|CosyVoice3")
 
 _REFERENCE = re.compile(r"<(\w+)>")
 _OPERATORS = {
@@ -198,8 +201,7 @@ def _check_target(path: str, node: yaml.Node) -> None:
     module, _, name = path.rpartition(".")
     if path in TARGETS or (module in TARGET_MODULES and not name.startswith("_")):
         return
-    remedy = "; it belongs to CosyVoice3 or later, use a CosyVoice-300M or CosyVoice2-0.5B folder"
-    hint = remedy if OTHER_MODEL.search(path) else ""
+    hint = "; it belongs to CosyVoice3, use a CosyVoice2 or CosyVoice-300M folder" if OTHER_MODEL.search(path) else ""
     raise _error(f"the class or function {path!r} is not allowed{hint}", node)
 
 
@@ -337,7 +339,7 @@ class _Builder:
         from hydra.utils import instantiate
 
         try:
-            function = instantiate({"_target_": PLACES.get(path, path), "_partial_": True}).func
+            function = instantiate({"_target_": LOCATIONS.get(path, path), "_partial_": True}).func
         except InstantiationException as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{self.path}: {path} cannot be imported: {reason}") from error

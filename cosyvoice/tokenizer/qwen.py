@@ -31,9 +31,7 @@ SPOKEN_TOKENS = (
     "[mn]",
 )
 # The words of Qwen2: contractions, letters with a sign before them, single digits, signs, line ends, blanks.
-WORD = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 REMEDY = "copy the folder CosyVoice-BlankEN again from the model's download"
 
 

@@ -6,15 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosyvoice.transformer.cache import KeyValueCache
 from cosyvoice.transformer.embedding import relative_positions
+from matcha.models.components.past import KeyValueCache
 
 
 @dataclass
 class AttentionCache(KeyValueCache):
-    """The keys and values of a layer with relative positions, and the projected distances that all its rows share."""
+    """The keys and values of a layer with relative positions, and the projected distances that all its rows share.
 
-    positions: Tensor = field(kw_only=True)  # (1, H, capacity, D), capacity-1 .. 0: the last T rows serve T keys
+    The positions, too, have `capacity` rows. All are enlarged by doubling.
+    """
+
+    positions: Tensor = field(kw_only=True)  # (1, H, capacity, D), distances capacity-1 .. 0: the last T serve T keys
+    later: Tensor = field(kw_only=True)  # (1, H, L, D), distances -1 .. -L: of keys behind their query
 
 
 def position_scores(query: Tensor, positions: Tensor, num_keys: int) -> Tensor:
@@ -82,7 +86,10 @@ class RelPositionMultiHeadedAttention(nn.Module):
             self.enlarge(cache, max(end, 2 * cache.capacity))
         query, key, value = self.project(x)
         keys, values = cache.append(self.split_heads(key), self.split_heads(value))
-        return self.attend(query, keys, values, cache.positions[:, :, cache.capacity - end :], mask)
+        positions = cache.positions[:, :, cache.capacity - end :]
+        if cache.later.size(2) > 0:
+            positions = torch.cat((positions, cache.later), dim=2)
+        return self.attend(query, keys, values, positions, mask)
 
     def step_at(self, x: Tensor, place: Tensor, seen: Tensor, order: Tensor, cache: AttentionCache) -> Tensor:
         """`step` for one frame (1, 1, C) that becomes row `place` (1,) of a cache, whose rows all take part.
@@ -115,20 +122,28 @@ class RelPositionMultiHeadedAttention(nn.Module):
         heads = F.scaled_dot_product_attention(content_query, key, value, attn_mask=bias, dropout_p=dropout)
         return self.linear_out(heads.transpose(1, 2).flatten(2))  # (B, H, N, D) -> (B, N, C)
 
-    def new_cache(self, capacity: int) -> AttentionCache:
-        """An empty cache with room for `capacity` frames, in the weights' type and place."""
+    def new_cache(self, capacity: int, ahead: int = 0) -> AttentionCache:
+        """An empty cache with room for `capacity` frames, in the weights' type and place.
+
+        ahead: how many frames behind itself a query may see, at most.
+        """
         empty = self.pos_bias_u.new_empty(1, self.h, 0, self.d_k)
-        cache = AttentionCache(empty, empty, positions=empty)
+        later = self.projected_positions(-1, -ahead) if ahead else empty
+        cache = AttentionCache(empty, empty, positions=empty, later=later)
         self.enlarge(cache, capacity)
         return cache
 
     def enlarge(self, cache: AttentionCache, capacity: int) -> None:
         """Give every buffer `capacity` rows."""
         cache.positions = self.grown_positions(cache.positions, capacity)
-        cache.enlarge(capacity)
+        cache.reserve(capacity)
 
     def grown_positions(self, positions: Tensor, capacity: int) -> Tensor:
         """Projected distances (1, H, W, D) from W - 1 down to 0, and before them those from `capacity` - 1 to W."""
+        return torch.cat((self.projected_positions(capacity - 1, positions.size(2)), positions), dim=2)
+
+    def projected_positions(self, first: int, last: int) -> Tensor:
+        """(1, H, W, D): the projected distances from `first` down to `last`."""
         weight = self.linear_pos.weight
-        far = relative_positions(capacity - 1, positions.size(2), weight.size(1), weight.device).to(weight.dtype)
-        return torch.cat((self.split_heads(self.linear_pos(far.unsqueeze(0))), positions), dim=2)
+        distances = relative_positions(first, last, weight.size(1), weight.device).to(weight.dtype)
+        return self.split_heads(self.linear_pos(distances.unsqueeze(0)))

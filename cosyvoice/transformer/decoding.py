@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from cosyvoice.transformer.attention import RelPositionMultiHeadedAttention
-from cosyvoice.transformer.cache import INITIAL_CACHE_FRAMES, KeyValueCache
+from cosyvoice.transformer.cache import INITIAL_CACHE_FRAMES
 from cosyvoice.transformer.encoder import TransformerEncoder
 from cosyvoice.transformer.precision import Convert, stacked
+from matcha.models.components.past import KeyValueCache
 
 LEAST_CAPTURED_FRAMES = 1024  # of short sentences, so that one graph serves them
 MOST_CAPTURED_FRAMES = 4096  # longer ones would keep gigabytes for the most that they could become

@@ -28,8 +28,8 @@ class InputEmbedding(nn.Module):
         return self.out(x) * self.scale
 
 
-class BaseEncoder(nn.Module):
-    """Embedding, blocks with relative positions, final norm. Subclasses say what differs between the two families.
+class AttentionStack(nn.Module):
+    """Embedding, blocks with relative positions, final norm. Subclasses say what differs between the families.
 
     `static_chunk_size` 0 lets every frame see all others, 1 makes the stack causal. `use_cnn_module` adds a convolution
     of `cnn_module_kernel` frames to every block. Of the other options only the values of the v1 recipes are
@@ -107,6 +107,25 @@ class BaseEncoder(nn.Module):
         """Channels of the output."""
         return self.after_norm.normalized_shape[0]
 
+    def attend(self, x: Tensor, layers: nn.ModuleList, valid: Tensor, chunk_size: int) -> Tensor:
+        """Pass x (B, T, C) through the layers. valid (B, 1, T) is False at padding; chunk_size 0 makes no chunks."""
+        mask = add_optional_chunk_mask(x, valid, False, False, 0, chunk_size, -1)
+        pos_emb = self.pos_dropout(self.positions(x, causal=chunk_size == 1))
+        for layer in layers:
+            x = layer(x, mask, pos_emb)
+        return x
+
+    @staticmethod
+    def positions(x: Tensor, causal: bool = False) -> Tensor:
+        """The distances that may occur in x (B, T, C), as (1, W, C): none below 0 where the stack is causal."""
+        frames = x.size(1)
+        last = 0 if causal else 1 - frames
+        return relative_positions(frames - 1, last, x.size(2), x.device).to(x.dtype).unsqueeze(0)
+
+
+class BaseEncoder(AttentionStack):
+    """A stack whose frames come and leave at one rate."""
+
     def forward(
         self, xs: Tensor, xs_lens: Tensor, decoding_chunk_size: int = 0, num_decoding_left_chunks: int = -1
     ) -> tuple[Tensor, Tensor]:
@@ -116,18 +135,7 @@ class BaseEncoder(nn.Module):
         size they change nothing. Returns the output (B, T, output_size) and the mask of valid frames (B, 1, T).
         """
         valid = ~make_pad_mask(xs_lens, xs.size(1)).unsqueeze(1)
-        mask = add_optional_chunk_mask(xs, valid, False, False, 0, self.static_chunk_size, -1)
-        x = self.embed(xs)
-        pos_emb = self.pos_dropout(self.positions(x))
-        for layer in self.encoders:
-            x = layer(x, mask, pos_emb)
-        return self.after_norm(x), valid
-
-    def positions(self, x: Tensor) -> Tensor:
-        """The distances that may occur in x (B, T, C), as (1, W, C): none below 0 where the stack is causal."""
-        frames = x.size(1)
-        last = 0 if self.static_chunk_size == 1 else 1 - frames
-        return relative_positions(frames - 1, last, x.size(2), x.device).to(x.dtype).unsqueeze(0)
+        return self.after_norm(self.attend(self.embed(xs), self.encoders, valid, self.static_chunk_size)), valid
 
     def new_cache(self, capacity: int = INITIAL_CACHE_FRAMES) -> list[AttentionCache]:
         """Return an empty cache, one part a block, for `forward_chunk` and `step_at`."""
