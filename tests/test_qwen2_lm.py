@@ -22,7 +22,9 @@ from cosyvoice.utils.command import seed_all
 from cosyvoice.utils.common import ras_sampling
 from cosyvoice.utils.draws import Draws
 from cosyvoice.utils.errors import InputError
+from lora import adapters, inject
 
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CPU = torch.device("cpu")
 MANIFEST = DATA / "parity2" / "manifest_cosyvoice2_05b.json"
 BLANK = V2.folder / "tiny2_blanken"
@@ -204,6 +206,24 @@ def test_the_share_of_clips_in_turns_is_a_setting(plain: Qwen2LM, pairs: dict[st
         assert llm.drawn_layouts(batch).tolist() == layouts
         losses[share] = llm.forward(batch, CPU)["loss"]
     assert losses[0.0] != losses[1.0]
+
+
+def test_adapters_take_part_in_training_and_in_speaking(plain: Qwen2LM, pairs: dict[str, Tensor]) -> None:
+    """Training runs transformers' modules and speaking our own steps, over the same layers."""
+    llm = copy.deepcopy(plain)
+    names = inject(llm, TARGETS, rank=2, alpha=2.0, dropout=0.0)
+    assert len(names) == len(TARGETS) * 2 and not any("lm_head" in name for name in names)
+    batch = pairs | {"bistream": torch.tensor([True, False, False])}
+    torch.testing.assert_close(llm.forward(batch, CPU)["loss"], plain.forward(batch, CPU)["loss"])
+    for adapter in adapters(llm):
+        torch.nn.init.normal_(adapter.lora_B, std=0.1)
+    llm.forward(batch, CPU)["loss"].backward()
+    assert all(adapter.lora_A.grad.abs().sum() > 0 for adapter in adapters(llm))
+    with torch.inference_mode():
+        lm_input = llm.inference_prefix(TEXT, NONE, TEXT, SPEAKER)
+        found = llm.llm.forward_chunk(lm_input, llm.llm.new_cache())
+        torch.testing.assert_close(found, llm.llm(lm_input), atol=2e-5, rtol=1e-5)
+        assert (found - plain.llm(lm_input)).abs().max() > 0.1
 
 
 # Text that arrives
