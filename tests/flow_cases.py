@@ -1,4 +1,4 @@
-"""What the comparisons of both generations' flows share: recorded batches, and hooks that keep what comes out."""
+"""What the tests of both generations' flows share: small sizes, recorded batches, hooks that keep what comes out."""
 
 import re
 from typing import Any
@@ -11,6 +11,30 @@ from cosyvoice.flow.flow_matching import TrainingDraw
 
 ESTIMATOR_INPUTS = ("x", "mask", "mu", "t", "spks", "cond")
 SOLVER_INPUTS = ("z", "t_span", "mu", "mask", "spks", "cond")
+
+# Small models
+MELS = 8
+SPEAKER_DIM = 6
+VOCABULARY = 11
+CFM_PARAMS = {
+    "sigma_min": 1e-6,
+    "solver": "euler",
+    "t_scheduler": "cosine",
+    "training_cfg_rate": 0.2,
+    "inference_cfg_rate": 0.7,
+    "reg_loss_type": "l1",
+}
+ESTIMATOR_OPTIONS = {
+    "in_channels": 4 * MELS,
+    "out_channels": MELS,
+    "channels": [16, 16],
+    "dropout": 0.0,
+    "attention_head_dim": 4,
+    "n_blocks": 1,
+    "num_mid_blocks": 1,
+    "num_heads": 2,
+    "act_fn": "gelu",
+}
 
 
 class Recorder:

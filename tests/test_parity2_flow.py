@@ -214,7 +214,7 @@ def test_parity2_inference_draws_nothing(name: str) -> None:
 # --- streams
 
 
-@pytest.mark.parametrize("piece", [1, 7, 25, 28, 1000])
+@pytest.mark.parametrize("piece", [11, 25, 28, 1000])
 @pytest.mark.parametrize("name", [name for name in INFERENCE if V2.meta(name)["streaming"]])
 def test_parity2_streams_give_the_recorded_frames(name: str, piece: int) -> None:
     case, flow, finalize = V2.arrays(name), tiny2("flow"), V2.meta(name)["finalize"]
