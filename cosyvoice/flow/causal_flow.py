@@ -38,8 +38,8 @@ class CausalMaskedDiffWithXvec(TokenFlow):
         own = encoder.up_layer.ratio, encoder.pre_lookahead_layer.lookahead
         if own != (token_mel_ratio, pre_lookahead_len):
             raise InputError(
-                f"CausalMaskedDiffWithXvec: token_mel_ratio {token_mel_ratio} and pre_lookahead_len {pre_lookahead_len} "
-                f"must be the encoder's up_ratio and pre_lookahead_len, {own[0]} and {own[1]}"
+                f"CausalMaskedDiffWithXvec: token_mel_ratio {token_mel_ratio} and pre_lookahead_len "
+                f"{pre_lookahead_len} must be the encoder's up_ratio and pre_lookahead_len, {own[0]} and {own[1]}"
             )
         self.token_mel_ratio = token_mel_ratio
         self.pre_lookahead_len = pre_lookahead_len  # tokens
@@ -133,9 +133,7 @@ class CausalMaskedDiffWithXvec(TokenFlow):
         )
         return mel[:, :, prompt_frames:], None
 
-    def stream(
-        self, prompt_token: Tensor, prompt_feat: Tensor, embedding: Tensor, n_timesteps: int = 10
-    ) -> MelStream:
+    def stream(self, prompt_token: Tensor, prompt_feat: Tensor, embedding: Tensor, n_timesteps: int = 10) -> MelStream:
         """Return a stream that speaks tokens as they come, at a cost that does not grow with those before.
 
         Arguments as in `inference`. Raises InputError for a prompt that does not fit, and for a model without chunks.

@@ -32,7 +32,7 @@ def position_scores(query: Tensor, positions: Tensor, num_keys: int) -> Tensor:
     """
     num_queries, width = query.size(2), positions.size(2)
     if num_queries == 1:
-        return query @ positions.transpose(-2, -1)
+        return (query @ positions.transpose(-2, -1))[..., :num_keys]
     scores = query @ F.pad(positions, (0, 0, 0, 1)).transpose(-2, -1)  # (B, H, N, W + 1)
     shifted = scores.flatten(-2)[..., num_queries - 1 : num_queries - 1 + num_queries * width]
     return shifted.unflatten(-1, (num_queries, width))[..., :num_keys]
