@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny2
-from parity import DATA, V2
+from parity import V2, table
 from torch import Tensor
 
 from cosyvoice.llm import qwen2_config
@@ -26,7 +26,6 @@ from lora import adapters, inject
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CPU = torch.device("cpu")
-MANIFEST = DATA / "parity2" / "manifest_cosyvoice2_05b.json"
 BLANK = V2.folder / "tiny2_blanken"
 END, UNUSED, FILL = 6561, 6562, 6563
 FRAMES = 300  # more than a cache holds at first
@@ -288,7 +287,7 @@ def test_no_text_is_told(plain: Qwen2LM) -> None:
 
 
 def test_full_size_state_dict_is_that_of_the_manifest(tmp_path: Path) -> None:
-    manifest = json.loads(MANIFEST.read_text(encoding="utf-8"))
+    manifest = table("manifest_cosyvoice2_05b")
     config = manifest["qwen2_config"] | {"model_type": "qwen2"}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with torch.device("meta"):  # shapes without memory
