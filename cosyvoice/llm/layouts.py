@@ -46,19 +46,19 @@ def laid_out(text: Tensor, speech: Tensor, tokens: Tensor, marks: Marks, turns: 
     text: (T, C) and speech: (S, C), embedded. tokens: (S,), the ids of the speech. turns: None where they do not take
     turns.
     """
-    read, asked = [marks.sos], [silence(1, tokens)]
+    read, asked = [marks.sos], [ignored(1, tokens)]
     if turns is not None:
         for _ in range(len(text) // turns.text):
             piece, text = text.tensor_split([turns.text])
             said, speech = speech.tensor_split([turns.speech])
             ids, tokens = tokens.tensor_split([turns.speech])
             read += [piece, said]
-            asked += [silence(turns.text - 1, tokens), F.pad(ids, (0, 1), value=marks.fill)]
+            asked += [ignored(turns.text - 1, tokens), F.pad(ids, (0, 1), value=marks.fill)]
     read += [text, marks.task, speech]
-    asked += [silence(len(text), tokens), F.pad(tokens, (0, 1), value=marks.end)]
+    asked += [ignored(len(text), tokens), F.pad(tokens, (0, 1), value=marks.end)]
     return torch.cat(read), torch.cat(asked)
 
 
-def silence(length: int, like: Tensor) -> Tensor:
-    """Return so many targets that nothing asks for."""
+def ignored(length: int, like: Tensor) -> Tensor:
+    """Return so many targets that no loss counts."""
     return like.new_full((length,), IGNORE_ID)

@@ -1,6 +1,6 @@
 """How a language model writes speech tokens, whatever it reads before them: sampling, takes, several texts at once."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -20,7 +20,7 @@ Sampler = Callable[[Tensor, Sequence[int], int], int]
 MIN_TOKEN_TEXT_RATIO, MAX_TOKEN_TEXT_RATIO = 2, 20  # speech tokens a text token
 
 
-class SpeechTokenLM(nn.Module):
+class SpeechTokenLM(nn.Module, ABC):
     """A language model that reads text and writes speech tokens.
 
     Ids below `speech_token_size` are speech. The id `speech_token_size` ends it, and so does any that may follow.
@@ -60,20 +60,20 @@ class SpeechTokenLM(nn.Module):
 
     @abstractmethod
     def predictions(self, batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all N speech and end tokens: scores (N, V), the tokens (N,), their items of the batch (N,)."""
+        """Return, of all N speech and end tokens, the scores (N, V), the tokens (N,) and their items of the batch (N,)."""
 
     @abstractmethod
     def inference_prefix(
         self, text: Tensor, prompt_text: Tensor, prompt_speech_token: Tensor, embedding: Tensor
     ) -> Tensor:
-        """What is read before the first new token, (1, L, C); arguments as in `inference`."""
+        """Return what is read before the first new token, (1, L, C); arguments as in `inference`."""
 
     @abstractmethod
     def prepare_stack(self, convert: Convert) -> None:
         """Give the stack its decoding form, in place."""
 
     def forward(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """Cross entropy and accuracy of the next speech token, teacher-forced.
+        """Return cross entropy and accuracy of the next speech token, teacher-forced.
 
         batch: `text_token` (B, T) with `text_token_len` (B,), `speech_token` (B, S) with `speech_token_len` (B,) and
         `embedding` (B, 192). Returns `loss` (nats, mean over all speech and end tokens of the batch) and `acc`.
@@ -90,13 +90,13 @@ class SpeechTokenLM(nn.Module):
         return loss, th_accuracy(scores, classes.unsqueeze(0), IGNORE_ID)
 
     def clip_losses(self, batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-        """What `forward` would give as the loss of each clip alone, (B,), and the accuracy over all of them."""
+        """Return the loss of each clip, (B,), that `forward` gives for it alone, and the accuracy over all of them."""
         scores, classes, clips = self.predictions(batch, device)
         losses = self.clip_sums(self.criterion_ce.each(scores, classes), clips, len(batch["text_token"]))
         return losses, th_accuracy(scores, classes.unsqueeze(0), IGNORE_ID)
 
     def clip_sums(self, token_losses: Tensor, clips: Tensor, count: int) -> Tensor:
-        """The loss of each of `count` clips: the mean of its tokens' losses, or the sum where `forward` sums."""
+        """Return the loss of each of `count` clips: the mean of its tokens' losses, or the sum where `forward` sums."""
         losses = token_losses.new_zeros(count).index_add(0, clips, token_losses)
         return losses / clips.bincount() if self.criterion_ce.normalize_length else losses
 
@@ -146,7 +146,7 @@ class SpeechTokenLM(nn.Module):
     def best_take(
         self, text: Tensor, prompt_text: Tensor, prompt_speech_token: Tensor, embedding: Tensor, sampling: int = 25
     ) -> list[int]:
-        """The likeliest of `takes` takes, each of which is what `inference` might yield; arguments as there.
+        """Return the likeliest of `takes` takes, each of which `inference` might yield; arguments as there.
 
         Raises InputError for empty text.
         """
@@ -158,7 +158,7 @@ class SpeechTokenLM(nn.Module):
     def inference_together(
         self, texts: Sequence[Tensor], embedding: Tensor, draws: Sequence[AbstractContextManager], sampling: int = 25
     ) -> list[list[int]]:
-        """The tokens of several texts in one voice, written side by side: a step reads each weight once for them all.
+        """Return the tokens of several texts in one voice. A step reads each weight once for all of them.
 
         texts: (1, T) each. embedding: (1, 192). draws: entered while a token of that text is drawn. Each text gets the
         tokens that `best_take` would give it, up to rounding.
@@ -180,7 +180,7 @@ class SpeechTokenLM(nn.Module):
         sampling: int,
         takes: int,
     ) -> list[list[int]]:
-        """The tokens after each prefix (1, L, C): of all takes that end, those of the highest mean log-probability.
+        """Return the tokens after each prefix (1, L, C): of all takes that end, the one of highest mean log-probability.
 
         bounds: least and most tokens of each. draws: as in `inference_together`, one for all takes of a prefix.
         """
@@ -209,10 +209,9 @@ class SpeechTokenLM(nn.Module):
         return [tokens[row] for row in rows]
 
     def following(self, prefix: Tensor, max_tokens: int) -> Generator[Tensor, int | Tensor | None, None]:
-        """Log-probabilities (V,) of what follows `prefix` (1, L, C), then of what follows each token that is sent.
+        """Yield log-probabilities (V,) of what follows `prefix` (1, L, C), then of what follows each token that is sent.
 
-        They may lie where those before lay. Frames (1, N, C) can be sent, too. Sequences of more than `max_tokens`
-        are as right, but may be slower.
+        The next ones may overwrite them. Frames (1, N, C) can be sent, too. After `max_tokens` steps may be slower.
         """
         frames = prefix.size(1) + max_tokens
         read: int | Tensor = prefix
@@ -234,7 +233,7 @@ class SpeechTokenLM(nn.Module):
     def following_together(
         self, prefixes: Sequence[Tensor], owners: Sequence[int]
     ) -> Generator[Tensor, Sequence[int], None]:
-        """Log-probabilities (B, V) of what follows the prefix of each owner, then of what follows the B tokens sent."""
+        """Yield log-probabilities (B, V) of what follows the prefix of each owner, then of what follows the B tokens sent."""
         caches, scores = [], []
         for prefix in prefixes:
             caches.append(self.llm.new_cache())
@@ -249,22 +248,22 @@ class SpeechTokenLM(nn.Module):
     def bounds(
         self, text: Tensor, min_ratio: float = MIN_TOKEN_TEXT_RATIO, max_ratio: float = MAX_TOKEN_TEXT_RATIO
     ) -> tuple[int, int]:
-        """The least and most speech tokens that `text` (1, T) may get. Raises InputError for empty text."""
+        """Return the least and most speech tokens that `text` (1, T) may get. Raises InputError for empty text."""
         return int(text.size(1) * min_ratio), self.most_tokens(text.size(1), max_ratio)
 
     def most_tokens(self, text_tokens: int, max_ratio: float) -> int:
-        """The most speech tokens that so many text tokens may get. Raises InputError if there is no text."""
+        """Return the most speech tokens that so many text tokens may get. Raises InputError if there is no text."""
         if text_tokens == 0:
             raise InputError("there is no text to speak: give at least one word")
         return int(text_tokens * max_ratio)
 
     def choose(self, log_p: Tensor, tokens: Sequence[int], min_tokens: int, sampling: int) -> int:
-        """The token that follows `tokens`, which do not end before there are `min_tokens`. log_p: (V,)."""
+        """Draw the token that follows `tokens`, which do not end before there are `min_tokens`. log_p: (V,)."""
         specials = range(self.speech_token_size, len(log_p))
         return self.sample(log_p, tokens, specials if len(tokens) < min_tokens else (), sampling)
 
     def sample(self, log_p: Tensor, tokens: Sequence[int], forbidden: Sequence[int], sampling: int) -> int:
-        """The token that follows `tokens`, and is none of those forbidden. log_p: (V,)."""
+        """Draw the token that follows `tokens` and is none of the forbidden. log_p: (V,)."""
         log_p = log_p.cpu()  # a sampler asks many small questions
         log_p[list(forbidden)] = -torch.inf
         return self.sampling(log_p, tokens, sampling)
