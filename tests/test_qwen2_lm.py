@@ -310,7 +310,7 @@ def test_only_the_configuration_is_read(tmp_path: Path) -> None:
     [
         (None, "config.json does not exist"),
         ("{", "config.json cannot be read"),
-        ("[1]", "config.json holds no named values"),
+        ("[1]", "config.json has no named values"),
         ({"hidden_size": "64"}, "hidden_size is '64', and should be a whole number"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
         ({"num_attention_heads": 5}, "64 channels do not divide into 5 heads that share 2"),

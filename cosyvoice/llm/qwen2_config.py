@@ -1,11 +1,11 @@
 """Reads the sizes of a Qwen2 model from its folder. Of that folder nothing else is read, and nothing is run."""
 
-import json
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosyvoice.model_folder.argument_types import MOST_ANYTHING
+from cosyvoice.model_folder.blank_en import REMEDY, read_json
 from cosyvoice.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 TESTED_RELEASE = "5.24"  # of transformers: others name layers, masks and caches differently
 MOST_LAYERS = 200
-REMEDY = "copy the folder CosyVoice-BlankEN again from the model's download"
 
 COUNTS = (
     "vocab_size",
@@ -35,7 +34,7 @@ def read_qwen2_config(folder: Path) -> "Qwen2Config":
     transformers is of a release that was not tested.
     """
     path = folder / "config.json"
-    values = _checked(path, _read(path))
+    values = _checked(path, read_json(path))
     check_release()
     from transformers import Qwen2Config  # 2 seconds
 
@@ -57,18 +56,6 @@ def check_release() -> None:
         raise InputError(f"CosyVoice2 needs transformers, which is missing; {remedy}") from None
     if not installed.startswith(f"{TESTED_RELEASE}."):
         raise InputError(f"transformers {installed} was not tested with CosyVoice2, {TESTED_RELEASE} was; {remedy}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist, and the language model's sizes are in it; {REMEDY}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}; {REMEDY}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no named values; {REMEDY}")
-    return values
 
 
 def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:

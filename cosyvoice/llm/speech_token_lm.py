@@ -60,7 +60,7 @@ class SpeechTokenLM(nn.Module, ABC):
 
     @abstractmethod
     def predictions(self, batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, of all N speech and end tokens, the scores (N, V), the tokens (N,) and their items of the batch (N,)."""
+        """Return scores (N, V) of all speech and end tokens, these tokens (N,), and their items of the batch (N,)."""
 
     @abstractmethod
     def inference_prefix(
@@ -180,7 +180,7 @@ class SpeechTokenLM(nn.Module, ABC):
         sampling: int,
         takes: int,
     ) -> list[list[int]]:
-        """Return the tokens after each prefix (1, L, C): of all takes that end, the one of highest mean log-probability.
+        """Return the tokens after each prefix (1, L, C): of all takes that end, the one of best mean log-probability.
 
         bounds: least and most tokens of each. draws: as in `inference_together`, one for all takes of a prefix.
         """
@@ -209,7 +209,7 @@ class SpeechTokenLM(nn.Module, ABC):
         return [tokens[row] for row in rows]
 
     def following(self, prefix: Tensor, max_tokens: int) -> Generator[Tensor, int | Tensor | None, None]:
-        """Yield log-probabilities (V,) of what follows `prefix` (1, L, C), then of what follows each token that is sent.
+        """Yield log-probabilities (V,) of what follows `prefix` (1, L, C), then of what follows each token sent.
 
         The next ones may overwrite them. Frames (1, N, C) can be sent, too. After `max_tokens` steps may be slower.
         """
@@ -233,7 +233,7 @@ class SpeechTokenLM(nn.Module, ABC):
     def following_together(
         self, prefixes: Sequence[Tensor], owners: Sequence[int]
     ) -> Generator[Tensor, Sequence[int], None]:
-        """Yield log-probabilities (B, V) of what follows the prefix of each owner, then of what follows the B tokens sent."""
+        """Yield log-probabilities (B, V) of what follows each owner's prefix, then of what follows B tokens sent."""
         caches, scores = [], []
         for prefix in prefixes:
             caches.append(self.llm.new_cache())

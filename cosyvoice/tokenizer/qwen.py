@@ -1,10 +1,10 @@
 """The text tokenizer of CosyVoice2: that of Qwen2, and special tokens for what else can be heard in speech."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from cosyvoice.model_folder.blank_en import REMEDY, read_json, read_text
 from cosyvoice.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ SPOKEN_TOKENS = (
 )
 # The words of Qwen2: contractions, letters with a sign before them, single digits, signs, line ends, blanks.
 WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-REMEDY = "copy the folder CosyVoice-BlankEN again from the model's download"
 
 
 class QwenTokenizer:
@@ -67,23 +66,37 @@ def get_qwen_tokenizer(token_path: str, skip_special_tokens: bool) -> QwenTokeni
 def _byte_pairs(folder: Path) -> "Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    for path in (vocabulary, merges):
-        if not path.is_file():
-            raise InputError(f"{path} does not exist, and the tokenizer needs it; {REMEDY}")
-    try:
-        tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # noqa: BLE001 - the library raises no other class
-        raise InputError(f"{vocabulary} and {merges.name} cannot be read: {_line(error)}; {REMEDY}") from None
+    vocabulary = _vocabulary(folder / "vocab.json")
+    missing = set(pre_tokenizers.ByteLevel.alphabet()) - vocabulary.keys()
+    if missing:
+        raise InputError(f"{folder / 'vocab.json'} lacks {len(missing)} of the 256 bytes; {REMEDY}")
+    tokenizer = Tokenizer(models.BPE(vocabulary, _merges(folder / "merges.txt", vocabulary)))
     tokenizer.normalizer = normalizers.NFC()
     words = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    missing = set(pre_tokenizers.ByteLevel.alphabet()) - tokenizer.get_vocab().keys()
-    if missing:
-        raise InputError(f"{vocabulary} lacks {len(missing)} of the 256 bytes, so some text has no ids; {REMEDY}")
     return tokenizer
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    """Return the id of each piece of text; the ids are 0 and up, without gaps."""
+    vocabulary = read_json(path)
+    if not all(type(number) is int for number in vocabulary.values()):
+        raise InputError(f"{path}: an id is not a whole number; {REMEDY}")
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise InputError(f"{path}: the ids are not those from 0 to {len(vocabulary) - 1}; {REMEDY}")
+    return vocabulary
+
+
+def _merges(path: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Return the pairs of pieces that become one, the first before the others."""
+    lines = [line for line in read_text(path).split("\n") if line and not line.startswith("#version")]
+    pairs = [tuple(line.split(" ")) for line in lines]
+    for pair, line in zip(pairs, lines, strict=True):
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
+            raise InputError(f"{path}: {line!r:.80} is not a pair of pieces of vocab.json; {REMEDY}")
+    return pairs
 
 
 def _add_specials(tokenizer: "Tokenizer", path: Path) -> None:
@@ -97,17 +110,10 @@ def _add_specials(tokenizer: "Tokenizer", path: Path) -> None:
 
 def _special_tokens(path: Path) -> dict[int, str]:
     """Return id and text of each, by id."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist, and the tokenizer needs it; {REMEDY}")
     try:
-        listed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["added_tokens_decoder"]
-        tokens = {int(number): token["content"] for number, token in listed.items()}
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise InputError(f"{path} lists no special tokens that can be read: {_line(error)}; {REMEDY}") from None
+        tokens = {int(number): token["content"] for number, token in read_json(path)["added_tokens_decoder"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise InputError(f"{path} has no list of special tokens; {REMEDY}") from None
     if not all(isinstance(text, str) and text for text in tokens.values()):
-        raise InputError(f"{path}: a special token is no text; {REMEDY}")
+        raise InputError(f"{path}: a special token is not a text; {REMEDY}")
     return dict(sorted(tokens.items()))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
