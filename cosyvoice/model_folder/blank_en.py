@@ -1,4 +1,4 @@
-"""Reads the files of CosyVoice-BlankEN, the folder that holds configuration and tokenizer of CosyVoice2's Qwen2 model."""
+"""Reads files of CosyVoice-BlankEN, which holds configuration and tokenizer of the Qwen2 model in CosyVoice2."""
 
 import json
 from pathlib import Path
