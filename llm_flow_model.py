@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import CHECKPOINT_KEY
-from cosyvoice.flow.flow import MAX_PREFIX_SHARE
+from cosyvoice.flow.token_flow import MAX_PREFIX_SHARE
 from cosyvoice.transformer.encoder_layer import EncoderLayer
 from cosyvoice.utils.command import VALIDATION, seed_all
 from cosyvoice.utils.errors import InputError

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from parity import PARITY_DIR
+from parity import PARITY_DIR, V2
 from torch import nn
 
 from cosyvoice.model_folder.model_yaml import load_model_yaml
@@ -12,8 +12,17 @@ from cosyvoice.model_folder.weights import load_strict, read_state_dict
 
 def tiny(part: str) -> nn.Module:
     """A fresh `llm`, `flow` or `hift` of tiny.yaml's sizes with tiny_<part>.pt loaded, in eval mode."""
-    module = load_model_yaml(PARITY_DIR / "tiny.yaml", parts=(part,))[part]
-    weights = PARITY_DIR / f"tiny_{part}.pt"
+    return built(PARITY_DIR / "tiny.yaml", part)
+
+
+def tiny2(part: str) -> nn.Module:
+    """The same of CosyVoice2's tiny2.yaml."""
+    return built(V2.folder / "tiny2.yaml", part, {"qwen_pretrain_path": str(V2.folder / "tiny2_blanken")})
+
+
+def built(config: Path, part: str, overrides: dict[str, str] | None = None) -> nn.Module:
+    module = load_model_yaml(config, parts=(part,), overrides=overrides)[part]
+    weights = config.with_name(f"{config.stem}_{part}.pt")
     load_strict(module, read_state_dict(weights), weights.name)
     return module.eval()
 

@@ -84,7 +84,7 @@ def model_variants(model: Path, root: Path) -> None:
     flow = torch.load(model / "flow.pt", weights_only=True)
     llm = torch.load(model / "llm.pt", weights_only=True)
     replaced = {
-        "qwen": ("cosyvoice.yaml", config.replace(llm_class, "!new:cosyvoice.llm.llm.Qwen2LM").encode()),
+        "later": ("cosyvoice.yaml", config.replace(llm_class, "!new:cosyvoice.llm.llm.CosyVoice3LM").encode()),
         "popen": ("cosyvoice.yaml", config.replace(llm_class, "!new:subprocess.Popen").encode()),
         "system": ("cosyvoice.yaml", config.replace("22050", f"!apply:os.mkdir [{root}/ran]", 1).encode()),
         "python": ("cosyvoice.yaml", f"{config}\nx: !!python/object/apply:os.mkdir [{root}/ran]\n".encode()),
@@ -205,7 +205,7 @@ MISTAKES = [
     ("merge", "--model-dir {root}/no_yaml", "is no model folder", "snapshot_download"),
     ("prepare", "--model-dir {root}/cut_yaml", "no entry", "use the one of a CosyVoice-300M folder"),
     ("prepare", "--model-dir {root}/cut_onnx", "campplus.onnx", "damaged", "copy it again"),
-    ("prepare", "--model-dir {root}/qwen", "Qwen2LM", "use a CosyVoice-300M folder"),
+    ("prepare", "--model-dir {root}/later", "CosyVoice3LM", "use a CosyVoice2 or CosyVoice-300M folder"),
     ("train", "--model-dir {root}/popen", "'subprocess.Popen' is not allowed"),
     ("train", "--model-dir {root}/system", "'os.mkdir' is not allowed"),
     ("train", "--model-dir {root}/python", "python/object/apply:os.mkdir"),

@@ -7,42 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from flow_cases import CFM_PARAMS, ESTIMATOR_OPTIONS, MELS, SPEAKER_DIM, VOCABULARY
 from torch import Tensor, nn
 
 from cosyvoice.flow.decoder import ConditionalDecoder
-from cosyvoice.flow.flow import MaskedDiffWithXvec, draw_prefix_length
+from cosyvoice.flow.flow import MaskedDiffWithXvec
 from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
 from cosyvoice.flow.length_regulator import InterpolateRegulator
 from cosyvoice.flow.mel_regressor import MelRegressor
+from cosyvoice.flow.token_flow import draw_prefix_length
 from cosyvoice.transformer.encoder import ConformerEncoder
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import OVERLAP_TOKENS, mel_frames
 from matcha.models.components.decoder import SinusoidalPosEmb
 from matcha.models.components.flow_matching import cosine_time_grid, integrate_euler, optimal_transport_path
 from matcha.models.components.transformer import BasicTransformerBlock
-
-MELS = 8
-SPEAKER_DIM = 6
-VOCABULARY = 11
-CFM_PARAMS = {
-    "sigma_min": 1e-6,
-    "solver": "euler",
-    "t_scheduler": "cosine",
-    "training_cfg_rate": 0.2,
-    "inference_cfg_rate": 0.7,
-    "reg_loss_type": "l1",
-}
-ESTIMATOR_OPTIONS = {
-    "in_channels": 4 * MELS,
-    "out_channels": MELS,
-    "channels": [16, 16],
-    "dropout": 0.0,
-    "attention_head_dim": 4,
-    "n_blocks": 1,
-    "num_mid_blocks": 1,
-    "num_heads": 2,
-    "act_fn": "gelu",
-}
 
 
 def build_cfm(estimator: nn.Module, **params: Any) -> ConditionalCFM:

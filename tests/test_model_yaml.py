@@ -77,6 +77,11 @@ def test_defaults_are_for_what_the_file_leaves_out(load: Load) -> None:
     assert parts == {"rate": 3, "split": None}
 
 
+def test_overrides_count_instead_of_the_files(load: Load) -> None:
+    text = "folder: ''\nnames: [!ref <folder>]\n"
+    assert load(text, overrides={"folder": "here"}) == {"folder": "here", "names": ["here"]}
+
+
 def test_a_file_lies_beside_the_yaml(load: Load, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="words.txt does not exist, and cosyvoice.yaml needs it"):
         load("a: !file words.txt\n")
@@ -156,8 +161,8 @@ def test_what_an_open_module_imports_is_refused(load: Load) -> None:
 
 
 def test_another_model_is_named(load: Load) -> None:
-    with pytest.raises(InputError, match="CosyVoice2"):
-        load("llm: !new:cosyvoice.llm.llm.Qwen2LM\n    speech_token_size: 6561\n")
+    with pytest.raises(InputError, match="CosyVoice3"):
+        load("llm: !new:cosyvoice.llm.llm.CosyVoice3LM\n    speech_token_size: 6561\n")
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,27 @@
 
 import random
 import re
-from typing import Any
 
 import pytest
 import torch
+from flow_cases import (
+    ESTIMATOR_INPUTS,
+    SOLVER_INPUTS,
+    Recorder,
+    check_estimator_calls,
+    check_gradients,
+    check_training,
+    inference_sequences,
+    recorded,
+    training_batch,
+    training_loss,
+)
 from models import tiny
 from parity import arrays, assert_close, cases, meta
 from torch import Tensor, nn
 
 from cosyvoice.flow.flow_matching import TrainingDraw
 
-ESTIMATOR_INPUTS = ("x", "mask", "mu", "t", "spks", "cond")
-SOLVER_INPUTS = ("z", "t_span", "mu", "mask", "spks", "cond")
 INFERENCE_ENDS = ("token", "prompt_token", "prompt_feat", "embedding", "flow_cache", "noise", "mel")
 ACTIVATION = {"atol": 1e-4}
 ESTIMATOR = {"atol": 2e-4, "rtol": 1e-4}
@@ -21,67 +30,12 @@ GRADIENT = {"atol": 1e-5, "rtol": 1e-3}
 REGULATOR = {"atol": 5e-5}
 
 
-class Recorder:
-    """Keeps what the parts of a flow put out, under the names of the recordings."""
-
-    def __init__(self, flow: nn.Module) -> None:
-        self.values: dict[str, Tensor] = {}
-        self.estimator_calls: list[dict[str, Tensor]] = []
-        flow.encoder.register_forward_hook(lambda _, __, out: self._keep("encoder_out", out[0]))
-        flow.encoder_proj.register_forward_hook(lambda _, __, out: self._keep("encoder_proj_out", out))
-        flow.spk_embed_affine_layer.register_forward_hook(lambda _, __, out: self._keep("spk_proj", out))
-        flow.decoder.estimator.register_forward_hook(self._keep_estimator_call)
-
-    def _keep(self, name: str, value: Tensor) -> None:
-        self.values[name] = value
-
-    def _keep_estimator_call(self, _: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        self.estimator_calls.append(dict(zip(ESTIMATOR_INPUTS, inputs, strict=True)) | {"out": out})
-
-    def keep_result(self, owner: Any, method: str, name: str) -> None:
-        """Also keeps the first result of a method that is called directly."""
-        original = getattr(owner, method)
-
-        def recording(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            self._keep(name, result[0])
-            return result
-
-        setattr(owner, method, recording)
-
-
-def recorded(case: dict[str, Tensor], *excluded: str) -> dict[str, Tensor]:
-    """The recorded results: everything whose name does not start with one of `excluded`."""
-    return {name: value for name, value in case.items() if not name.startswith(excluded)}
-
-
-def training_batch(case: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("batch/"): value for name, value in case.items() if name.startswith("batch/")}
-
-
-def training_loss(flow: nn.Module, case: dict[str, Tensor]) -> Tensor:
-    """The loss of a recorded batch, with the recorded draws in place of random ones."""
-    draw = TrainingDraw(case["draw/t"], case["draw/z"], case["draw/cfg_keep"])
-    flow.decoder.draw_training = lambda x1: draw
-    batch = training_batch(case)
-    return flow.loss(
-        batch["speech_token"],
-        batch["speech_token_len"],
-        batch["speech_feat"],
-        batch["speech_feat_len"],
-        batch["embedding"],
-        case["draw/cond_index"].clamp(min=0).tolist(),
-    )
-
-
 def infer(flow: nn.Module, name: str) -> tuple[Tensor, Tensor]:
     """Inference on a recorded input, with the recorded noise."""
     case = arrays(name)
     flow.decoder.draw_noise = lambda like: case["noise"]
-    inputs: list[Tensor] = []
-    for part in ("token", "prompt_token", "prompt_feat"):
-        inputs += [case[part], torch.tensor([case[part].shape[1]])]
-    return flow.inference(*inputs, case["embedding"], case["flow_cache_in"], n_timesteps=meta(name)["n_timesteps"])
+    steps = meta(name)["n_timesteps"]
+    return flow.inference(*inference_sequences(case), case["embedding"], case["flow_cache_in"], n_timesteps=steps)
 
 
 @pytest.mark.parametrize("name", cases("flow_train_*"))
@@ -90,12 +44,7 @@ def test_training_activations_and_loss(name: str) -> None:
     seen = Recorder(flow)
     seen.keep_result(flow.length_regulator, "forward", "regulator_out")
     loss = training_loss(flow, case)
-    (call,) = seen.estimator_calls
-    values = seen.values | {f"estimator_in/{key}": call[key].float() for key in ESTIMATOR_INPUTS}
-    values["estimator_out"] = call["out"]
-    for key, expected in recorded(case, "batch/", "draw/", "loss", "grad").items():
-        actual = values[key].view_as(expected)  # one item's time is recorded without an axis
-        assert_close(actual, expected, **ACTIVATION)
+    check_training(seen, case, ACTIVATION)
     assert_close(loss, case["loss"], rtol=1e-5)
 
 
@@ -103,14 +52,7 @@ def test_training_activations_and_loss(name: str) -> None:
 def test_training_gradients(name: str) -> None:
     case, flow = arrays(name), tiny("flow")
     training_loss(flow, case).backward()
-    gradients = {key: parameter.grad for key, parameter in flow.named_parameters()}
-    names = meta(name)["grad_norm_names"]
-    assert sorted(names) == sorted(gradients)
-    norms = torch.stack([gradients[key].double().norm() for key in names])
-    assert_close(norms, case["grad_norm_values"], **GRADIENT)
-    for key, expected in case.items():
-        if key.startswith("grad/"):
-            assert_close(gradients[key.removeprefix("grad/")], expected, **GRADIENT)
+    check_gradients(flow, case, meta(name)["grad_norm_names"], GRADIENT)
 
 
 @pytest.mark.parametrize("name", cases("flow_train_*"))
@@ -162,10 +104,7 @@ def test_inference_on_the_way(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert_close(values["solver/t_span"], case["solver/t_span"], atol=1e-7)
     for key, expected in recorded(case, "estimator_step", *INFERENCE_ENDS).items():
         assert_close(values[key].float(), expected, **ACTIVATION)
-    for key, expected in case.items():
-        if step := re.fullmatch(r"estimator_step(\d+)/(\w+)", key):
-            actual = seen.estimator_calls[int(step[1])][step[2]]
-            assert_close(actual.float(), expected, **ESTIMATOR)
+    check_estimator_calls(seen, case, ESTIMATOR)
 
 
 @pytest.mark.parametrize("name", cases("length_regulator*"))

@@ -90,7 +90,7 @@ def test_parity_masks(name: str) -> None:
             assert torch.equal(mask.make_pad_mask(lengths, int(longest or 0)), data[key])
         elif function.startswith("subsequent_mask_"):
             size = int(function.removeprefix("subsequent_mask_"))
-            assert torch.equal(mask.subsequent_mask(size), data[key])
+            assert torch.equal(mask.subsequent_chunk_mask(size, 1), data[key])
     valid = ~mask.make_pad_mask(lengths).unsqueeze(1)
     assert torch.equal(mask.mask_to_bias(valid, torch.float32), data["mask_to_bias"])
 

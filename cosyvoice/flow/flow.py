@@ -1,25 +1,20 @@
 """The flow: speech tokens and a speaker vector in, a mel spectrogram out."""
 
-import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cosyvoice.flow.flow_matching import ConditionalCFM
 from cosyvoice.flow.length_regulator import InterpolateRegulator
 from cosyvoice.flow.mel_regressor import MelRegressor
-from cosyvoice.transformer.precision import MANY_FRAMES
-from cosyvoice.utils.errors import InputError
+from cosyvoice.flow.token_flow import BATCH_NAMES, TokenFlow, draw_prefix_length
 from cosyvoice.utils.frames import TOKEN_RATE_HZ, mel_frames
-from cosyvoice.utils.mask import make_pad_mask
-
-NO_PREFIX_PROBABILITY = 0.5
-MAX_PREFIX_SHARE = 0.3  # of the clip's frames
 
 
-class MaskedDiffWithXvec(nn.Module):
+class MaskedDiffWithXvec(TokenFlow):
     """Speech tokens to mel by conditional flow matching: CosyVoice (Du et al. 2024), section 2.3.
 
     Tokens are encoded and stretched to mel frames; the flow then turns noise into the mel, given these
@@ -28,28 +23,13 @@ class MaskedDiffWithXvec(nn.Module):
 
     def __init__(
         self,
-        input_size: int,
-        output_size: int,
-        spk_embed_dim: int,
-        output_type: str,
-        vocab_size: int,
-        encoder: nn.Module,
         length_regulator: InterpolateRegulator,
         decoder: ConditionalCFM | MelRegressor,
         input_frame_rate: int = TOKEN_RATE_HZ,
-        only_mask_loss: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if output_type != "mel":
-            raise InputError(f"MaskedDiffWithXvec: output_type {output_type!r} is not implemented; use 'mel'")
-        if not only_mask_loss:
-            raise InputError("MaskedDiffWithXvec: only_mask_loss False is not implemented; use True")
-        self.input_frame_rate = input_frame_rate  # tokens a second
-        self.input_embedding = nn.Embedding(vocab_size, input_size)
-        self.spk_embed_affine_layer = nn.Linear(spk_embed_dim, output_size)
-        self.encoder = encoder
-        self.encoder_proj = nn.Linear(encoder.output_size(), output_size)
-        self.decoder = decoder
+        """options: those of TokenFlow."""
+        super().__init__(decoder=decoder, input_frame_rate=input_frame_rate, **options)
         self.length_regulator = length_regulator
 
     def forward(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -58,8 +38,7 @@ class MaskedDiffWithXvec(nn.Module):
         Reads speech_token (B, N), speech_token_len (B,), speech_feat (B, T, 80), speech_feat_len (B,) and
         embedding (B, 192). The stretches are drawn from Python's `random`, the rest from torch.
         """
-        names = ("speech_token", "speech_token_len", "speech_feat", "speech_feat_len", "embedding")
-        token, token_len, feat, feat_len, embedding = (batch[name].to(device) for name in names)
+        token, token_len, feat, feat_len, embedding = (batch[name].to(device) for name in BATCH_NAMES)
         prefix_lengths = [draw_prefix_length(frames) for frames in feat_len.tolist()]
         return {"loss": self.loss(token, token_len, feat, feat_len, embedding, prefix_lengths)}
 
@@ -80,25 +59,9 @@ class MaskedDiffWithXvec(nn.Module):
         others see `ConditionalCFM.compute_loss`.
         """
         mu, _ = self.length_regulator(self._encode(token, token_len), feat_len)  # (B, T, 80)
-        frames = feat.shape[1]
-        unknown = make_pad_mask(torch.tensor(prefix_lengths, device=feat.device), frames)[:, :, None]
-        loss, _ = self.decoder.compute_loss(
-            x1=feat.transpose(1, 2),  # (B, T, M) -> (B, M, T)
-            mask=~make_pad_mask(feat_len, frames)[:, None],
-            mu=mu.transpose(1, 2),
-            spks=self._project_speaker(embedding),
-            cond=feat.masked_fill(unknown, 0.0).to(mu.dtype).transpose(1, 2),
-            times=times,
-            drops_conditions=drops_conditions,
+        return self.decoder_loss(
+            mu, feat, feat_len, embedding, prefix_lengths, times=times, drops_conditions=drops_conditions
         )
-        return loss
-
-    def prepare_inference(self, precision: str = "float32") -> None:
-        """Give the weights that every step of the solver multiplies with their fastest form, once.
-
-        precision: a name in `MANY_FRAMES`. Names of weights change: this is for a model that only speaks from now on.
-        """
-        self.decoder.prepare_inference(MANY_FRAMES[precision])
 
     @torch.inference_mode()
     def inference(
@@ -119,7 +82,7 @@ class MaskedDiffWithXvec(nn.Module):
         (1, 192); flow_cache (1, 80, C, 2), None or C = 0 for the first chunk; n_timesteps Euler steps.
         Raises InputError for no tokens, half a prompt, or more than one utterance.
         """
-        self._check_inference_input(token, prompt_token, prompt_feat)
+        self.check_inference_input(token, prompt_token, prompt_feat)
         prompt_frames = prompt_feat.shape[1]
         target_frames = mel_frames(token.shape[1], self.input_frame_rate)
         encoded = self._encode(torch.cat([prompt_token, token], dim=1), prompt_token_len + token_len)
@@ -131,37 +94,14 @@ class MaskedDiffWithXvec(nn.Module):
             mu=mu.transpose(1, 2),  # (1, T, M) -> (1, M, T)
             mask=torch.ones(1, 1, frames, dtype=torch.bool, device=mu.device),
             n_timesteps=n_timesteps,
-            spks=self._project_speaker(embedding),
+            spks=self.project_speaker(embedding),
             cond=F.pad(prompt_feat.to(mu.dtype).transpose(1, 2), (0, target_frames)),
             prompt_len=prompt_frames,
             cache=flow_cache,
         )
         return mel[:, :, prompt_frames:], flow_cache
 
-    @staticmethod
-    def _check_inference_input(token: Tensor, prompt_token: Tensor, prompt_feat: Tensor) -> None:
-        if token.shape[0] != 1:
-            raise InputError(f"flow.inference takes one utterance at a time, not {token.shape[0]}")
-        if token.shape[1] == 0:
-            raise InputError("flow.inference got no speech tokens; there is nothing to synthesise")
-        if (prompt_token.shape[1] == 0) != (prompt_feat.shape[1] == 0):
-            raise InputError("flow.inference needs both prompt_token and prompt_feat, or neither")
-
     def _encode(self, token: Tensor, token_len: Tensor) -> Tensor:
         """(B, N) ids, anything at padding -> (B, N, 80)."""
-        padding = make_pad_mask(token_len, token.shape[1])[:, :, None]
-        embedded = self.input_embedding(token.clamp(min=0)).masked_fill(padding, 0.0)
-        encoded, _ = self.encoder(embedded, token_len)
+        encoded, _ = self.encoder(self.embed(token, token_len), token_len)
         return self.encoder_proj(encoded)
-
-    def _project_speaker(self, embedding: Tensor) -> Tensor:
-        """(B, 192) -> (B, 80); only the direction of the vector counts, and zeros leave the bias alone."""
-        direction = F.normalize(embedding, dim=1)
-        return self.spk_embed_affine_layer(direction.to(self.spk_embed_affine_layer.weight.dtype))
-
-
-def draw_prefix_length(frames: int) -> int:
-    """How many frames of a training clip are given as known: none half of the time, else up to 30 %."""
-    if random.random() < NO_PREFIX_PROBABILITY:
-        return 0
-    return random.randint(0, int(MAX_PREFIX_SHARE * frames))

@@ -68,7 +68,7 @@ class ConditionalCFM(nn.Module):
     ) -> None:
         super().__init__()
         if n_spks != 1:
-            raise InputError(f"ConditionalCFM: n_spks {n_spks} is not implemented; use 1")
+            raise InputError(f"{type(self).__name__}: n_spks {n_spks} is not implemented; use 1")
         if in_channels + spk_emb_dim != estimator.in_channels:
             raise InputError(
                 f"ConditionalCFM: in_channels {in_channels} + spk_emb_dim {spk_emb_dim} must be the "
@@ -86,12 +86,13 @@ class ConditionalCFM(nn.Module):
         cond: Tensor | None = None,
         times: Tensor | None = None,
         drops_conditions: bool = True,
+        **attention: bool,
     ) -> tuple[Tensor, Tensor]:
         """Mean squared error of the prediction over the valid mel cells, and the noisy mel y (B, M, T) it is taken at.
 
         x1 (B, M, T) is the mel, mask (B, 1, T) true at frames, mu (B, M, T), spks (B, S), cond (B, M, T). times (B,):
         numbers from 0 to 1 that flow times are made of, instead of random ones. drops_conditions False: every item
-        keeps its conditions.
+        keeps its conditions. attention: what the estimator takes besides.
         """
         draw = self.draw_training(x1)
         if times is not None:
@@ -100,7 +101,7 @@ class ConditionalCFM(nn.Module):
             draw = replace(draw, keep=torch.ones_like(draw.keep))
         y, u = optimal_transport_path(x1, draw.z, draw.t, self.params.sigma_min)
         mu, spks, cond = (_keep_items(condition, draw.keep) for condition in (mu, spks, cond))
-        predicted = self.estimator(y.to(mu.dtype), mask, mu, draw.t.flatten(), spks, cond)
+        predicted = self.estimator(y.to(mu.dtype), mask, mu, draw.t.flatten(), spks, cond, **attention)
         squared_error = ((predicted.float() - u) * mask).square().sum()
         return squared_error / (mask.sum() * u.shape[1]), y
 
@@ -150,7 +151,7 @@ class ConditionalCFM(nn.Module):
     def prepare_inference(self, convert: Convert) -> None:
         """Give the network's linear layers their fastest form, and make the workers while no request needs them."""
         self.estimator.prepare_inference(convert)
-        _for_halves(self.estimator, next(self.estimator.parameters()).device)
+        for_halves(self.estimator, next(self.estimator.parameters()).device)
 
     def solve_euler(
         self,
@@ -160,17 +161,19 @@ class ConditionalCFM(nn.Module):
         mask: Tensor,
         spks: Tensor | None,
         cond: Tensor | None,
+        estimator: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Integrates the guided velocity from x (B, M, T) over t_span (N + 1,).
 
         The state keeps x's dtype while the network computes in mu's: half precision would lose small steps.
+        estimator: called in the place of the own one, once a step.
         """
         w = self.params.inference_cfg_rate
         batch = x.shape[0]
         masks = torch.cat([mask, mask])
         mu, spks, cond = (_add_unconditional(condition) for condition in (mu, spks, cond))
 
-        estimator = _for_halves(self.estimator, x.device)
+        estimator = estimator or for_halves(self.estimator, x.device)
 
         def guided_velocity(x: Tensor, t: Tensor) -> Tensor:
             both = torch.cat([x, x]).to(mu.dtype)  # one call: conditional items first, then unconditional
@@ -180,7 +183,7 @@ class ConditionalCFM(nn.Module):
         return integrate_euler(guided_velocity, x, t_span)
 
 
-def _for_halves(estimator: nn.Module, device: torch.device) -> Callable[..., Tensor]:
+def for_halves(estimator: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
     """The estimator, on a CPU as two that each compute half of the items with half of the threads.
 
     Threads that share an operation wait for each other at its end, thousands of times a sentence. These two wait for

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.llm.aligner import Aligner
-from cosyvoice.llm.llm import MAX_TOKEN_TEXT_RATIO, MIN_TOKEN_TEXT_RATIO, TransformerLM
+from cosyvoice.llm.llm import TransformerLM
+from cosyvoice.llm.speech_token_lm import MAX_TOKEN_TEXT_RATIO, MIN_TOKEN_TEXT_RATIO
+from cosyvoice.transformer.cache import join_caches
 from cosyvoice.utils.common import IGNORE_ID, pad_list, th_accuracy
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.mask import make_pad_mask
@@ -146,7 +148,7 @@ class MonotonicLM(TransformerLM):
         read = zip(prefixes, caches, strict=True)
         outputs = [self.llm.forward_chunk(prefix.lm_input, cache)[:, -1] for prefix, cache in read]
         lm_output = torch.cat([outputs[i] for i in owners])  # (B, C)
-        cache, starts = self.llm.joined_cache([caches[i] for i in owners])
+        cache, starts = join_caches([caches[i] for i in owners])
         text = pad_list([prefixes[i].text for i in owners], 0.0)  # (B, T, C)
         last = torch.tensor([len(prefixes[i].text) - 1 for i in owners], device=text.device)
         place = torch.tensor([prefixes[i].place for i in owners], device=text.device)

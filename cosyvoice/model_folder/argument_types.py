@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 # The more of these a model has, the more memory it takes while it is built; the largest public models stay far below.
-MOST = {"num_blocks": 200, "n_blocks": 100, "num_mid_blocks": 100, "takes": 64}
+MOST = {"num_blocks": 200, "n_blocks": 100, "num_mid_blocks": 100, "num_up_blocks": 100, "takes": 64}
+MAY_BE_NEGATIVE = {"num_decoding_left_chunks"}  # -1: all of them
 MOST_ANYTHING = 10**7
 MOST_ITEMS = 100
 
@@ -27,7 +28,7 @@ def misfits(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Itera
             yield from misfits(parent, {key: item for key, item in value.items() if key in known})
         elif not _fits(value, annotation):
             yield f"{name} must be {_spelled(annotation)}, not {value!r:.80}"
-        elif not _is_moderate(value, MOST.get(name, MOST_ANYTHING)):
+        elif not _is_moderate(abs(value) if name in MAY_BE_NEGATIVE else value, MOST.get(name, MOST_ANYTHING)):
             yield f"{name} is {value!r:.80}, which no model has"
 
 

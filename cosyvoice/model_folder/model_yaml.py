@@ -25,13 +25,19 @@ from cosyvoice.utils.errors import InputError
 
 TARGETS = frozenset(
     {
+        "cosyvoice.llm.llm.Qwen2Encoder",
+        "cosyvoice.llm.llm.Qwen2LM",
         "cosyvoice.llm.llm.TransformerLM",
         "cosyvoice.llm.monotonic.MonotonicLM",
         "cosyvoice.transformer.encoder.ConformerEncoder",
         "cosyvoice.transformer.encoder.TransformerEncoder",
+        "cosyvoice.transformer.upsample_encoder.UpsampleConformerEncoder",
+        "cosyvoice.flow.flow.CausalMaskedDiffWithXvec",
         "cosyvoice.flow.flow.MaskedDiffWithXvec",
         "cosyvoice.flow.length_regulator.InterpolateRegulator",
+        "cosyvoice.flow.flow_matching.CausalConditionalCFM",
         "cosyvoice.flow.flow_matching.ConditionalCFM",
+        "cosyvoice.flow.decoder.CausalConditionalDecoder",
         "cosyvoice.flow.decoder.ConditionalDecoder",
         "cosyvoice.flow.mel_regressor.MelRegressor",
         "cosyvoice.hifigan.generator.HiFTGenerator",
@@ -41,6 +47,7 @@ TARGETS = frozenset(
         "cosyvoice.utils.common.ras_sampling",
         "cosyvoice.tokenizer.phones.get_phone_tokenizer",
         "cosyvoice.tokenizer.tokenizer.get_byte_tokenizer",
+        "cosyvoice.tokenizer.tokenizer.get_qwen_tokenizer",
         "cosyvoice.tokenizer.tokenizer.get_tokenizer",
         "matcha.hifigan.models.MultiPeriodDiscriminator",
         "matcha.utils.audio.mel_spectrogram",
@@ -48,12 +55,21 @@ TARGETS = frozenset(
         "whisper.tokenizer.get_tokenizer",
     }
 )
+# Where a class lives in another file here than its public path says.
+LOCATIONS = {
+    "cosyvoice.llm.llm.Qwen2Encoder": "cosyvoice.llm.qwen2_encoder.Qwen2Encoder",
+    "cosyvoice.llm.llm.Qwen2LM": "cosyvoice.llm.qwen2_lm.Qwen2LM",
+    "cosyvoice.flow.flow.CausalMaskedDiffWithXvec": "cosyvoice.flow.causal_flow.CausalMaskedDiffWithXvec",
+    "cosyvoice.flow.flow_matching.CausalConditionalCFM": "cosyvoice.flow.causal_flow_matching.CausalConditionalCFM",
+    "cosyvoice.flow.decoder.CausalConditionalDecoder": "cosyvoice.flow.causal_decoder.CausalConditionalDecoder",
+    "cosyvoice.tokenizer.tokenizer.get_qwen_tokenizer": "cosyvoice.tokenizer.qwen.get_qwen_tokenizer",
+}
 # Anything that these modules define themselves; what they import is not theirs to hand out.
 TARGET_MODULES = frozenset({"cosyvoice.dataset.processor", "cosyvoice.hifigan.discriminator"})
 IGNORED_CALLS = frozenset({"random.seed", "numpy.random.seed", "torch.manual_seed", "torch.cuda.manual_seed_all"})
 # What PyYAML ends in where a value contradicts its tag, e.g. `!!bool maybe`.
 CONTRADICTIONS = (ValueError, LookupError, AttributeError, TypeError)
-OTHER_MODEL = re.compile(r"Qwen2|Causal|Upsample|CosyVoice[23]")
+OTHER_MODEL = re.compile(r"Causal|DiT|CosyVoice3")
 
 _REFERENCE = re.compile(r"<(\w+)>")
 _OPERATORS = {
@@ -94,18 +110,22 @@ class _IgnoredCall:
 
 
 def load_model_yaml(
-    path: Path, parts: Sequence[str] | None = None, defaults: dict[str, Any] | None = None
+    path: Path,
+    parts: Sequence[str] | None = None,
+    defaults: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The named top-level entries of the file, built; all of them when `parts` is None.
 
-    `defaults` are entries that the file may leave out. Entries that were not asked for, and that none of the wanted
+    `defaults` are entries that the file may leave out, `overrides` those that count instead of the file's, e.g.
+    `{"qwen_pretrain_path": "model/CosyVoice-BlankEN"}`. Entries that were not asked for, and that none of the wanted
     ones refers to, are not built and their modules not imported.
 
     Raises InputError for a file that is missing or not in the dialect, a target outside the list, an entry
     that the file does not have, and arguments that a target does not take.
     """
     path = Path(path)
-    entries = (defaults or {}) | _parse(path)
+    entries = (defaults or {}) | _parse(path) | (overrides or {})
     names = entries if parts is None else parts
     for name in names:
         if name not in entries:
@@ -181,7 +201,7 @@ def _check_target(path: str, node: yaml.Node) -> None:
     module, _, name = path.rpartition(".")
     if path in TARGETS or (module in TARGET_MODULES and not name.startswith("_")):
         return
-    hint = "; it belongs to CosyVoice2 or later, use a CosyVoice-300M folder" if OTHER_MODEL.search(path) else ""
+    hint = "; it belongs to CosyVoice3, use a CosyVoice2 or CosyVoice-300M folder" if OTHER_MODEL.search(path) else ""
     raise _error(f"the class or function {path!r} is not allowed{hint}", node)
 
 
@@ -319,7 +339,7 @@ class _Builder:
         from hydra.utils import instantiate
 
         try:
-            function = instantiate({"_target_": path, "_partial_": True}).func
+            function = instantiate({"_target_": LOCATIONS.get(path, path), "_partial_": True}).func
         except InstantiationException as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{self.path}: {path} cannot be imported: {reason}") from error

@@ -1,42 +1,24 @@
 """Multi-head self-attention with relative positions, and the cache that makes decoding incremental."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.transformer.embedding import relative_positions
+from matcha.models.components.past import KeyValueCache
 
 
 @dataclass
-class AttentionCache:
-    """What one layer has already computed while a sequence grows.
+class AttentionCache(KeyValueCache):
+    """The keys and values of a layer with relative positions, and the projected distances that all its rows share.
 
-    The three buffers hold `capacity` rows and are enlarged by doubling; rows in use are views, never copies.
+    The positions, too, have `capacity` rows. All are enlarged by doubling.
     """
 
-    keys: Tensor  # (B, H, capacity, D), rows 0..length-1 in use
-    values: Tensor  # (B, H, capacity, D)
-    positions: Tensor  # (1, H, capacity, D), projected distances capacity-1 .. 0: the last T rows serve T keys
-    length: int = 0
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.size(2)
-
-    @classmethod
-    def joined(cls, caches: "Sequence[AttentionCache]") -> "AttentionCache":
-        """One cache of several sequences (one item each), which all end at its `length`; rows before them are zero."""
-        largest = max(caches, key=lambda cache: cache.capacity)
-        length = max(cache.length for cache in caches)
-        keys, values = (largest.keys.new_zeros(len(caches), *largest.keys.shape[1:]) for _ in range(2))
-        for item, cache in enumerate(caches):
-            rows = slice(length - cache.length, length)
-            keys[item, :, rows] = cache.keys[0, :, : cache.length]
-            values[item, :, rows] = cache.values[0, :, : cache.length]
-        return cls(keys, values, largest.positions, length)
+    positions: Tensor = field(kw_only=True)  # (1, H, capacity, D), distances capacity-1 .. 0: the last T serve T keys
+    later: Tensor = field(kw_only=True)  # (1, H, L, D), distances -1 .. -L: of keys behind their query
 
 
 def position_scores(query: Tensor, positions: Tensor, num_keys: int) -> Tensor:
@@ -50,7 +32,7 @@ def position_scores(query: Tensor, positions: Tensor, num_keys: int) -> Tensor:
     """
     num_queries, width = query.size(2), positions.size(2)
     if num_queries == 1:
-        return query @ positions.transpose(-2, -1)
+        return (query @ positions.transpose(-2, -1))[..., :num_keys]
     scores = query @ F.pad(positions, (0, 0, 0, 1)).transpose(-2, -1)  # (B, H, N, W + 1)
     shifted = scores.flatten(-2)[..., num_queries - 1 : num_queries - 1 + num_queries * width]
     return shifted.unflatten(-1, (num_queries, width))[..., :num_keys]
@@ -103,11 +85,20 @@ class RelPositionMultiHeadedAttention(nn.Module):
         if end > cache.capacity:
             self.enlarge(cache, max(end, 2 * cache.capacity))
         query, key, value = self.project(x)
-        cache.keys[:, :, cache.length : end] = self.split_heads(key)
-        cache.values[:, :, cache.length : end] = self.split_heads(value)
-        cache.length = end
+        keys, values = cache.append(self.split_heads(key), self.split_heads(value))
         positions = cache.positions[:, :, cache.capacity - end :]
-        return self.attend(query, cache.keys[:, :, :end], cache.values[:, :, :end], positions, mask)
+        if cache.later.size(2) > 0:
+            positions = torch.cat((positions, cache.later), dim=2)
+        return self.attend(query, keys, values, positions, mask)
+
+    def step_at(self, x: Tensor, place: Tensor, seen: Tensor, order: Tensor, cache: AttentionCache) -> Tensor:
+        """`step` for one frame (1, 1, C) that becomes row `place` (1,) of a cache, whose rows all take part.
+
+        seen: (1, 1, T), the rows up to it. order: (T,), see `attend`.
+        """
+        query, key, value = self.project(x)
+        keys, values = cache.put(place, self.split_heads(key), self.split_heads(value))
+        return self.attend(query, keys, values, cache.positions, seen, order)
 
     def attend(
         self,
@@ -131,22 +122,28 @@ class RelPositionMultiHeadedAttention(nn.Module):
         heads = F.scaled_dot_product_attention(content_query, key, value, attn_mask=bias, dropout_p=dropout)
         return self.linear_out(heads.transpose(1, 2).flatten(2))  # (B, H, N, D) -> (B, N, C)
 
-    def new_cache(self, capacity: int) -> AttentionCache:
-        """An empty cache with room for `capacity` frames, in the weights' type and place."""
+    def new_cache(self, capacity: int, ahead: int = 0) -> AttentionCache:
+        """An empty cache with room for `capacity` frames, in the weights' type and place.
+
+        ahead: how many frames behind itself a query may see, at most.
+        """
         empty = self.pos_bias_u.new_empty(1, self.h, 0, self.d_k)
-        cache = AttentionCache(empty, empty, empty)
+        later = self.projected_positions(-1, -ahead) if ahead else empty
+        cache = AttentionCache(empty, empty, positions=empty, later=later)
         self.enlarge(cache, capacity)
         return cache
 
     def enlarge(self, cache: AttentionCache, capacity: int) -> None:
         """Give every buffer `capacity` rows."""
-        grown = capacity - cache.capacity
         cache.positions = self.grown_positions(cache.positions, capacity)
-        cache.keys = F.pad(cache.keys, (0, 0, 0, grown))
-        cache.values = F.pad(cache.values, (0, 0, 0, grown))
+        cache.reserve(capacity)
 
     def grown_positions(self, positions: Tensor, capacity: int) -> Tensor:
         """Projected distances (1, H, W, D) from W - 1 down to 0, and before them those from `capacity` - 1 to W."""
+        return torch.cat((self.projected_positions(capacity - 1, positions.size(2)), positions), dim=2)
+
+    def projected_positions(self, first: int, last: int) -> Tensor:
+        """(1, H, W, D): the projected distances from `first` down to `last`."""
         weight = self.linear_pos.weight
-        far = relative_positions(capacity - 1, positions.size(2), weight.size(1), weight.device).to(weight.dtype)
-        return torch.cat((self.split_heads(self.linear_pos(far.unsqueeze(0))), positions), dim=2)
+        distances = relative_positions(first, last, weight.size(1), weight.device).to(weight.dtype)
+        return self.split_heads(self.linear_pos(distances.unsqueeze(0)))

@@ -8,13 +8,16 @@ a hundredth of the weights, and rounding it to 8 bits would cost more than all t
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from cosyvoice.transformer.attention import AttentionCache, RelPositionMultiHeadedAttention
-from cosyvoice.transformer.encoder import INITIAL_CACHE_FRAMES, TransformerEncoder
+from cosyvoice.transformer.attention import RelPositionMultiHeadedAttention
+from cosyvoice.transformer.cache import INITIAL_CACHE_FRAMES
+from cosyvoice.transformer.encoder import TransformerEncoder
 from cosyvoice.transformer.precision import Convert, stacked
+from matcha.models.components.past import KeyValueCache
 
 LEAST_CAPTURED_FRAMES = 1024  # of short sentences, so that one graph serves them
 MOST_CAPTURED_FRAMES = 4096  # longer ones would keep gigabytes for the most that they could become
@@ -45,16 +48,6 @@ class DecodingAttention(RelPositionMultiHeadedAttention):
             self.positions = known = super().grown_positions(known, capacity)
         return known[:, :, -capacity:]
 
-    def step_at(self, x: Tensor, place: Tensor, seen: Tensor, order: Tensor, cache: AttentionCache) -> Tensor:
-        """`step` for one frame (1, 1, C) that becomes row `place` (1,) of a cache, whose rows all take part.
-
-        seen: (1, 1, T), the rows up to it. order: (T,), see `attend`.
-        """
-        query, key, value = self.project(x)
-        cache.keys.index_copy_(2, place, self.split_heads(key))
-        cache.values.index_copy_(2, place, self.split_heads(value))
-        return self.attend(query, cache.keys, cache.values, cache.positions, seen, order)
-
 
 @torch.no_grad()
 def prepare_stack(stack: TransformerEncoder, convert: Convert) -> None:
@@ -65,6 +58,16 @@ def prepare_stack(stack: TransformerEncoder, convert: Convert) -> None:
         block.feed_forward.w_2 = convert(block.feed_forward.w_2)
 
 
+class DecodingStack(Protocol):
+    """An attention stack that reads a growing sequence."""
+
+    def new_cache(self, capacity: int) -> list[KeyValueCache]:
+        """Return an empty cache, one part a layer."""
+
+    def step_at(self, x: Tensor, place: Tensor, cache: list[KeyValueCache]) -> Tensor:
+        """Read one frame (1, 1, C) into row `place` (1,) of the cache. Returns (1, 1, C)."""
+
+
 class CapturedSteps:
     """Decoding steps of one sequence at a time as a CUDA graph: captured at the first step, then replayed.
 
@@ -73,21 +76,24 @@ class CapturedSteps:
     takes in the cache, is read from the device's memory. On a CPU each step is computed, to the same numbers.
     """
 
-    def __init__(self, stack: TransformerEncoder, embedding: nn.Embedding, head: nn.Module, capacity: int) -> None:
-        """stack: after `prepare_stack`. embedding: of the tokens. head: from the stack's output to scores (V,).
+    def __init__(self, stack: DecodingStack, embedding: nn.Embedding, head: nn.Module, capacity: int) -> None:
+        """stack: in its decoding form. embedding: of the tokens. head: from the stack's output to scores (V,).
 
         capacity: the most frames of a sequence.
         """
         self.stack, self.embedding, self.head = stack, embedding, head
-        self.cache = [layer.self_attn.new_cache(capacity) for layer in stack.encoders]
+        self.cache = stack.new_cache(capacity)
         device = embedding.weight.device
-        self.rows = torch.arange(capacity, device=device)
         self.token, self.place = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @property
     def capacity(self) -> int:
-        return len(self.rows)
+        return self.cache[0].capacity
+
+    def has_room(self, frames: int) -> bool:
+        """Whether so many more fit."""
+        return self.cache[0].length + frames <= self.capacity
 
     def clear(self) -> None:
         """Begin another sequence: `stack.forward_chunk` may read its first frames into `cache`."""
@@ -114,13 +120,8 @@ class CapturedSteps:
         return self.log_p
 
     def compute(self) -> Tensor:
-        seen = (self.rows <= self.place).view(1, 1, -1)
-        nearest = self.capacity - 1  # the row of distance 0
-        order = (self.rows + nearest - self.place).clamp(max=nearest)
-        x = self.stack.embed(self.embedding(self.token).unsqueeze(0))
-        for layer, layer_cache in zip(self.stack.encoders, self.cache, strict=True):
-            x = layer.feed(x + layer.self_attn.step_at(layer.normed(x, 0), self.place, seen, order, layer_cache))
-        return self.head(self.stack.after_norm(x)[0, -1]).float().log_softmax(dim=-1)
+        x = self.stack.step_at(self.embedding(self.token).unsqueeze(0), self.place, self.cache)
+        return self.head(x[0, -1]).float().log_softmax(dim=-1)
 
     def capture(self) -> None:
         side, before = torch.cuda.Stream(), torch.cuda.current_stream()
@@ -142,7 +143,7 @@ class CapturedSteps:
 class CapturedStepsPool:
     """`CapturedSteps` that are used again: as many as sequences are being written at a time, of which few are kept."""
 
-    def __init__(self, stack: TransformerEncoder, embedding: nn.Embedding, head: nn.Module) -> None:
+    def __init__(self, stack: DecodingStack, embedding: nn.Embedding, head: nn.Module) -> None:
         self.parts = (stack, embedding, head)
         self.idle: list[CapturedSteps] = []
         self._choosing = threading.Lock()

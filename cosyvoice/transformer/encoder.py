@@ -1,20 +1,18 @@
 """The attention stacks behind the text encoder, the language model and the flow's token encoder."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from cosyvoice.transformer.attention import AttentionCache, RelPositionMultiHeadedAttention
+from cosyvoice.transformer.cache import INITIAL_CACHE_FRAMES, visible_rows
 from cosyvoice.transformer.convolution import ConvolutionModule
 from cosyvoice.transformer.embedding import relative_positions
 from cosyvoice.transformer.encoder_layer import EncoderLayer, PositionwiseFeedForward
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.mask import add_optional_chunk_mask, make_pad_mask, subsequent_mask
-
-INITIAL_CACHE_FRAMES = 256
+from cosyvoice.utils.mask import add_optional_chunk_mask, make_pad_mask
 
 
 class InputEmbedding(nn.Module):
@@ -30,8 +28,8 @@ class InputEmbedding(nn.Module):
         return self.out(x) * self.scale
 
 
-class BaseEncoder(nn.Module):
-    """Embedding, blocks with relative positions, final norm. Subclasses say what differs between the two families.
+class AttentionStack(nn.Module):
+    """Embedding, blocks with relative positions, final norm. Subclasses say what differs between the families.
 
     `static_chunk_size` 0 lets every frame see all others, 1 makes the stack causal. `use_cnn_module` adds a convolution
     of `cnn_module_kernel` frames to every block. Of the other options only the values of the v1 recipes are
@@ -109,6 +107,25 @@ class BaseEncoder(nn.Module):
         """Channels of the output."""
         return self.after_norm.normalized_shape[0]
 
+    def attend(self, x: Tensor, layers: nn.ModuleList, valid: Tensor, chunk_size: int) -> Tensor:
+        """Pass x (B, T, C) through the layers. valid (B, 1, T) is False at padding; chunk_size 0 makes no chunks."""
+        mask = add_optional_chunk_mask(x, valid, False, False, 0, chunk_size, -1)
+        pos_emb = self.pos_dropout(self.positions(x, causal=chunk_size == 1))
+        for layer in layers:
+            x = layer(x, mask, pos_emb)
+        return x
+
+    @staticmethod
+    def positions(x: Tensor, causal: bool = False) -> Tensor:
+        """The distances that may occur in x (B, T, C), as (1, W, C): none below 0 where the stack is causal."""
+        frames = x.size(1)
+        last = 0 if causal else 1 - frames
+        return relative_positions(frames - 1, last, x.size(2), x.device).to(x.dtype).unsqueeze(0)
+
+
+class BaseEncoder(AttentionStack):
+    """A stack whose frames come and leave at one rate."""
+
     def forward(
         self, xs: Tensor, xs_lens: Tensor, decoding_chunk_size: int = 0, num_decoding_left_chunks: int = -1
     ) -> tuple[Tensor, Tensor]:
@@ -118,27 +135,11 @@ class BaseEncoder(nn.Module):
         size they change nothing. Returns the output (B, T, output_size) and the mask of valid frames (B, 1, T).
         """
         valid = ~make_pad_mask(xs_lens, xs.size(1)).unsqueeze(1)
-        mask = add_optional_chunk_mask(xs, valid, False, False, 0, self.static_chunk_size, -1)
-        x = self.embed(xs)
-        pos_emb = self.pos_dropout(self.positions(x))
-        for layer in self.encoders:
-            x = layer(x, mask, pos_emb)
-        return self.after_norm(x), valid
+        return self.after_norm(self.attend(self.embed(xs), self.encoders, valid, self.static_chunk_size)), valid
 
-    def positions(self, x: Tensor) -> Tensor:
-        """The distances that may occur in x (B, T, C), as (1, W, C): none below 0 where the stack is causal."""
-        frames = x.size(1)
-        last = 0 if self.static_chunk_size == 1 else 1 - frames
-        return relative_positions(frames - 1, last, x.size(2), x.device).to(x.dtype).unsqueeze(0)
-
-    def new_cache(self) -> list[AttentionCache]:
-        """An empty cache, one part a block, for `forward_chunk`."""
-        return [layer.self_attn.new_cache(INITIAL_CACHE_FRAMES) for layer in self.encoders]
-
-    def joined_cache(self, caches: Sequence[list[AttentionCache]]) -> tuple[list[AttentionCache], Tensor]:
-        """One cache of B sequences from theirs, in which all end together, and where each begins: (B,)."""
-        lengths = torch.tensor([cache[0].length for cache in caches], device=caches[0][0].keys.device)
-        return [AttentionCache.joined(layers) for layers in zip(*caches, strict=True)], lengths.max() - lengths
+    def new_cache(self, capacity: int = INITIAL_CACHE_FRAMES) -> list[AttentionCache]:
+        """Return an empty cache, one part a block, for `forward_chunk` and `step_at`."""
+        return [layer.self_attn.new_cache(capacity) for layer in self.encoders]
 
     def forward_chunk(self, xs: Tensor, cache: list[AttentionCache], starts: Tensor | None = None) -> Tensor:
         """Encode the next N frames of growing sequences causally, reusing all that `cache` holds.
@@ -146,14 +147,24 @@ class BaseEncoder(nn.Module):
         xs: (B, N, input_size). starts: (B,), where each sequence begins in a joined cache. The cache is extended.
         Returns (B, N, output_size), equal to the same frames of `forward` over the whole sequence in a causal stack.
         """
-        new, total = xs.size(1), cache[0].length + xs.size(1)
-        mask = None if new == 1 else subsequent_mask(total, xs.device)[None, total - new :]  # (1, N, T)
-        if starts is not None:
-            begun = torch.arange(total, device=xs.device) >= starts[:, None, None]  # (B, 1, T)
-            mask = begun if mask is None else begun & mask
+        mask = visible_rows(xs.size(1), cache[0].length + xs.size(1), starts, xs.device)
         x = self.embed(xs)
         for layer, layer_cache in zip(self.encoders, cache, strict=True):
             x = layer.step(x, mask, layer_cache)
+        return self.after_norm(x)
+
+    def step_at(self, x: Tensor, place: Tensor, cache: list[AttentionCache]) -> Tensor:
+        """`forward_chunk` for one frame (1, 1, input_size) that becomes row `place` (1,) of the cache.
+
+        All rows take part in each step, so that a CUDA graph can repeat it. Only the caller counts the rows.
+        """
+        rows = torch.arange(cache[0].capacity, device=x.device)
+        seen = (rows <= place).view(1, 1, -1)
+        nearest = len(rows) - 1  # the row of distance 0
+        order = (rows + nearest - place).clamp(max=nearest)
+        x = self.embed(x)
+        for layer, layer_cache in zip(self.encoders, cache, strict=True):
+            x = layer.feed(x + layer.self_attn.step_at(layer.normed(x, 0), place, seen, order, layer_cache))
         return self.after_norm(x)
 
 

@@ -1,10 +1,10 @@
-"""The losses of adversarial vocoder training, over lists with one entry a discriminator."""
+"""The losses of adversarial vocoder training, over lists with one entry a discriminator, and that of preferences."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def discriminator_loss(real: Sequence[Tensor], generated: Sequence[Tensor]) -> Tensor:
@@ -52,3 +52,37 @@ def pitch_loss(real: Tensor, predicted: Tensor, floor: float | None) -> Tensor:
     if floor is None:
         return F.l1_loss(predicted, real)
     return F.l1_loss((predicted + floor).log(), (real + floor).log())
+
+
+class DPOLoss(nn.Module):
+    """Direct preference optimisation (Rafailov et al., 2023, equation 7): the chosen above the rejected.
+
+    The policy should prefer the chosen by more than the reference does. `label_smoothing` is the share of pairs that
+    may be the wrong way round (Mitchell, 2023). `ipo` is the squared form that does not run away (Azar et al., 2023,
+    equation 17).
+    """
+
+    def __init__(self, beta: float, label_smoothing: float = 0.0, ipo: bool = False) -> None:
+        super().__init__()
+        self.beta, self.label_smoothing, self.ipo = beta, label_smoothing, ipo
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mean loss, and the rewards (B,) of chosen and rejected, which carry no gradient.
+
+        All arguments are log-probabilities (B,).
+        """
+        chosen = policy_chosen_logps - reference_chosen_logps
+        rejected = policy_rejected_logps - reference_rejected_logps
+        margin = chosen - rejected
+        if self.ipo:
+            losses = (margin - 1 / (2 * self.beta)) ** 2
+        else:
+            right, wrong = (-F.logsigmoid(sign * self.beta * margin) for sign in (1, -1))
+            losses = (1 - self.label_smoothing) * right + self.label_smoothing * wrong
+        return losses.mean(), self.beta * chosen.detach(), self.beta * rejected.detach()

@@ -17,21 +17,28 @@ def make_pad_mask(lengths: Tensor, max_len: int = 0) -> Tensor:
     return frames >= lengths.unsqueeze(1)  # (T,) against (B, 1) -> (B, T)
 
 
-def subsequent_mask(size: int, device: torch.device | str = "cpu") -> Tensor:
-    """(size, size) lower triangle: frame i sees itself and the frames before it."""
-    return subsequent_chunk_mask(size, 1, device=device)
-
-
 def subsequent_chunk_mask(
     size: int, chunk_size: int, num_left_chunks: int = -1, device: torch.device | str = "cpu"
 ) -> Tensor:
     """(size, size): frame i sees every frame up to the end of its own chunk of `chunk_size` frames.
 
+    Chunks of one frame give the lower triangle: frame i sees itself and the frames before it.
     `num_left_chunks` is part of the public signature and has no effect there either: all earlier chunks stay visible.
     """
     frames = torch.arange(size, device=device)
     chunk_end = (frames // chunk_size + 1) * chunk_size  # first frame that i may not see
     return frames < chunk_end.unsqueeze(1)
+
+
+def mask_of_new_frames(new: int, total: int, chunk_size: int, device: torch.device | str = "cpu") -> Tensor | None:
+    """(1, new, total): which of all frames the last `new` ones see, by chunks of `chunk_size`.
+
+    Returns None where the new frames share one chunk: then each sees everything.
+    """
+    first = total - new
+    if first // chunk_size == (total - 1) // chunk_size:
+        return None
+    return subsequent_chunk_mask(total, chunk_size, device=device)[None, first:]
 
 
 def add_optional_chunk_mask(

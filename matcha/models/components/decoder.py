@@ -7,6 +7,8 @@ Matcha-TTS (Mehta et al. 2024), section 3.2; the residual block with an added ti
 import torch
 from torch import Tensor, nn
 
+from matcha.models.components.past import Past
+
 NORM_GROUPS = 8
 TIME_SCALE = 1000.0  # flow time runs from 0 to 1, but the wavelengths were made for diffusion steps 0..1000
 LONGEST_WAVELENGTH = 10_000.0
@@ -60,17 +62,20 @@ class Block1D(nn.Module):
 class ResnetBlock1D(nn.Module):
     """Two convolution blocks with the time embedding added between them, beside a 1x1 convolution."""
 
-    def __init__(self, dim: int, dim_out: int, time_emb_dim: int) -> None:
+    def __init__(self, dim: int, dim_out: int, time_emb_dim: int, block: type[Block1D] = Block1D) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Mish(), nn.Linear(time_emb_dim, dim_out))
-        self.block1 = Block1D(dim, dim_out)
-        self.block2 = Block1D(dim_out, dim_out)
+        self.block1 = block(dim, dim_out)
+        self.block2 = block(dim_out, dim_out)
         self.res_conv = nn.Conv1d(dim, dim_out, kernel_size=1)
 
-    def forward(self, x: Tensor, mask: Tensor, time_emb: Tensor) -> Tensor:
-        """x (B, dim, T), mask (B, 1, T), time_emb (B, time_emb_dim) -> (B, dim_out, T)."""
-        hidden = self.block1(x, mask) + self.mlp(time_emb)[:, :, None]
-        return self.block2(hidden, mask) + self.res_conv(x * mask)
+    def forward(self, x: Tensor, mask: Tensor, time_emb: Tensor, *past: Past) -> Tensor:
+        """x (B, dim, T), mask (B, 1, T), time_emb (B, time_emb_dim) -> (B, dim_out, T).
+
+        past: the earlier frames of a stream, where the blocks are causal.
+        """
+        hidden = self.block1(x, mask, *past) + self.mlp(time_emb)[:, :, None]
+        return self.block2(hidden, mask, *past) + self.res_conv(x * mask)
 
 
 class Downsample1D(nn.Module):

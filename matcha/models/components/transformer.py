@@ -8,6 +8,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from matcha.models.components.past import Past
+
 
 class Attention(nn.Module):
     """Multi-head self-attention ("Attention Is All You Need", 3.2); heads * head_dim may differ from dim."""
@@ -21,9 +23,14 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(dim, inner_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner_dim, dim), nn.Dropout(dropout))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, T, dim); mask, boolean and broadcast to (B, heads, T, T), is True where a key may be seen."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, past: Past | None = None) -> Tensor:
+        """x (B, T, dim); mask, boolean and broadcast to (B, heads, T, T), is True where a key may be seen.
+
+        past: the earlier frames of a stream, whose keys are in front of these, in the mask too.
+        """
         query, key, value = (rearrange(y, "b t (h d) -> b h t d", h=self.heads) for y in self.project(x))
+        if past is not None:
+            key, value = past.with_earlier(self, key, value)
         out = scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
 
@@ -70,7 +77,9 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim, dropout)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, T, dim) -> (B, T, dim); attention_mask as in `Attention.forward`."""
-        hidden_states = hidden_states + self.attn1(self.norm1(hidden_states), attention_mask)
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: Past | None = None
+    ) -> Tensor:
+        """(B, T, dim) -> (B, T, dim); attention_mask and past as in `Attention.forward`."""
+        hidden_states = hidden_states + self.attn1(self.norm1(hidden_states), attention_mask, past)
         return hidden_states + self.ff(self.norm3(hidden_states))
