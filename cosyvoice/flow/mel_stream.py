@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class MelStream:
     """One utterance of a CausalMaskedDiffWithXvec, which gives its tokens to `push` in pieces of any length.
 
-    The frames are those of `flow.inference(..., streaming=True)` over all tokens so far. Attention goes by chunks of the
-    encoder's `static_chunk_size` tokens, counted from the start of the prompt, and looks `pre_lookahead_len` tokens
+    The frames are those of `flow.inference(..., streaming=True)` over all tokens so far. Attention goes by chunks of
+    the encoder's `static_chunk_size` tokens, counted from the start of the prompt, and looks `pre_lookahead_len` tokens
     ahead. So the frames of a chunk are final, and kept, once the whole chunk and the look-ahead behind it are there.
     Frames of a chunk that is still open are computed, too, but may change: the next `push` returns them again.
     `settled` counts the final ones. Pieces that end `pre_lookahead_len` tokens behind a chunk leave none open.
