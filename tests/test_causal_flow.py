@@ -374,8 +374,7 @@ def test_a_past_keeps_final_frames_only() -> None:
 )
 def test_inference_refuses(change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = build_flow()
-    # not to be waited for with 15002 frames
-    monkeypatch.setattr(flow.encoder, "attend", lambda x, *_: x)
+    monkeypatch.setattr(flow.encoder, "attend", lambda *_: pytest.fail("refused too late"))
     prompt_token, prompt_feat, embedding = voice(4)
     inputs = {"token": tokens(5), "prompt_token": prompt_token, "prompt_feat": prompt_feat} | change
     lengths = {
