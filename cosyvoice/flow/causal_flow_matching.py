@@ -66,7 +66,8 @@ class CausalConditionalCFM(ConditionalCFM):
     ) -> tuple[Tensor, None]:
         """Return the mel (1, M, T) in float32, and None where ConditionalCFM has a cache.
 
-        One utterance; the arguments are those of ConditionalCFM. streaming: attend by chunks. Raises InputError for more than 15000 frames.
+        Speaks one utterance; the arguments are those of ConditionalCFM. streaming: attend by chunks. Raises InputError
+        for more than 15000 frames.
         """
         z = noise_of(mu, 0) * temperature
         estimator = for_halves(partial(self.estimator, streaming=streaming), mu.device)
