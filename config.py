@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cosyvoice.model_folder.folder import COSYVOICE_300M, ModelFolder, is_model_folder
+from cosyvoice.model_folder.folder import COSYVOICE_300M, GENERATIONS, ModelFolder, is_model_folder, merged_settings
 from cosyvoice.utils.errors import InputError
 
 PROJECT_DIR = Path(__file__).resolve().parent
 DATA_DIR = Path("data")
 OUTPUT_DIR = Path("output")
-MODEL_NAMES = ("CosyVoice-300M", "CosyVoice-300M-SFT", "CosyVoice-300M-Instruct")
 MINI_NAME = "CosyVoice-mini"  # the small model that ships with the suite
 PARTS = ("llm", "flow")  # that are trained
 MODES = {"joint": PARTS, "llm_only": ("llm",), "flow_only": ("flow",)}
 SEED = 1986
+CHECKPOINT_KEY = "voice"  # where the suite's own state lies in a training checkpoint
 
 JOINT_TRAINING_CONFIG: dict[str, Any] = {
     "training_mode": "joint",  # joint, llm_only or flow_only
@@ -67,10 +67,8 @@ def settings_for(model_dir: Path) -> dict[str, Any]:
 
     Raises InputError if one of those is not a setting, or has an impossible value.
     """
-    config, folder = copy.deepcopy(JOINT_TRAINING_CONFIG), ModelFolder(model_dir)
-    for name, value in folder.finetuning.items():
-        both = isinstance(value, dict) and isinstance(config.get(name), dict)
-        config[name] = config[name] | value if both else value
+    folder = ModelFolder(model_dir)
+    config = copy.deepcopy(merged_settings(JOINT_TRAINING_CONFIG, folder.finetuning))
     check_config(config, f"the finetuning entry of {folder.yaml} needs a change")
     return config
 
@@ -180,25 +178,32 @@ def _parsed(text: str) -> Any:
 
 
 def find_model_dir(given: str | Path | None) -> Path:
-    """The model folder: the one given, else CosyVoice-300M under `pretrained_models/` here or one level up.
+    """Return the model folder: the one given, else one of a public model under `pretrained_models/`.
 
-    Where there is none, the small model that ships with the suite, and a line that says so.
+    It is looked for here, in the project and one level up, CosyVoice-300M first; where there are several, a line says
+    which is used. Where there is none, the small model that ships with the suite is used, and a line says so.
     """
     if given is not None:
         folder = Path(given)
         if not is_model_folder(folder):
-            raise InputError(f"{folder} is no model folder: it holds no {COSYVOICE_300M.yaml}; {_DOWNLOAD}")
+            yamls = " or ".join(generation.yaml for generation in GENERATIONS)
+            raise InputError(f"{folder} is no model folder: it holds no {yamls}; {_DOWNLOAD}")
         return folder
-    places = [parent / "pretrained_models" / name for parent in _search_roots() for name in MODEL_NAMES]
+    names = [name for generation in GENERATIONS for name in generation.models]
+    places = [parent / "pretrained_models" / name for parent in _search_roots() for name in names]
+    found = sorted(filter(is_model_folder, places), key=lambda folder: names.index(folder.name))
+    if found:
+        others = dict.fromkeys(folder.name for folder in found if folder.name != found[0].name)
+        if others:
+            print(f"using {found[0]}; --model-dir chooses {' or '.join(others)} instead")
+        return found[0]
     mini = PROJECT_DIR / "pretrained_models" / MINI_NAME
-    for folder in (*places, mini):
-        if is_model_folder(folder):
-            if folder == mini:
-                small = "a small English model to try things out with (docs/mini.md)"
-                print(f"no {MODEL_NAMES[0]} found: using {MINI_NAME}, {small}")
-            return folder
+    if is_model_folder(mini):
+        small = "a small English model to try things out with (docs/mini.md)"
+        print(f"no {COSYVOICE_300M.name} found: using {MINI_NAME}, {small}")
+        return mini
     looked = ", ".join(str(parent / "pretrained_models") for parent in _search_roots())
-    raise InputError(f"no model folder {MODEL_NAMES[0]} in {looked}; name one with --model-dir, or {_DOWNLOAD}")
+    raise InputError(f"no model folder {COSYVOICE_300M.name} in {looked}; name one with --model-dir, or {_DOWNLOAD}")
 
 
 def find_input_dir(given: str | Path | None) -> Path:
@@ -222,5 +227,5 @@ def _search_roots() -> list[Path]:
 
 _DOWNLOAD = (
     "download one: pip install huggingface_hub && python -c \"from huggingface_hub import snapshot_download; "
-    "snapshot_download('FunAudioLLM/CosyVoice-300M', local_dir='pretrained_models/CosyVoice-300M')\""
+    f"snapshot_download('{COSYVOICE_300M.download}', local_dir='pretrained_models/{COSYVOICE_300M.name}')\""
 )

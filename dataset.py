@@ -1,4 +1,4 @@
-"""From the parquet files of `prepare_joint_data.py` to training batches."""
+"""The columns of the parquet files of `prepare_joint_data.py`, and from these files to training batches."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,10 +12,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from clip_files import SCHEMA, encoders_of
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.utils.common import pad_list
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import MEL_BINS, MEL_HOP_SAMPLES, SAMPLE_RATE_HZ, TOKEN_RATE_HZ, mel_frames
+from cosyvoice.utils.frames import MEL_BINS, MEL_HOP_SAMPLES, SAMPLE_RATE_HZ, TOKEN_RATE_HZ, Rates, mel_frames
+
+SCHEMA = pa.schema(
+    {
+        "utt": pa.string(),  # the recording's file name without suffix
+        "wav": pa.string(),  # path of the recording
+        "audio_data": pa.binary(),  # its bytes
+        "text": pa.string(),  # what is said, as written
+        "spk": pa.string(),  # name of the speaker
+        "utt_embedding": pa.list_(pa.float32(), 192),  # the clip's speaker vector, L2 norm 1
+        "spk_embedding": pa.list_(pa.float32(), 192),  # mean of all utt_embedding, L2 norm 1
+        "speech_token": pa.list_(pa.int32()),  # (N,), 50 a second
+        "text_token": pa.list_(pa.int32()),  # (L,), of the normalised text
+        "speech_feat": pa.list_(pa.float32()),  # (T, 80) natural log-mel at 22.05 kHz, hop 256, row after row
+        "speech_feat_shape": pa.list_(pa.int32(), 2),  # [T, 80]
+        "seconds": pa.float32(),
+        "peak_dbfs": pa.float32(),  # 0 is full scale
+        "silence_share": pa.float32(),  # of the frames of 20 ms: 40 dB or more below the loudest
+        "content_hash": pa.string(),  # SHA-256 of what the row was made from
+        "encoders": pa.string(),  # `ModelFolder.encoders` of the model that it was made with
+    }
+)
 
 COLUMNS = ["utt", "spk", "utt_embedding", "text_token", "speech_token", "speech_feat", "speech_feat_shape", "encoders"]
 FEWEST_CLIPS_TO_SPLIT = 8  # below, every clip is trained on
@@ -53,7 +74,7 @@ def load_clips(data_dir: Path, model_dir: Path) -> list[Clip]:
         made_with.update(row["encoders"] for row in rows)
     if not clips:
         raise InputError(f"the parquet files in {data_dir} hold no clip; run prepare_joint_data.py again")
-    if made_with != {encoders_of(model_dir)}:
+    if made_with != {ModelFolder(model_dir).encoders()}:
         other = f"the clips in {data_dir} were prepared with another model than {model_dir}"
         raise InputError(f"{other}; run prepare_joint_data.py again, or give that model with --model-dir")
     return sorted(clips, key=lambda clip: clip.utt)
@@ -138,7 +159,7 @@ def to_clip(row: dict[str, Any]) -> Clip:
 
 def whole_tokens(frames: int) -> int:
     """Most speech tokens whose mel frames number at most `frames`: the inverse of `mel_frames`."""
-    return ((frames + 1) * TOKEN_RATE_HZ * MEL_HOP_SAMPLES - 1) // SAMPLE_RATE_HZ
+    return Rates(SAMPLE_RATE_HZ, MEL_HOP_SAMPLES, TOKEN_RATE_HZ).whole_tokens(frames)
 
 
 def speaker_name(clips: Sequence[Clip]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from config import CHECKPOINT_KEY
 from cosyvoice.flow.token_flow import MAX_PREFIX_SHARE
 from cosyvoice.transformer.encoder_layer import EncoderLayer
 from cosyvoice.utils.command import VALIDATION, seed_all
@@ -22,7 +23,6 @@ from dataset import crop_windows
 from lora import adapter_state, adapters, inject, load_adapters
 from matcha.models.components.decoder import ResnetBlock1D
 from matcha.models.components.transformer import BasicTransformerBlock
-from voice import CHECKPOINT_KEY
 
 RECOMPUTED = (EncoderLayer, ResnetBlock1D, BasicTransformerBlock)  # what LLM and Flow consist of
 RECOMPUTING_SHARE = 4  # what a block takes while its gradients are computed, over what it saves for them; measured

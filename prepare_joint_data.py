@@ -19,9 +19,9 @@ from cosyvoice.utils.errors import InputError
 from utils import add_device, add_folders, check_writable, in_parallel, is_unicode, repeated
 
 if TYPE_CHECKING:
-    from clip_checks import Outcome
-    from clips import ClipMaker
-    from recordings import Recording
+    from clips.checks import Outcome
+    from clips.maker import ClipMaker
+    from clips.recordings import Recording
 
 FORMULA_MARKS = ("=", "+", "-", "@", "\t")
 REPORT_COLUMNS = {  # heading: digits after the point, where it is a fraction
@@ -84,10 +84,10 @@ def prepare(options: argparse.Namespace, model_dir: Path, input_dir: Path) -> No
     """Write the parquet files and the report, and say what was kept."""
     import torch
 
-    from clip_checks import compare
-    from clip_files import known_rows, write_clips
-    from clips import ClipMaker
-    from recordings import find_recordings
+    from clips.checks import compare
+    from clips.maker import ClipMaker
+    from clips.recordings import find_recordings
+    from clips.store import known_rows, write_clips
 
     torch.set_num_threads(1)  # the workers are the parallelism
     recordings = find_recordings(input_dir, options.speaker.strip())
@@ -110,7 +110,7 @@ def make_clips(
     """Every recording's outcome, in their order; new rows are kept on disk at once."""
     from tqdm import tqdm
 
-    from clip_files import save_unfinished
+    from clips.store import save_unfinished
 
     def work(recording: "Recording") -> "Outcome":
         outcome = maker.make(recording)

@@ -11,22 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-from config import MODES, PARTS
+from config import CHECKPOINT_KEY, MODES, PARTS
+from cosyvoice.model_folder.fingerprints import fingerprint_weights
 from cosyvoice.model_folder.folder import ModelFolder
-from cosyvoice.model_folder.weights import (
-    check_fields,
-    check_finite,
-    fingerprint_weights,
-    load_tensors,
-    read_state_dict,
-)
+from cosyvoice.model_folder.weights import check_fields, check_finite, load_tensors, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import alone_in, atomic_write, save_tensors
 from lora import merged
 from utils import quoted
 
 VERSION = "0.1.0"
-CHECKPOINT_KEY = "voice"  # where the suite's own state lies in a training checkpoint
 # What a checkpoint tells beside the adapters, and what of each part.
 STATE_FIELDS = {
     "config": dict, "seed": int, "speaker": str, "run": str, "data": str, "base": dict, "embedding": Tensor,

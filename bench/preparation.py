@@ -24,7 +24,7 @@ RECORDINGS = ROOT / "examples" / "raw_audio"
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     machine = measure_machine(args)
-    from recordings import find_recordings
+    from clips.recordings import find_recordings
 
     recordings = [recording.audio for recording in find_recordings(RECORDINGS)]
     with TemporaryDirectory() as temporary:

@@ -26,6 +26,7 @@ RECIPE_SCRIPTS = (
     "examples/mini/train_tokenizer",
     "examples/mini/make_speaker_encoder",
     "examples/mini/make_flow_start",
+    "examples/mini/make_flow_mels",
     "examples/mini/make_prompts",
     "examples/mini/make_model_dir",
     "examples/mini/voice_folders",
@@ -35,9 +36,11 @@ BENCHES = tuple(
     f"bench/{name}" for name in ("decode", "synthesis", "train_steps", "operations", "preparation", "start_up")
 )
 # Each layer imports only from those after it; modules of one layer may use each other, scripts may not.
-FLAT_LAYERS = (
+SUITE_LAYERS = (
     SCRIPTS,
-    ("clip_checks", "clips", "clip_files", "dataset", "llm_flow_model", "recordings", "speaking", "training", "voice"),
+    ("training",),
+    ("clips", "speaking", "voice"),
+    ("llm_flow_model", "dataset"),
     ("lora", "utils", "config"),
     ("cosyvoice",),
     ("matcha",),
@@ -64,7 +67,8 @@ def sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-FLAT_FILES = sorted(ROOT.glob("*.py"))
+SUITE_FOLDERS = ("clips",)
+SUITE_FILES = sorted(ROOT.glob("*.py")) + sources(*SUITE_FOLDERS)
 PACKAGE_FILES = sources("cosyvoice", "matcha")
 
 
@@ -82,26 +86,32 @@ def layer_of(name: str, layers: tuple[tuple[str, ...], ...]) -> int | None:
     return next((number for number, layer in enumerate(layers) if name in layer), None)
 
 
+def top_name(path: Path) -> str:
+    """Return the name that an import of the file begins with."""
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
 def identifier(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", FLAT_FILES, ids=identifier)
-def test_flat_files_import_downwards(path: Path) -> None:
-    own = layer_of(path.stem, FLAT_LAYERS)
+@pytest.mark.parametrize("path", SUITE_FILES, ids=identifier)
+def test_the_suite_imports_downwards(path: Path) -> None:
+    room = top_name(path)
+    own = layer_of(room, SUITE_LAYERS)
     assert own is not None, f"{path.name} has no layer"
     for module in imports(path):
-        other = layer_of(module.partition(".")[0], FLAT_LAYERS)
-        assert other is None or other > own or (other == own and path.stem not in SCRIPTS), module
+        other = layer_of(module.partition(".")[0], SUITE_LAYERS)
+        assert other is None or other > own or (other == own and room not in SCRIPTS), module
 
 
 @pytest.mark.parametrize("path", PACKAGE_FILES, ids=identifier)
 def test_packages_import_downwards(path: Path) -> None:
-    flat = {file.stem for file in FLAT_FILES} | {"tools", "tests", "bench"}
+    suite = set(map(top_name, SUITE_FILES)) | {"tools", "tests", "bench"}
     package, *inner = path.relative_to(ROOT).with_suffix("").parts
     for module in imports(path):
         top, *rest = module.split(".")
-        assert top not in flat, module
+        assert top not in suite, module
         assert not (package == "matcha" and top == "cosyvoice"), module
         if package == top == "cosyvoice" and len(inner) > 1:
             own, other = layer_of(inner[0], COSYVOICE_LAYERS), layer_of(rest[0], COSYVOICE_LAYERS)
@@ -109,36 +119,37 @@ def test_packages_import_downwards(path: Path) -> None:
             assert rest[0] == inner[0] or other > own, module
 
 
-@pytest.mark.parametrize("path", [*FLAT_FILES, *PACKAGE_FILES], ids=identifier)
+@pytest.mark.parametrize("path", [*SUITE_FILES, *PACKAGE_FILES], ids=identifier)
 def test_lightning_stays_in_the_training_modules(path: Path) -> None:
     if not identifier(path).startswith(LIGHTNING_PLACES):
         assert not [module for module in imports(path) if module.startswith(("pytorch_lightning", "lightning"))]
 
 
 def test_init_files_are_empty() -> None:
-    for path in PACKAGE_FILES:
+    all_files = [*PACKAGE_FILES, *sources(*SUITE_FOLDERS)]
+    for path in all_files:
         if path.name == "__init__.py":
             assert path.read_bytes() == b"", path
-    folders = {path.parent for path in PACKAGE_FILES}
+    folders = {path.parent for path in all_files}
     assert all((folder / "__init__.py").is_file() for folder in folders)
 
 
 def packages(files: list[Path]) -> set[str]:
     """What the files import that is neither the project's nor Python's."""
-    own = {path.stem for path in [*FLAT_FILES, *sources("tests", "bench")]}
+    own = set(map(top_name, SUITE_FILES)) | {path.stem for path in sources("tests", "bench")}
     own |= {"cosyvoice", "matcha", "tools", "examples"}
     modules = {module.partition(".")[0] for path in files for module in imports(path)}
     return {PACKAGES.get(module, module).replace("_", "-") for module in modules - own - sys.stdlib_module_names}
 
 
 def test_requirements_are_what_the_code_imports() -> None:
-    needed = packages([*FLAT_FILES, *PACKAGE_FILES, *sources("tests", "tools", "bench")])
+    needed = packages([*SUITE_FILES, *PACKAGE_FILES, *sources("tests", "tools", "bench")])
     assert set(pins("requirements.txt")) == needed - JUDGES | NOT_IMPORTED_HERE
 
 
 def test_judges_are_needed_by_the_tools_alone() -> None:
     assert packages(sources("tools")) >= JUDGES
-    assert not packages([*FLAT_FILES, *PACKAGE_FILES, *sources("tests", "bench")]) & JUDGES
+    assert not packages([*SUITE_FILES, *PACKAGE_FILES, *sources("tests", "bench")]) & JUDGES
     judges = pins("requirements-eval.txt").keys()
     assert judges >= JUDGES
     assert not judges & pins("constraints.txt").keys(), "it is installed anyway"

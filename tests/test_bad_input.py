@@ -21,7 +21,8 @@ import torch
 import merge_joint_weights
 import prepare_joint_data
 import train_joint
-from clip_files import with_column
+from clips.recordings import find_recordings
+from clips.store import with_column
 from config import SEED
 from cosyvoice.utils.command import EXIT_INTERRUPTED, run
 from cosyvoice.utils.errors import InputError
@@ -29,7 +30,6 @@ from cosyvoice.utils.file_utils import alone_in
 from dataset import load_clips, split_clips
 from llm_flow_model import JointModel
 from lora import adapters
-from recordings import find_recordings
 from tools.random_model import make_random_model
 from training import CheckpointKeeper
 from voice import read_run, read_sidecar

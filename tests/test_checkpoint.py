@@ -11,14 +11,8 @@ from models import tiny, tiny_model_dir
 from parity import PARITY_DIR
 from torch import Tensor, nn
 
-from cosyvoice.model_folder.weights import (
-    fingerprint_file,
-    fingerprint_weights,
-    load_part,
-    load_strict,
-    load_tensors,
-    read_state_dict,
-)
+from cosyvoice.model_folder.fingerprints import fingerprint_file, fingerprint_weights
+from cosyvoice.model_folder.weights import load_part, load_strict, load_tensors, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 

@@ -23,7 +23,7 @@ def opened(data: Iterable[dict], mode: str = "train") -> Iterator[dict]:
             yield {"utt": sample["src"] + part, "draw": random.random()}
 
 
-def batched(data: Iterable[dict], mode: str = "train", gan: bool = False) -> Iterator[dict]:
+def batched(data: Iterable[dict], mode: str = "train", gan: bool = False, dpo: bool = False) -> Iterator[dict]:
     for sample in data:
         yield {"utts": [sample["utt"]], "draw": sample["draw"], "gan": gan, "mode": mode}
 

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity import V2
 
-from config import JOINT_TRAINING_CONFIG, PROJECT_DIR, settings_for
+import config
+from config import JOINT_TRAINING_CONFIG, PROJECT_DIR, find_model_dir, settings_for
 from cosyvoice.model_folder.folder import ModelFolder, is_model_folder
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frames import Rates
 from utils import limit_threads
 
 MINI = PROJECT_DIR / "pretrained_models" / "CosyVoice-mini"
@@ -77,6 +80,39 @@ def test_folders_that_cannot_serve_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no model folder .*; download CosyVoice-300M from https://"):
         ModelFolder(tmp_path / "nowhere")
     folder = folder_with(tmp_path / "model", "")
-    (folder / "cosyvoice3.yaml").touch()
-    with pytest.raises(InputError, match="model is a CosyVoice3 folder; use CosyVoice-300M"):
+    (folder / "cosyvoice2.yaml").touch()
+    with pytest.raises(InputError, match="model has cosyvoice.yaml and cosyvoice2.yaml. Remove the one"):
         ModelFolder(folder)
+    (folder / "cosyvoice2.yaml").rename(folder / "cosyvoice3.yaml")
+    with pytest.raises(InputError, match="model is a CosyVoice3 folder; use CosyVoice-300M or CosyVoice2-0.5B"):
+        ModelFolder(folder)
+
+
+def test_a_folder_of_cosyvoice2_answers_for_its_own(tmp_path: Path) -> None:
+    shutil.copy(V2.folder / "tiny2.yaml", tmp_path / "cosyvoice2.yaml")
+    folder = ModelFolder(tmp_path)
+    assert folder.speech_tokenizer.name == "speech_tokenizer_v2.onnx" and folder.rates == Rates(24000, 480, 25)
+    assert folder.parts(["qwen_pretrain_path"]) == {"qwen_pretrain_path": str(tmp_path / "CosyVoice-BlankEN")}
+    settings = settings_for(tmp_path)
+    assert "q_proj" in settings["llm_lora"]["target_modules"] and settings["llm_lora"]["lora_r"] == 8
+    assert settings["flow_lora"] == JOINT_TRAINING_CONFIG["flow_lora"]
+    with (tmp_path / "cosyvoice2.yaml").open("a") as file:
+        file.write("finetuning: {llm_lora: {lora_r: 4}}\n")
+    settings = settings_for(tmp_path)["llm_lora"]
+    assert "q_proj" in settings["target_modules"] and settings["lora_r"] == 4, "both changes count"
+    assert ModelFolder(MINI).rates == Rates(22050, 256, 50)
+
+
+def test_of_several_models_the_one_in_use_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "PROJECT_DIR", tmp_path)
+    second = tmp_path / "pretrained_models" / "CosyVoice2-0.5B"
+    second.mkdir(parents=True)
+    (second / "cosyvoice2.yaml").touch()
+    assert find_model_dir(None) == second and not capsys.readouterr().out
+    first = folder_with(second.with_name("CosyVoice-300M"), "")
+    assert find_model_dir(None) == first
+    assert capsys.readouterr().out == f"using {first}; --model-dir chooses CosyVoice2-0.5B instead\n"
+    assert find_model_dir(second) == second

@@ -19,16 +19,16 @@ import torch
 from onnxruntime.capi import onnxruntime_pybind11_state
 from parity import PARITY_DIR
 
-import clip_files
-from clip_checks import Outcome, compare, silence_share, warnings_of
-from clips import ClipMaker
+from clips import store
+from clips.checks import Outcome, compare, silence_share, warnings_of
+from clips.maker import ClipMaker
+from clips.recordings import find_recordings
 from cosyvoice.tokenizer.phones import get_phone_tokenizer
 from cosyvoice.utils.audio import load_wav
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.speech_encoders import SpeechTokenizer
 from dataset import load_clips
 from prepare_joint_data import main
-from recordings import find_recordings
 from tools.random_onnx import write_speaker_encoder, write_speech_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -265,8 +265,8 @@ def test_a_second_run_redoes_only_what_changed(
 
 
 def test_at_most_so_many_clips_a_file(model_dir: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert clip_files.CLIPS_PER_FILE == 100
-    monkeypatch.setattr(clip_files, "CLIPS_PER_FILE", 2)
+    assert store.CLIPS_PER_FILE == 100
+    monkeypatch.setattr(store, "CLIPS_PER_FILE", 2)
     for number in range(5):
         add(raw, f"{number}.wav", tone(0.6, hertz=300 + number))
     data = prepare(model_dir, raw)
@@ -302,7 +302,7 @@ def test_an_interrupted_run_is_taken_up_again(
         prepare(model_dir, raw, "--workers", "1")
     assert rows(data) == before
 
-    unfinished = {pq.read_table(path)["utt"][0].as_py(): path for path in (data / clip_files.UNFINISHED).iterdir()}
+    unfinished = {pq.read_table(path)["utt"][0].as_py(): path for path in (data / store.UNFINISHED).iterdir()}
     unfinished["0"].write_bytes(b"cut short")
     (data / ".clips-00000.1.parquet").write_bytes(b"killed while writing")
     capsys.readouterr()

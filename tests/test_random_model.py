@@ -9,8 +9,9 @@ import onnxruntime
 import pytest
 import torch
 
+from cosyvoice.model_folder.fingerprints import fingerprint_file
 from cosyvoice.model_folder.model_yaml import load_model_yaml
-from cosyvoice.model_folder.weights import fingerprint_file, load_strict, read_state_dict
+from cosyvoice.model_folder.weights import load_strict, read_state_dict
 from tools.random_model import CONFIG, ROOT, SIZES, main, make_random_model, resized
 
 FILES = {

@@ -8,10 +8,10 @@ import pytest
 import soundfile
 import torch
 
+from clips.recordings import AUDIO_SUFFIXES, LIBSNDFILE_SUFFIXES, find_recordings
 from cosyvoice.utils.audio import FFMPEG_SUFFIXES, read_wav
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.text_files import decode_lines
-from recordings import AUDIO_SUFFIXES, LIBSNDFILE_SUFFIXES, find_recordings
 from tools.kaldi_folder import read_table
 
 TONE = 0.5 * np.sin(np.arange(8000) / 7).astype(np.float32)

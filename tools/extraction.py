@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cosyvoice.model_folder.weights import fingerprint_file
+from cosyvoice.model_folder.fingerprints import fingerprint_file
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors

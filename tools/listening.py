@@ -8,11 +8,11 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from clip_checks import MIN_RATE_HZ
+from clips.checks import MIN_RATE_HZ
+from clips.recordings import AUDIO_SUFFIXES, find_recordings
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
-from recordings import AUDIO_SUFFIXES, find_recordings
 from tools.judges import Judges, SpeakerJudge
 from tools.measures import (
     Clip,

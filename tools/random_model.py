@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+    from cosyvoice.model_folder.folder import ModelFolder
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "examples" / "libritts" / "cosyvoice" / "conf" / "cosyvoice.yaml"
 # What each size changes in the 300M configuration, by the path of the key.
@@ -69,19 +71,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_random_model(folder: Path, seed: int, size: str = "small") -> Path:
-    """Writes cosyvoice.yaml, llm.pt, flow.pt, hift.pt and the two .onnx files into `folder`, and returns it."""
+    """Write the YAML, the weights of all parts and the two encoders into `folder`, and return it."""
     import numpy as np
 
+    from cosyvoice.model_folder.folder import COSYVOICE_300M, ModelFolder
     from cosyvoice.utils.file_utils import atomic_write
     from tools.random_onnx import write_speaker_encoder, write_speech_tokenizer
 
-    config = folder / "cosyvoice.yaml"
-    with atomic_write(config) as temporary:
+    with atomic_write(folder / COSYVOICE_300M.yaml) as temporary:
         temporary.write_text(resized(CONFIG.read_text(encoding="utf-8"), SIZES[size]), encoding="utf-8")
-    write_weights(folder, config, seed)
+    model = ModelFolder(folder)
+    write_weights(model, seed)
     random = np.random.default_rng(seed)
-    write_speech_tokenizer(folder / "speech_tokenizer_v1.onnx", random)
-    write_speaker_encoder(folder / "campplus.onnx", random)
+    write_speech_tokenizer(model.speech_tokenizer, random)
+    write_speaker_encoder(model.speaker_encoder, random)
     return folder
 
 
@@ -102,20 +105,19 @@ def resized(text: str, sizes: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_weights(folder: Path, config: Path, seed: int) -> None:
-    """llm.pt, flow.pt and hift.pt with fresh weights; the caller's random state stays as it was."""
+def write_weights(model: "ModelFolder", seed: int) -> None:
+    """Write fresh weights of llm, flow and hift. The caller's random state stays as it was."""
     import torch
 
-    from cosyvoice.model_folder.model_yaml import load_model_yaml
     from cosyvoice.utils.file_utils import save_tensors
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for part in ("llm", "flow", "hift"):
-            module = load_model_yaml(config, parts=(part,))[part]
+            module = model.parts([part])[part]
             if part == "llm":
                 set_end_logit(module.llm_decoder)
-            save_tensors(module.state_dict(), folder / f"{part}.pt")
+            save_tensors(module.state_dict(), model.weights(part))
 
 
 def set_end_logit(decoder: "nn.Linear") -> None:

@@ -6,19 +6,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.scheduler import CosineLR, WarmupLR
+from cosyvoice.utils.scheduler import ConstantLR, CosineLR, NoamHoldAnnealing, WarmupLR
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
-def constant(optimizer: Optimizer) -> LRScheduler:
-    return LambdaLR(optimizer, lambda step: 1.0)
-
-
-SCHEDULERS = {"warmuplr": WarmupLR, "constantlr": constant, "cosine": CosineLR}
+SCHEDULERS = {
+    "warmuplr": WarmupLR,
+    "constantlr": ConstantLR,
+    "NoamHoldAnnealing": NoamHoldAnnealing,
+    "cosine": CosineLR,
+}
 
 
 def build(

@@ -12,7 +12,8 @@ import pyarrow.parquet
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from cosyvoice.dataset.processor import readable_parquet
+from cosyvoice.dataset.parquet import readable_parquet
+from cosyvoice.dataset.processor import preferences
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.text_files import decode_lines
 
@@ -34,18 +35,21 @@ class Dataset(IterableDataset):
         data_pipeline: Sequence[Step],
         mode: str = "train",
         gan: bool = False,
+        dpo: bool = False,
         shuffle: bool = True,
         partition: bool = True,
         seed: int = 1986,
     ) -> None:
-        """data_list_file: one parquet file a line. gan: add waveform and pitch to the batches.
+        """data_list_file: one parquet file a line. gan: add waveform and pitch to the batches. dpo: leave out
+        recordings without rejected speech tokens, and add these to the batches.
 
         Without partition every process gets all files. Raises InputError where the list is missing or empty.
         """
         self.files = read_list(Path(data_list_file))
         self.name = str(data_list_file)
-        self.steps = [partial(step, mode=mode) for step in data_pipeline]
-        self.steps[-1] = partial(self.steps[-1], gan=gan)
+        opener, *steps, padding = data_pipeline
+        steps = [opener, *([preferences] if dpo else []), *steps, partial(padding, gan=gan, dpo=dpo)]
+        self.steps = [partial(step, mode=mode) for step in steps]
         self.shuffle, self.partition, self.seed = shuffle, partition, seed
         self.rank, self.processes = 0, 1
         self.shared_epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive read it

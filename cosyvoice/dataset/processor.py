@@ -8,30 +8,24 @@ samples, then the padded dict. `mode` (train or dev) belongs to the common signa
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from cosyvoice.dataset.batching import Sample, frame_count, padded, runs, runs_of_frames, token_tensors
+from cosyvoice.dataset.parquet import VECTORS, is_intact, rows
 from cosyvoice.tokenizer.phones import PhoneTokenizer
 from cosyvoice.tokenizer.tokenizer import ByteTokenizer
 from cosyvoice.utils import audio
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.pitch import pitch_track
 
-Sample = dict[str, Any]
-
 FRAMES_PER_SECOND = 100  # the frames of 10 ms that `filter` counts in
-ROWS_AT_ONCE = 64
-VECTORS = ("utt_embedding", "spk_embedding")
 LOWEST_COLOUR_HZ = 100.0
 
 logger = logging.getLogger(__name__)
@@ -43,30 +37,21 @@ def parquet_opener(data: Iterable[Sample], mode: str = "train") -> Iterator[Samp
     Rows with a missing or damaged value are left out, with a warning. Raises InputError for a file that cannot be read.
     """
     for sample in data:
-        with readable_parquet(sample["src"]):
-            for rows in pyarrow.parquet.ParquetFile(sample["src"]).iter_batches(ROWS_AT_ONCE):
-                columns = [column.to_numpy(zero_copy_only=False) for column in rows.columns]
-                for values in zip(*columns, strict=True):
-                    row = dict(zip(rows.schema.names, values, strict=True))
-                    if damaged := [name for name, value in row.items() if not _is_right(name, value)]:
-                        reason = f"its {', '.join(damaged)} is missing or damaged"
-                        logger.warning("utterance %s of %s is left out: %s", row.get("utt"), sample["src"], reason)
-                    else:
-                        yield {**sample, **row}
+        for row in rows(sample["src"]):
+            if damaged := [name for name, value in row.items() if not is_intact(name, value)]:
+                reason = f"its {', '.join(damaged)} is missing or damaged"
+                logger.warning("utterance %s of %s is left out: %s", row.get("utt"), sample["src"], reason)
+            else:
+                yield {**sample, **row}
 
 
-def _is_right(name: str, value: Any) -> bool:
-    """Return whether a value is of the kind that `make_parquet_list.py` writes into the column."""
-    if name in ("utt", "spk", "text", "wav"):
-        return isinstance(value, str)
-    if name == "audio_data":
-        return isinstance(value, bytes)
-    numbers = value if isinstance(value, np.ndarray) else np.empty(0, dtype=object)
-    if name in VECTORS:
-        return len(numbers) > 0 and numbers.dtype.kind == "f" and bool(np.isfinite(numbers).all())
-    if name == "speech_token":
-        return numbers.dtype.kind in "iu" and bool((numbers >= 0).all())
-    return True  # a column that nothing here reads
+def preferences(data: Iterable[Sample], mode: str = "train") -> Iterator[Sample]:
+    """Leave out samples without `reject_speech_token`, the tokens that preference training teaches to avoid."""
+    for sample in data:
+        _check_columns(sample, "reject_speech_token")
+        rejected = sample["reject_speech_token"]
+        if rejected is not None and len(rejected):
+            yield sample
 
 
 def _check_columns(sample: Sample, *names: str) -> None:
@@ -74,17 +59,6 @@ def _check_columns(sample: Sample, *names: str) -> None:
     if missing := [name for name in names if name not in sample]:
         remedy = "make it anew with tools/make_parquet_list.py"
         raise InputError(f"{sample.get('src')} has no column {', '.join(missing)}; {remedy}")
-
-
-@contextmanager
-def readable_parquet(file: str) -> Iterator[None]:
-    """Inside, an error of reading is an InputError that names the file."""
-    try:
-        yield
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # the last for the columns' names
-        reason = " ".join(str(error).split())
-        remedy = "make it anew, or start in the folder that its path counts from"
-        raise InputError(f"{file} is no readable parquet file: {reason}; {remedy}") from error
 
 
 def tokenize(
@@ -189,15 +163,48 @@ def resample(
         yield {**sample, "speech": speech, "sample_rate": resample_rate}
 
 
+def read_mel(
+    data: Iterable[Sample], hop_size: int, least_samples: int, share: float = 0.5, mode: str = "train"
+) -> Iterator[Sample]:
+    """Give a share of the training clips the mel that a flow makes of them, so that a vocoder learns from those, too.
+
+    Adds `speech_feat` (T, M), which lies beside the recording as .mel.npy, and cuts `speech` to T hops. Clips that
+    have fewer than `least_samples` samples then stay as they are.
+
+    Raises InputError if the file is missing or holds something else.
+    """
+    for sample in data:
+        if mode == "train" and random.random() < share:
+            path = Path(sample["wav"]).with_suffix(".mel.npy")
+            try:
+                mel = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))  # (T, M)
+            except (OSError, ValueError, EOFError) as error:
+                raise InputError(f"{path} holds no mel: {error}. Make it with make_flow_mels.py") from None
+            frames = min(len(mel), sample["speech"].size(1) // hop_size)
+            if frames * hop_size >= least_samples:
+                speech = sample["speech"][:, : frames * hop_size]
+                sample = {**sample, "speech": speech, "speech_feat": mel[:frames]}
+        yield sample
+
+
 def truncate(data: Iterable[Sample], truncate_length: int = 24576, mode: str = "train") -> Iterator[Sample]:
-    """A random window of `truncate_length` samples of `speech`; shorter clips get zeros at the end."""
+    """A random window of `truncate_length` samples of `speech`; shorter clips get zeros at the end.
+
+    Clips that have `speech_feat` by `read_mel` keep the same window of that. `is_window` says that `speech_token` is of
+    the whole recording and `speech` is not.
+    """
     for sample in data:
         speech = sample["speech"]  # (1, samples)
-        spare = speech.size(1) - truncate_length
-        if spare > 0:
-            start = random.randint(0, spare)
-            speech = speech[:, start : start + truncate_length]
-        yield {**sample, "speech": F.pad(speech, (0, truncate_length - speech.size(1)))}
+        spare = max(0, speech.size(1) - truncate_length)
+        if "speech_feat" in sample:
+            hop = speech.size(1) // len(sample["speech_feat"])
+            first, frames = random.randint(0, spare // hop), truncate_length // hop
+            sample = {**sample, "speech_feat": sample["speech_feat"][first : first + frames]}
+            start = first * hop
+        else:
+            start = random.randint(0, spare) if spare else 0
+        speech = speech[:, start : start + truncate_length]
+        yield {**sample, "speech": F.pad(speech, (0, truncate_length - speech.size(1))), "is_window": True}
 
 
 def equalize(
@@ -206,10 +213,10 @@ def equalize(
     """Colours `speech` by a random smooth curve, for training only: other rooms, microphones and throats.
 
     The curve goes through `bands` points, evenly spaced in octaves from 100 Hz to half the rate, each drawn from a
-    normal distribution of `spread_db`.
+    normal distribution of `spread_db`. Clips that have a mel already stay as they are.
     """
     for sample in data:
-        if mode == "train":
+        if mode == "train" and "speech_feat" not in sample:
             gains = np.array([random.gauss(0, spread_db) for _ in range(bands)])
             speech = _coloured(sample["speech"], sample_rate, gains)
             sample = {**sample, "speech": speech / speech.abs().max().clamp(min=1)}
@@ -226,12 +233,49 @@ def _coloured(speech: Tensor, sample_rate: int, gains_db: np.ndarray) -> Tensor:
 
 
 def compute_fbank(
-    data: Iterable[Sample], feat_extractor: Callable[[Tensor], Tensor], mode: str = "train"
+    data: Iterable[Sample],
+    feat_extractor: Callable[[Tensor], Tensor],
+    num_frames: int | None = None,
+    mode: str = "train",
 ) -> Iterator[Sample]:
-    """Adds `speech_feat` (T, M), the log-mel of `speech`."""
+    """Adds `speech_feat` (T, M), the log-mel of `speech`, unless it is there.
+
+    num_frames: samples of a speech token, for models whose tokens and mel frames must fit together, see `_aligned`.
+    """
     for sample in data:
-        mel = feat_extractor(sample["speech"])  # (1, M, T)
-        yield {**sample, "speech_feat": mel.squeeze(0).transpose(0, 1)}  # (1, M, T) -> (T, M)
+        sample = _aligned(sample, num_frames)
+        if "speech_feat" not in sample:
+            mel = feat_extractor(sample["speech"])  # (1, M, T)
+            sample = {**sample, "speech_feat": mel.squeeze(0).transpose(0, 1)}  # (1, M, T) -> (T, M)
+        yield sample
+
+
+def compute_whisper_fbank(
+    data: Iterable[Sample], num_frames: int | None = None, mode: str = "train"
+) -> Iterator[Sample]:
+    """Adds `whisper_feat` (T, 128), what the speech tokenizer hears of `speech`, 100 frames a second.
+
+    num_frames: as in `compute_fbank`.
+    """
+    for sample in data:
+        sample = _aligned(sample, num_frames)
+        wav_16k = audio.resample(sample["speech"], sample["sample_rate"], audio.PROMPT_RATE_HZ)
+        features = audio.whisper_log_mel(wav_16k)  # (1, 128, T)
+        yield {**sample, "whisper_feat": features.squeeze(0).transpose(0, 1)}  # (1, 128, T) -> (T, 128)
+
+
+def _aligned(sample: Sample, token_samples: int | None) -> Sample:
+    """Return the sample with as many speech tokens as `speech` lasts, which ends with a whole token.
+
+    `speech` gets zeros up to the end of its last token; then both are cut to the shorter. A window of a recording stays
+    as it is, since its tokens are those of the whole: zeros at its end would be sound that the vocoder learns.
+    """
+    if token_samples is None or sample.get("is_window"):
+        return sample
+    speech = F.pad(sample["speech"], (0, -sample["speech"].size(1) % token_samples))
+    tokens = sample["speech_token"]
+    count = min(len(tokens), speech.size(1) // token_samples)
+    return {**sample, "speech": speech[:, : count * token_samples], "speech_token": tokens[:count]}
 
 
 def compute_f0(data: Iterable[Sample], sample_rate: int, hop_size: int, mode: str = "train") -> Iterator[Sample]:
@@ -269,8 +313,8 @@ def shuffle(data: Iterable[Sample], shuffle_size: int = 10000, mode: str = "trai
 
 def sort(data: Iterable[Sample], sort_size: int = 500, mode: str = "train") -> Iterator[Sample]:
     """Sorts runs of `sort_size` samples by frames, so that a batch holds similar lengths."""
-    for buffer in _runs(data, sort_size):
-        yield from sorted(buffer, key=_frames)
+    for buffer in runs(data, sort_size):
+        yield from sorted(buffer, key=frame_count)
 
 
 def batch(
@@ -285,83 +329,40 @@ def batch(
     Frames are those of the mel spectrogram, or the speech tokens of samples without one.
     """
     if batch_type == "static":
-        return _runs(data, batch_size)
+        return runs(data, batch_size)
     if batch_type == "dynamic":
-        return _runs_of_frames(data, max_frames_in_batch)
+        return runs_of_frames(data, max_frames_in_batch)
     raise InputError(f"batch_type {batch_type!r} is not known; use 'static' or 'dynamic'")
 
 
 def padding(
-    data: Iterable[list[Sample]], use_spk_embedding: bool, mode: str = "train", gan: bool = False
+    data: Iterable[list[Sample]], use_spk_embedding: bool, mode: str = "train", gan: bool = False, dpo: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Lists of samples -> dicts of zero-padded tensors, the longest waveform first.
 
     `utts`, `text`: lists (B). `text_token`, `speech_token` (B, L) int64, each with its lengths `<name>_len`
     (B,) int32. `utt_embedding`, `spk_embedding` (B, 192); `embedding` is the speaker's where
-    `use_spk_embedding`, else the utterance's. `speech_feat` (B, T, M) and `text_place` (B, S), with their
-    lengths, are there where the samples have them. `gan` adds `speech` (B, samples) and `pitch_feat` (B, T).
+    `use_spk_embedding`, else the utterance's. `speech_feat` (B, T, M), `whisper_feat` (B, T, 128) and `text_place`
+    (B, S), with their lengths, are there where the samples have them. `gan` adds `speech` (B, samples) and
+    `pitch_feat` (B, T), `dpo` adds `reject_speech_token` (B, L) int64.
     """
     for samples in data:
         samples = sorted(samples, key=lambda sample: -sample["speech"].size(1))
-        padded: dict[str, Any] = {
+        result: dict[str, Any] = {
             "utts": [sample.get("utt") for sample in samples],
             "text": [sample.get("text") for sample in samples],
-            **_padded("text_token", _token_tensors(samples, "text_token")),
-            **_padded("speech_token", _token_tensors(samples, "speech_token")),
         }
+        for name in ("text_token", "speech_token", *(["reject_speech_token"] if dpo else [])):
+            result |= padded(name, token_tensors(samples, name))
         for name in VECTORS:
             if len({sample[name].shape for sample in samples}) > 1:
-                raise InputError(f"the {name} of {padded['utts']} differ in size; run tools/extract_embedding.py again")
-            padded[name] = torch.stack([sample[name] for sample in samples])
-        for name in ("speech_feat", "text_place"):
+                raise InputError(f"the {name} of {result['utts']} differ in size; run tools/extract_embedding.py again")
+            result[name] = torch.stack([sample[name] for sample in samples])
+        for name in ("speech_feat", "whisper_feat", "text_place"):
             if name in samples[0]:
-                padded |= _padded(name, [sample[name] for sample in samples])
+                result |= padded(name, [sample[name] for sample in samples])
         if gan:
-            padded |= _padded("speech", [sample["speech"].squeeze(0) for sample in samples])
-            padded |= _padded("pitch_feat", [sample["pitch_feat"] for sample in samples])
-        padded["embedding"] = padded["spk_embedding" if use_spk_embedding else "utt_embedding"]
-        yield padded
-
-
-def _frames(sample: Sample) -> int:
-    return len(sample["speech_feat" if "speech_feat" in sample else "speech_token"])
-
-
-def _runs(data: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
-    """Consecutive runs of `size` samples; the last may be shorter."""
-    run: list[Sample] = []
-    for sample in data:
-        run.append(sample)
-        if len(run) == size:
-            yield run
-            run = []
-    if run:
-        yield run
-
-
-def _runs_of_frames(data: Iterable[Sample], max_frames: int) -> Iterator[list[Sample]]:
-    """Consecutive runs whose padded size, longest length times count, is at most `max_frames`.
-
-    A sample that is too long by itself makes a run of its own.
-    """
-    run: list[Sample] = []
-    longest = 0
-    for sample in data:
-        longest = max(longest, _frames(sample))
-        if run and longest * (len(run) + 1) > max_frames:
-            yield run
-            run, longest = [], _frames(sample)
-        run.append(sample)
-    if run:
-        yield run
-
-
-def _token_tensors(samples: list[Sample], name: str) -> list[Tensor]:
-    """Ids as int64, copied: Arrow's arrays are read-only."""
-    return [torch.from_numpy(np.array(sample[name], dtype=np.int64)) for sample in samples]
-
-
-def _padded(name: str, items: list[Tensor]) -> dict[str, Tensor]:
-    """{name: (B, L, ...), name_len: (B,) int32}"""
-    lengths = torch.tensor([len(item) for item in items], dtype=torch.int32)
-    return {name: pad_sequence(items, batch_first=True), f"{name}_len": lengths}
+            result |= padded("speech", [sample["speech"].squeeze(0) for sample in samples])
+            result |= padded("pitch_feat", [sample["pitch_feat"] for sample in samples])
+        result["embedding"] = result["spk_embedding" if use_spk_embedding else "utt_embedding"]
+        yield result

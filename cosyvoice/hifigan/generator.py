@@ -14,8 +14,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 from cosyvoice.hifigan.resblock import ResBlock
-from cosyvoice.hifigan.source import SourceModuleHnNSF
-from cosyvoice.utils.errors import InputError
+from cosyvoice.hifigan.source import FrameSineGen, SineGen, SourceModuleHnNSF
 from cosyvoice.utils.frames import SAMPLE_RATE_HZ
 
 MAX_LOG_MAGNITUDE = log(100.0)  # of one spectral bin: exp() of an untrained head, and its gradient, must not overflow
@@ -23,12 +22,9 @@ INITIAL_LOG_MAGNITUDE = -4.0  # of every bin: about the level of speech
 
 
 class HiFTGenerator(nn.Module):
-    """Vocoder: 80 mel bins at 22050 / 256 frames a second -> samples in [-audio_limit, audio_limit].
+    """Vocoder: mel frames of 80 bins -> samples in [-audio_limit, audio_limit].
 
-    Keyword arguments are those of the shipped YAML.
-
-    Raises:
-        InputError: the sampling rate is not 22050 Hz; models of 24 kHz use another sine generator.
+    Keyword arguments are those of the shipped YAML. A frame becomes `samples_per_frame` samples.
     """
 
     def __init__(
@@ -53,19 +49,16 @@ class HiFTGenerator(nn.Module):
         f0_predictor: nn.Module,
     ) -> None:
         super().__init__()
-        if sampling_rate != SAMPLE_RATE_HZ:
-            raise InputError(
-                f"hift: sampling_rate {sampling_rate} is not supported, only {SAMPLE_RATE_HZ}; "
-                "use a CosyVoice-300M folder (CosyVoice2 works at 24000 Hz)"
-            )
         self.n_fft, self.hop = istft_params["n_fft"], istft_params["hop_len"]
         self.samples_per_frame = prod(upsample_rates) * self.hop
         self.lrelu_slope, self.audio_limit = lrelu_slope, audio_limit
         bins = self.n_fft // 2 + 1
 
-        self.m_source = SourceModuleHnNSF(
-            sampling_rate, nb_harmonics, nsf_alpha, nsf_sigma, nsf_voiced_threshold
-        )
+        options = (sampling_rate, nb_harmonics, nsf_alpha, nsf_sigma, nsf_voiced_threshold)
+        # upstream chooses by the rate too: the weights are trained with one or the other
+        by_sample = sampling_rate == SAMPLE_RATE_HZ
+        sine_gen = SineGen(*options) if by_sample else FrameSineGen(self.samples_per_frame, *options)
+        self.m_source = SourceModuleHnNSF(sine_gen)
         self.conv_pre = weight_norm(nn.Conv1d(in_channels, base_channels, 7, padding=3))
         self.ups, self.source_downs = nn.ModuleList(), nn.ModuleList()
         self.source_resblocks, self.resblocks = nn.ModuleList(), nn.ModuleList()

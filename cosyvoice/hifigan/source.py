@@ -7,6 +7,7 @@ waveform model for statistical parametric speech synthesis", section III).
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.utils.draws import generator
@@ -14,6 +15,8 @@ from cosyvoice.utils.draws import generator
 
 class SineGen(nn.Module):
     """Sines at the multiples 1..harmonics of the pitch, with weak noise; noise alone where there is no voice.
+
+    The phase adds up sample by sample, from a random start: the source of 22.05 kHz models.
 
     Args:
         samp_rate: samples per second
@@ -34,44 +37,84 @@ class SineGen(nn.Module):
         self.voiced_threshold = voiced_threshold
 
     def draw(self, f0: Tensor) -> tuple[Tensor, Tensor]:
-        """Random phases U(-pi, pi) (B, H, 1) and standard normal noise (B, H, N) for a pitch track (B, 1, N).
+        """Draw phases U(-pi, pi) (B, H, 1) and standard normal noise (B, H, N) for a pitch track (B, 1, N).
 
         The order of the draws is upstream's, so that a seed gives the same waveform; on the CPU, see `draw_noise` of
         `flow_matching.py`.
         """
         batch, _, samples = f0.shape
         phase = (torch.rand(batch, self.harmonics, 1, generator=generator()) * 2 - 1) * math.pi
-        noise = torch.randn(batch, self.harmonics, samples, generator=generator())
+        noise = self.normal(batch, samples)
         torch.randn(batch, samples, 1, generator=generator())  # upstream's unused branch: advances the generator
         return phase.to(f0.device), noise.to(f0.device)
+
+    def normal(self, batch: int, samples: int) -> Tensor:
+        """Draw standard normal noise (B, H, N)."""
+        return torch.randn(batch, self.harmonics, samples, generator=generator())
+
+    def phases(self, turns: Tensor, start: Tensor) -> Tensor:
+        """Return the phases (B, H, N) in radians.
+
+        turns: (B, H, N), what each sample adds, in turns; start: (B, H, 1), radians.
+        """
+        start[:, 0] = 0  # the fundamental starts at zero
+        return 2 * math.pi * (torch.cumsum(turns, dim=-1) % 1) + start
 
     @torch.no_grad()
     def forward(self, f0: Tensor) -> tuple[Tensor, Tensor]:
         """Pitch per sample in Hz (B, 1, N) -> sines (B, H, N), voiced 1.0 or 0.0 (B, 1, N)."""
-        phase, noise = self.draw(f0)
-        phase[:, 0] = 0  # the fundamental starts at zero
+        start, noise = self.draw(f0)
         k = torch.arange(1, self.harmonics + 1, device=f0.device).view(1, -1, 1)
-        turns = torch.cumsum(f0 * k / self.sampling_rate, dim=-1) % 1  # (B, H, N)
-        sines = self.sine_amp * torch.sin(2 * math.pi * turns + phase)
+        sines = self.sine_amp * torch.sin(self.phases(f0 * k / self.sampling_rate, start))
         voiced = (f0 > self.voiced_threshold).to(f0.dtype)
         noise_std = voiced * self.noise_std + (1 - voiced) * self.sine_amp / 3
         return sines * voiced + noise_std * noise, voiced
 
 
+class FrameSineGen(SineGen):
+    """A SineGen whose phase adds up frame by frame, and is a straight line from one frame's middle to the next.
+
+    Before the first middle and after the last the phase stands still. The source of 24 kHz models.
+
+    The start phase is drawn, but has no effect: upstream adds it to the very first sample, where its interpolation
+    never looks. Without the draw a seed would give another waveform.
+
+    Args:
+        samples_per_frame: the pitch must be constant within a frame
+        options: those of SineGen, in its order
+    """
+
+    def __init__(self, samples_per_frame: int, *options: float) -> None:
+        super().__init__(*options)
+        self.samples_per_frame = samples_per_frame
+
+    def normal(self, batch: int, samples: int) -> Tensor:
+        """Draw standard normal noise (B, H, N).
+
+        torch fills a transposed tensor one number at a time, from other numbers than a plain one: upstream's is one.
+        """
+        noise = torch.empty(batch, self.harmonics, samples).transpose(1, 2)  # (B, N, H)
+        return noise.normal_(generator=generator()).transpose(1, 2)  # (B, N, H) -> (B, H, N)
+
+    def phases(self, turns: Tensor, start: Tensor) -> Tensor:
+        """Return the phases (B, H, N) in radians.
+
+        turns: (B, H, N), what each sample adds, in turns; start: without effect.
+        """
+        per_frame = turns[..., :: self.samples_per_frame] % 1  # (B, H, T)
+        # float64: the sum counts thousands of turns, of which only the fraction is heard
+        passed = torch.cumsum(per_frame.double(), dim=-1) * self.samples_per_frame
+        passed = F.interpolate(passed, size=turns.shape[-1], mode="linear")  # (B, H, T) -> (B, H, N)
+        return 2 * math.pi * (passed % 1).to(turns.dtype)
+
+
 class SourceModuleHnNSF(nn.Module):
     """Mixes the harmonics into one excitation signal."""
 
-    def __init__(
-        self,
-        sampling_rate: int,
-        harmonic_num: int = 0,
-        sine_amp: float = 0.1,
-        add_noise_std: float = 0.003,
-        voiced_threshold: float = 0,
-    ) -> None:
+    def __init__(self, sine_gen: SineGen) -> None:
         super().__init__()
-        self.l_sin_gen = SineGen(sampling_rate, harmonic_num, sine_amp, add_noise_std, voiced_threshold)
-        self.l_linear = nn.Linear(harmonic_num + 1, 1)
+        self.l_sin_gen = sine_gen
+        self.l_linear = nn.Linear(sine_gen.harmonics, 1)
 
     def forward(self, f0: Tensor) -> Tensor:
         """Pitch per sample in Hz (B, 1, N) -> source (B, 1, N), within (-1, 1)."""

@@ -1,13 +1,16 @@
 """A base model's folder: which files it has, where they lie, and what they say about the model."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cosyvoice.model_folder.model_yaml import load_model_yaml
+from cosyvoice.model_folder.fingerprints import fingerprint_file
+from cosyvoice.model_folder.model_yaml import load_model_yaml, spelled
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frames import Rates
 
 MOST_THREADS = 1024
 
@@ -16,20 +19,43 @@ MOST_THREADS = 1024
 class Generation:
     """What all model folders of one generation share."""
 
-    name: str  # as its users call it
+    models: tuple[str, ...]  # as their users call them, and their folders; the first one is looked for first
     yaml: str
     speech_tokenizer: str
-    download: str  # where it comes from
+    token_rate: int  # speech tokens a second, where the YAML does not say
+    text_model: str | None = None  # folder with configuration and tokenizer of the text model it goes on from
+    finetuning: Mapping[str, Any] = field(default_factory=dict)  # settings that differ from those in config.py
+
+    @property
+    def name(self) -> str:
+        return self.models[0]
+
+    @property
+    def download(self) -> str:
+        return f"FunAudioLLM/{self.name}"
 
 
 COSYVOICE_300M = Generation(
-    name="CosyVoice-300M",
+    models=("CosyVoice-300M", "CosyVoice-300M-SFT", "CosyVoice-300M-Instruct"),
     yaml="cosyvoice.yaml",
     speech_tokenizer="speech_tokenizer_v1.onnx",
-    download="FunAudioLLM/CosyVoice-300M",
+    token_rate=50,
 )
-GENERATIONS = (COSYVOICE_300M,)
-UNKNOWN_YAMLS = {"cosyvoice2.yaml": "CosyVoice2", "cosyvoice3.yaml": "CosyVoice3"}
+COSYVOICE2 = Generation(
+    models=("CosyVoice2-0.5B",),
+    yaml="cosyvoice2.yaml",
+    speech_tokenizer="speech_tokenizer_v2.onnx",
+    token_rate=25,
+    text_model="CosyVoice-BlankEN",
+    finetuning={
+        "llm_lora": {
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        },
+    },
+)
+GENERATIONS = (COSYVOICE_300M, COSYVOICE2)
+UNKNOWN_YAMLS = {"cosyvoice3.yaml": "CosyVoice3"}
+_KNOWN = " or ".join(generation.name for generation in GENERATIONS)
 
 
 def is_model_folder(path: Path) -> bool:
@@ -40,8 +66,8 @@ def is_model_folder(path: Path) -> bool:
 class ModelFolder:
     """The folder of a base model.
 
-    Nothing is read before it is asked for. Raises InputError for a folder that does not exist, and for one of a
-    generation that the suite does not know.
+    Nothing is read before it is asked for. Raises InputError for a folder that does not exist, one of a generation that
+    the suite does not know, and one that could be of two.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -49,11 +75,14 @@ class ModelFolder:
         if not self.path.is_dir():
             source = f"https://huggingface.co/{COSYVOICE_300M.download}"
             raise InputError(f"there is no model folder {path}; download {COSYVOICE_300M.name} from {source}")
+        found = [generation for generation in GENERATIONS if (self.path / generation.yaml).is_file()]
+        if len(found) > 1:
+            names = " and ".join(generation.yaml for generation in found)
+            raise InputError(f"{path} has {names}. Remove the one that its weights do not belong to")
         for name, model in UNKNOWN_YAMLS.items():
             if (self.path / name).exists():
-                raise InputError(f"{path} is a {model} folder; use CosyVoice-300M, -SFT or -Instruct")
-        known = [generation for generation in GENERATIONS if (self.path / generation.yaml).is_file()]
-        self.generation = known[0] if known else COSYVOICE_300M  # reading it says what is missing
+                raise InputError(f"{path} is a {model} folder; use {_KNOWN}")
+        self.generation = found[0] if found else COSYVOICE_300M  # reading its YAML says what is missing
 
     @property
     def yaml(self) -> Path:
@@ -76,9 +105,31 @@ class ModelFolder:
         """Return the file of a part's weights: llm, flow or hift."""
         return self.path / f"{part}.pt"
 
+    def encoders(self) -> str:
+        """Return what tells apart models whose tokens and vectors mean different things, as a SHA-256 in hexadecimal.
+
+        It is made of both encoders and the text tokenizer. Raises InputError if the file of an encoder is missing.
+        """
+        files = self.speech_tokenizer, self.speaker_encoder
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"{file} does not exist; copy it from the {self.generation.name} download")
+        tokenizer = self.parts(["get_tokenizer"])["get_tokenizer"]
+        content = " ".join([*map(fingerprint_file, files), str(spelled(tokenizer))])
+        return hashlib.sha256(content.encode()).hexdigest()
+
     def parts(self, names: Sequence[str], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the named entries of the YAML, built. See `load_model_yaml`."""
-        return load_model_yaml(self.yaml, names, dict(defaults or {}))
+        text_model = self.generation.text_model
+        overrides = {"qwen_pretrain_path": str(self.path / text_model)} if text_model else {}
+        return load_model_yaml(self.yaml, names, dict(defaults or {}), overrides)
+
+    @cached_property
+    def rates(self) -> Rates:
+        """The rates of samples, mel frames and speech tokens."""
+        names = ("sample_rate", "feat_extractor", "token_frame_rate")
+        found = self.parts(names, {"token_frame_rate": self.generation.token_rate})
+        return Rates.of_yaml(*(found[name] for name in names))
 
     @cached_property
     def _for_users(self) -> dict[str, Any]:
@@ -94,7 +145,7 @@ class ModelFolder:
         found = self._for_users["finetuning"]
         if not isinstance(found, dict):
             raise InputError(f"{self.yaml}: finetuning holds {found!r}. Give settings of config.py by their names")
-        return found
+        return merged_settings(self.generation.finetuning, found)
 
     @property
     def threads(self) -> int | None:
@@ -103,3 +154,12 @@ class ModelFolder:
         if found is not None and (type(found) is not int or not 1 <= found <= MOST_THREADS):
             raise InputError(f"{self.yaml}: threads is {found!r}. Give a number from 1 to {MOST_THREADS}")
         return found
+
+
+def merged_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with changes; where both hold a mapping, that of the first is changed in turn."""
+    merged = dict(settings)
+    for name, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = {**merged[name], **value} if both else value
+    return merged

@@ -30,6 +30,56 @@ class WarmupLR(LRScheduler):
         self.last_epoch = step
 
 
+class ConstantLR(LRScheduler):
+    """The optimiser's lr, unchanged.
+
+    warmup_steps has no effect: CosyVoice2's recipe keeps it in scheduler_conf beside `scheduler: constantlr`.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int = 0) -> None:
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        return self.base_lrs
+
+
+class NoamHoldAnnealing(LRScheduler):
+    """Linear rise to the optimiser's lr, a hold, then decay with a power of the step.
+
+    lr_n = lr * min(1, (n + 1) / (w + 1)) up to step w + h, then lr * (w / (n - h))^d, and never below min_lr there;
+    n = 0, 1, ... counts steps, w = warmup_steps, h = hold_steps, d = decay_rate. Behind step max_steps it is min_lr.
+    The schedule of Squeezeformer (Kim et al. 2022).
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 0,
+        hold_steps: int = 0,
+        decay_rate: float = 0.5,
+        min_lr: float = 0.0,
+        max_steps: int | None = None,
+    ) -> None:
+        """Raises InputError where warm-up and hold do not end before max_steps."""
+        if max_steps is not None and warmup_steps + hold_steps >= max_steps:
+            raise InputError(
+                f"NoamHoldAnnealing: warmup_steps {warmup_steps} and hold_steps {hold_steps} "
+                f"fill max_steps {max_steps}. Give a larger max_steps, or none"
+            )
+        self.warmup_steps, self.hold_steps, self.max_steps = warmup_steps, hold_steps, max_steps
+        self.decay_rate, self.min_lr = decay_rate, min_lr
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        n, w, h = self.last_epoch, self.warmup_steps, self.hold_steps
+        if self.max_steps is not None and n > self.max_steps:
+            return [self.min_lr for _ in self.base_lrs]
+        if n <= w + h:
+            return [lr * min(1.0, (n + 1) / (w + 1)) for lr in self.base_lrs]
+        scale = (max(1, w) / (n - h)) ** self.decay_rate
+        return [max(lr * scale, self.min_lr) for lr in self.base_lrs]
+
+
 class CosineLR(LRScheduler):
     """The optimiser's lr times `learning_rate_factor`; the steps are the optimiser's."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, is_silent, kaldi_fbank, whisper_log_mel
 from cosyvoice.utils.errors import InputError, is_memory_trouble
-from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
+from cosyvoice.utils.frames import SPEAKER_DIMENSIONS, TOKEN_RATE_HZ
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -41,7 +41,7 @@ class SpeechEncoder:
 
     def _load(self) -> "InferenceSession":
         if not self.path.is_file():
-            raise InputError(f"{self.path} does not exist; copy it from the CosyVoice-300M download")
+            raise InputError(f"{self.path} does not exist. Copy it from the model's download")
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
@@ -81,16 +81,21 @@ class SpeechEncoder:
         except (ValueError, failures.InvalidArgument, failures.Fail, failures.RuntimeException) as error:
             if is_memory_trouble(error):
                 raise RuntimeError(f"{self.path}: {error}") from error
-            raise InputError(f"{self.path} takes other inputs; copy CosyVoice-300M's file again") from error
+            raise InputError(f"{self.path} takes other inputs. Copy the file of its own model again") from error
         return torch.from_numpy(output)
 
 
 class SpeechTokenizer(SpeechEncoder):
-    """speech_tokenizer_v1.onnx: 50 tokens a second.
+    """speech_tokenizer_v1.onnx, of 50 tokens a second, or speech_tokenizer_v2.onnx, of 25.
 
     Inputs `feats` float32 (1, 128, T) Whisper log-mel at 100 frames a second, and `feats_length` int32 (1,);
-    output int32 (1, about T / 2).
+    output int32 (1, about T / 100 * token_rate_hz).
     """
+
+    def __init__(self, path: Path | str, device: str = "auto", token_rate_hz: int = TOKEN_RATE_HZ) -> None:
+        """token_rate_hz: of the model that the file belongs to; the file itself does not tell it."""
+        super().__init__(path, device)
+        self.token_rate_hz = token_rate_hz
 
     def __call__(self, wav_16k: Tensor) -> Tensor:
         """Tokens int32 (1, N) of (1, samples) at 16 kHz. Raises InputError where there are none."""

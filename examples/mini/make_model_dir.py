@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model_dir", type=Path, required=True, help="folder to write")
     options = parser.parse_args(argv)
 
-    from cosyvoice.model_folder.weights import fingerprint_file, read_state_dict
+    from cosyvoice.model_folder.fingerprints import fingerprint_file
+    from cosyvoice.model_folder.weights import read_state_dict
     from cosyvoice.utils.errors import InputError
     from cosyvoice.utils.file_utils import atomic_write, copy_file, save_tensors
 

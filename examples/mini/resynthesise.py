@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from tqdm import tqdm
 
+    from clips.recordings import find_recordings
     from cosyvoice.cli.cosyvoice import CosyVoice
     from cosyvoice.utils.file_utils import atomic_write
-    from recordings import find_recordings
     from speaking import write_wav
 
     model_dir = find_model_dir(options.model_dir)

@@ -23,7 +23,7 @@ import torch
 from models import tiny_model_dir
 from parity import PARITY_DIR
 
-from clip_files import SCHEMA
+from clips.recordings import find_recordings
 from config import JOINT_TRAINING_CONFIG, MODES
 from cosyvoice.cli.frontend import read_spk2info
 from cosyvoice.model_folder.model_yaml import load_model_yaml
@@ -31,8 +31,7 @@ from cosyvoice.model_folder.weights import load_strict, read_state_dict
 from cosyvoice.tokenizer.phones import read_lexicon
 from cosyvoice.utils.audio import read_wav
 from cosyvoice.utils.errors import InputError
-from dataset import COLUMNS, check_row, collate, read_rows, to_clip
-from recordings import find_recordings
+from dataset import COLUMNS, SCHEMA, check_row, collate, read_rows, to_clip
 from speaking import choose_voice, read_vector
 from tools.kaldi_folder import read_numbers, read_table
 from tools.make_parquet_list import schema

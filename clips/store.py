@@ -1,6 +1,5 @@
-"""Prepared clips on disk: the columns of the parquet files, and how a run's files replace those before."""
+"""Prepared clips on disk: how a run's parquet files replace those before."""
 
-import hashlib
 import shutil
 import threading
 from collections.abc import Sequence
@@ -12,52 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cosyvoice.model_folder.folder import ModelFolder
-from cosyvoice.model_folder.model_yaml import spelled
-from cosyvoice.model_folder.weights import fingerprint_file
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write
+from dataset import SCHEMA
 
 CLIPS_PER_FILE = 100
 UNFINISHED = ".unfinished"  # folder of the rows that an interrupted run had made
 
 _saving = threading.Lock()  # two copies of a recording are one file
-
-SCHEMA = pa.schema(
-    {
-        "utt": pa.string(),  # the recording's file name without suffix
-        "wav": pa.string(),  # path of the recording
-        "audio_data": pa.binary(),  # its bytes
-        "text": pa.string(),  # what is said, as written
-        "spk": pa.string(),  # name of the speaker
-        "utt_embedding": pa.list_(pa.float32(), 192),  # the clip's speaker vector, L2 norm 1
-        "spk_embedding": pa.list_(pa.float32(), 192),  # mean of all utt_embedding, L2 norm 1
-        "speech_token": pa.list_(pa.int32()),  # (N,), 50 a second
-        "text_token": pa.list_(pa.int32()),  # (L,), of the normalised text
-        "speech_feat": pa.list_(pa.float32()),  # (T, 80) natural log-mel at 22.05 kHz, hop 256, row after row
-        "speech_feat_shape": pa.list_(pa.int32(), 2),  # [T, 80]
-        "seconds": pa.float32(),
-        "peak_dbfs": pa.float32(),  # 0 is full scale
-        "silence_share": pa.float32(),  # of the frames of 20 ms: 40 dB or more below the loudest
-        "content_hash": pa.string(),  # SHA-256 of what the row was made from
-        "encoders": pa.string(),  # `encoders_of` the model folder that it was made with
-    }
-)
-
-
-def encoders_of(model_dir: Path) -> str:
-    """What tells apart models whose tokens and vectors mean different things: a SHA-256 of encoders and tokenizer.
-
-    Raises InputError where one of the encoders' files is missing.
-    """
-    folder = ModelFolder(model_dir)
-    encoders = folder.speech_tokenizer, folder.speaker_encoder
-    for path in encoders:
-        if not path.is_file():
-            raise InputError(f"{path} does not exist; copy it from the {folder.generation.name} download")
-    hashes = [fingerprint_file(path) for path in encoders]
-    tokenizer = folder.parts(["get_tokenizer"])["get_tokenizer"]
-    return hashlib.sha256(" ".join((*hashes, str(spelled(tokenizer)))).encode()).hexdigest()
 
 
 def with_column(table: pa.Table, name: str, values: Sequence[Any]) -> pa.Table:

@@ -8,15 +8,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from clip_checks import MAX_SECONDS, Outcome, check_pace, check_waveform, warnings_of, without_edges
-from clip_files import SCHEMA, encoders_of, with_column
+from clips.checks import MAX_SECONDS, Outcome, check_pace, check_waveform, warnings_of, without_edges
+from clips.recordings import AUDIO_KINDS, Recording
+from clips.store import with_column
 from cosyvoice.cli.frontend import FRONTEND_PARTS, open_front_end
+from cosyvoice.model_folder.fingerprints import fingerprint_file
 from cosyvoice.model_folder.folder import ModelFolder
-from cosyvoice.model_folder.weights import fingerprint_file
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, read_wav, resample
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import TOKEN_RATE_HZ
-from recordings import AUDIO_KINDS, Recording
+from dataset import SCHEMA
 from utils import decode_text
 
 ROW_VERSION = "2"  # raise it when rows are made differently, so that old ones are made anew
@@ -39,7 +40,7 @@ class ClipMaker:
         self.frontend.speech_tokenizer.open()
         self.frontend.speaker_encoder.open()
         self.known, self.edge_seconds = known, edge_seconds
-        self._encoders = encoders_of(model_dir)
+        self._encoders = folder.encoders()
         yaml = fingerprint_file(folder.yaml)
         how = [ROW_VERSION, edge_seconds, self.frontend.normalizer.wetext, yaml, self._encoders]
         self._made_with = " ".join(map(str, how)).encode()
