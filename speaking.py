@@ -126,7 +126,8 @@ def add_voice(parser: argparse.ArgumentParser) -> None:
     voice.add_argument(
         "--precision",
         metavar="float32|float16|bfloat16|int8",
-        help="of LLM and Flow on a CPU: float32 is exact, int8 fastest (default: int8 on Intel and AMD, else float32)",
+        help="of LLM and Flow: float32 is exact, int8 fastest on a CPU; a GPU takes float32 or float16 (default: int8 "
+        "on Intel and AMD, else float32)",
     )
     voice.add_argument(
         "--batch-size", type=int, default=8, help="sentences the LLM writes at once (default: %(default)s)"

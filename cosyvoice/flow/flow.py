@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from cosyvoice.flow.flow_matching import ConditionalCFM
 from cosyvoice.flow.length_regulator import InterpolateRegulator
 from cosyvoice.flow.mel_regressor import MelRegressor
-from cosyvoice.transformer.precision import MANY_FRAMES
+from cosyvoice.transformer.precision import MANY_FRAMES, conversion
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import TOKEN_RATE_HZ, mel_frames
 from cosyvoice.utils.mask import make_pad_mask
@@ -98,7 +98,7 @@ class MaskedDiffWithXvec(nn.Module):
 
         precision: a name in `MANY_FRAMES`. Names of weights change: this is for a model that only speaks from now on.
         """
-        self.decoder.prepare_inference(MANY_FRAMES[precision])
+        self.decoder.prepare_inference(conversion(self, precision, MANY_FRAMES))
 
     @torch.inference_mode()
     def inference(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cosyvoice.transformer.decoding import MOST_CAPTURED_FRAMES, CapturedStepsPool, prepare_stack
 from cosyvoice.transformer.encoder import ConformerEncoder, TransformerEncoder
 from cosyvoice.transformer.label_smoothing_loss import LabelSmoothingLoss
-from cosyvoice.transformer.precision import LINEARS
+from cosyvoice.transformer.precision import conversion
 from cosyvoice.utils.common import IGNORE_ID, pad_list, th_accuracy
 from cosyvoice.utils.errors import InputError
 
@@ -138,7 +138,7 @@ class TransformerLM(nn.Module):
 
         precision: a name in `LINEARS`. Names of weights change, so this is for a model that only speaks from now on.
         """
-        convert = LINEARS[precision]
+        convert = conversion(self, precision)
         prepare_stack(self.llm, convert)
         self.llm_decoder = convert(self.llm_decoder)
         if self.can_be_captured and self.llm_embedding.weight.is_cuda:

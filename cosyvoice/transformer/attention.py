@@ -26,6 +26,11 @@ class AttentionCache:
     def capacity(self) -> int:
         return self.keys.size(2)
 
+    def first(self, rows: int) -> "AttentionCache":
+        """The first rows alone, as views: what is written there is in this cache, too."""
+        positions = self.positions[:, :, self.capacity - rows :]
+        return AttentionCache(self.keys[:, :, :rows], self.values[:, :, :rows], positions, self.length)
+
     @classmethod
     def joined(cls, caches: "Sequence[AttentionCache]") -> "AttentionCache":
         """One cache of several sequences (one item each), which all end at its `length`; rows before them are zero."""
