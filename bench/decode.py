@@ -8,8 +8,8 @@ measured, and all precisions and places take turns, so that other load falls on 
 which the machine reads the weights of blocks and head, over the time taken at the first place. The error is that of
 log-probabilities along a sentence that float32 wrote, fed token by token. Each row follows as a line of JSON.
 
-On CUDA a step is captured when it is first needed, also where a sequence grows beyond the graphs that are there: that is
-in `most`, not in the median.
+On CUDA a step is captured when it is first needed, also where a sequence grows beyond the graphs that are there. That
+shows in the most milliseconds, not in the median.
 """
 
 import argparse

@@ -37,7 +37,10 @@ BENCHES = tuple(
 # Each layer imports only from those after it; modules of one layer may use each other, scripts may not.
 FLAT_LAYERS = (
     SCRIPTS,
-    ("clip_checks", "clips", "clip_files", "dataset", "llm_flow_model", "recordings", "speaking", "training", "voice"),
+    (
+        *("clip_checks", "clips", "clip_files", "dataset", "llm_flow_model", "memory", "recordings", "speaking"),
+        *("training", "voice"),
+    ),
     ("lora", "utils", "config"),
     ("cosyvoice",),
     ("matcha",),

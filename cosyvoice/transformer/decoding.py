@@ -71,9 +71,9 @@ class CapturedSteps:
 
     The hundreds of small kernels of a step take longer to launch than to run. A graph repeats the same kernels on the
     same memory, so the cache keeps its size and place, and what differs between steps, the token and the row that it
-    takes in the cache, is read from the device's memory. A graph attends to a fixed number of rows, of which those after
-    the token weigh nothing. So there is one for the first 256 rows, one for twice as many, and so on up to the whole
-    cache; each step replays the shortest that holds its row. On a CPU each step is computed, to the same numbers.
+    takes in the cache, is read from the device's memory. A graph attends to a fixed number of rows; those after the
+    token weigh nothing. So there is one for the first 256 rows, one for twice as many, and so on up to the whole cache,
+    and each step replays the shortest that holds its row. On a CPU each step is computed, to the same numbers.
     """
 
     def __init__(self, stack: TransformerEncoder, embedding: nn.Embedding, head: nn.Module, capacity: int) -> None:

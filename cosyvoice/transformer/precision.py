@@ -72,7 +72,7 @@ ON_GPU = ("float32", "float16")
 def conversion(module: nn.Module, precision: str, forms: Mapping[str, Convert] = LINEARS) -> Convert:
     """Return what gives a linear layer of `module` the form for `precision`.
 
-    On a GPU, float16 is a matter of the whole module: it is put in half precision here, and its layers stay as they are.
+    On a GPU, float16 is a matter of the whole module: it is halved here, and its layers stay as they are.
     """
     if precision == "float16" and is_on_gpu(module):
         module.half()
