@@ -46,6 +46,7 @@ class Voice:
     weights: dict[str, Path] = field(default_factory=dict)  # merged files by part
     adapters: "Run | None" = None
     speaker: str | None = None  # the name of the trained speaker, where it is known
+    pace: float | None = None  # the most speech tokens a text token that the trained LLM's speaker takes
 
 
 @dataclass
@@ -104,8 +105,9 @@ def speak_checkpoint(checkpoint: Path, text: str, output: Path, model_dir: Path,
     """Write the wav of one text, as `inference_joint.py --adapter --batch-size 1` with the same seed does."""
     from voice import read_run
 
-    voice = Voice(adapters=read_run(checkpoint))
-    cosyvoice = load_voice(voice, voice.adapters.state["embedding"].view(1, -1), model_dir, device_name)
+    trained = read_run(checkpoint)
+    voice = Voice(adapters=trained, pace=trained.pace)
+    cosyvoice = load_voice(voice, trained.state["embedding"].view(1, -1), model_dir, device_name)
     for _ in ReadyVoice(cosyvoice, {}).speak([Line(1, text, output)], speed=1.0, seed=seed, together=1):
         pass
 
@@ -179,12 +181,14 @@ def choose_voice(args: argparse.Namespace, model_dir: Path) -> Voice:
         if doubled := weights.keys() & set(adapters.parts):
             raise InputError(f"--adapter already brings a {' and '.join(doubled)}; leave out --{' --'.join(doubled)}")
         adapters.check_base(base_fingerprints(model_dir), model_dir)
-        return Voice(weights, adapters, adapters.state["speaker"])
+        return Voice(weights, adapters, adapters.state["speaker"], adapters.pace)
     sidecar = find_sidecar(weights, args.output_dir) if weights else newest_voice(args.output_dir)
     if sidecar:
         trained, parts = f"the voice {sidecar['speaker']!r}", sidecar["files"]  # other parts are the base's own
         check_base(trained, sidecar["base"], parts, base_fingerprints(model_dir), model_dir)
-    return Voice(weights or sidecar["files"], speaker=sidecar.get("speaker"))
+    files = weights or sidecar["files"]
+    speaks_at_it = "llm" in files and "llm" in sidecar.get("files", {})  # a base LLM has a pace of its own
+    return Voice(files, speaker=sidecar.get("speaker"), pace=sidecar.get("pace") if speaks_at_it else None)
 
 
 def find_sidecar(weights: dict[str, Path], output_dir: Path) -> dict[str, Any]:
@@ -268,6 +272,7 @@ def load_voice(
     precision = precision or fastest_precision(device)
     cosyvoice = CosyVoice(model_dir, device=str(device), weights=weights, precision=precision)
     cosyvoice.frontend.spk2info[VOICE_NAME] = {"embedding": embedding}
+    cosyvoice.model.llm.pace = voice.pace
     return cosyvoice
 
 

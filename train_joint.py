@@ -232,6 +232,7 @@ def build(
         check_vocabularies,
         collate,
         find_places,
+        slowest_pace,
         speaker_embedding,
         speaker_name,
         split_clips,
@@ -244,7 +245,7 @@ def build(
     for part in parts.values():
         check_vocabularies(clips, part)
         find_places(clips, part)
-    origin = origin | {"speaker": speaker_name(clips)}
+    origin = origin | {"speaker": speaker_name(clips), "pace": slowest_pace(train)}
     model = JointModel(parts, config, args.seed, speaker_embedding(train), origin)
     if args.init:
         start_from(args.init, model, model_dir)

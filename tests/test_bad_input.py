@@ -146,6 +146,8 @@ SPOILT = [
     (("voice", "embedding"), [0.0] * 192),
     (("voice", "embedding"), torch.full((192,), torch.nan)),
     (("voice", "base", "flow"), 7),
+    (("voice", "pace"), "fast"),
+    (("voice", "pace"), float("nan")),
     (("voice", "config", "flow_lora"), {"lora_r": 8}),
     (("voice", "config", "flow_lora", "lora_r"), "8"),
     (("voice", "progress", "flow"), {}),

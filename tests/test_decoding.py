@@ -299,6 +299,32 @@ def test_a_prepared_model_speaks(plain: TransformerLM, precision: str) -> None:
     assert 6 <= len(tokens) <= 60 and all(0 <= token < llm.speech_token_size for token in tokens)
 
 
+@pytest.mark.parametrize(
+    ("pace", "text_tokens", "most"),
+    [
+        (None, 30, 600),
+        (4.0, 30, 180),
+        (4.0, 3, 60),  # 20 a text token: the model's own
+        (4.0, 9, 60),  # as 10 text tokens
+        (20.0, 30, 600),  # the model's own
+        (0.5, 30, 60),  # the model's least
+    ],
+)
+def test_a_voice_that_talks_on_is_cut(
+    plain: TransformerLM, monkeypatch: pytest.MonkeyPatch, pace: float | None, text_tokens: int, most: int
+) -> None:
+    """By the pace of its speaker, in all ways of writing."""
+    llm, text = prepared(plain, "float32"), torch.arange(text_tokens).unsqueeze(0)
+    llm.pace = pace
+    assert llm.bounds(text) == (2 * text_tokens, most)
+    monkeypatch.setattr(llm, "choose", lambda log_p, tokens, least, sampling: 7)  # never the end
+    none, empty, speaker = text[:, :0], torch.tensor([0]), torch.randn(1, 192)
+    written = llm.inference(text, torch.tensor([text_tokens]), none, empty, none, empty, speaker)
+    assert len(list(written)) == most
+    assert len(llm.best_take(text, none, none, speaker)) == most
+    assert [len(tokens) for tokens in llm.inference_together([text], speaker, [nullcontext()])] == [most]
+
+
 @pytest.mark.parametrize("takes", [1, 3])
 def test_texts_written_together_get_the_tokens_that_each_gets_alone(plain: TransformerLM, takes: int) -> None:
     llm, none, speaker = prepared(plain, "float32"), torch.zeros(1, 0, dtype=torch.int64), torch.randn(1, 192)

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from dataset import Clip, collate, speaker_embedding
 from llm_flow_model import FLOW_DRAWS, JointModel, clearly_less
 from lora import Dropout, LoRALinear, adapter_state, adapters, inject, merged
 from memory import ADAPTER_BYTES, PASSING_SHARE, PROCESS_BYTES, clips_a_pass, kept_bytes, saved_bytes, weight_bytes
+from speaking import Line, ReadyVoice
 from tools.random_model import make_random_model
 from training import FIRST_LOSS_SCALE, CheckpointKeeper, Interrupted, LossScaler, compute_precision
 from voice import merge_run, merged_path, newest_run, newest_voice, read_run
@@ -138,6 +139,48 @@ def test_modes_write_what_they_train(train, tmp_path: Path, model_dir: Path, mod
     assert speakers["ann"]["embedding"].shape == (1, 192)
     assert len(list(output.glob(f"joint_{mode}_epoch*.ckpt"))) == 2
     assert list((output / "joint_logs" / mode).rglob("events.out.tfevents*"))
+
+
+def test_the_pace_of_the_speaker_is_kept_with_an_llm_that_has_learned_it(
+    train, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = clips(7)  # of which none is held out
+    slowest = max(len(clip.speech_token) / len(clip.text_token) for clip in made)
+    spoken_at = []
+
+    def silent(voice: ReadyVoice, *_: Any) -> Iterator[Any]:
+        spoken_at.append(voice.cosyvoice.model.llm.pace)
+        yield Line(1, "", Path("1.wav")), 1.0
+
+    monkeypatch.setattr(ReadyVoice, "speak", silent)
+    output = tmp_path / "output"
+    folders = ["--model-dir", str(model_dir), "--output-dir", str(output), "--device", "cpu", "--text", "Hello."]
+
+    def pace(*options: str) -> float | None:
+        inference_joint.main([*folders, *options])
+        return spoken_at.pop()
+
+    train("--epochs", "1", made=made)
+    assert newest_voice(output)["pace"] == read_run(output / "joint_joint_last.ckpt").pace == slowest
+    assert pace() == pace("--adapter", str(output / "joint_joint_last.ckpt")) == slowest
+    assert pace("--llm", str(output / "llm_merged_joint.pt")) == slowest
+    assert pace("--flow", str(output / "flow_merged_joint.pt")) is None  # with the base's LLM
+    train("--mode", "flow_only", "--epochs", "1", made=made)
+    assert pace() is None
+    both = ["--llm", str(output / "llm_merged_joint.pt"), "--flow", str(output / "flow_merged_flow_only.pt")]
+    assert pace(*both) == slowest
+
+    for path in (output / "voice_joint.json", output / "voice_flow_only.json"):  # as older versions wrote them
+        content = json.loads(path.read_text())
+        del content["pace"]
+        path.write_text(json.dumps(content))
+    assert pace(*both) is None
+    older = torch.load(output / "joint_joint_last.ckpt")
+    del older["voice"]["pace"]
+    torch.save(older, output / "joint_joint_last.ckpt")
+    assert pace("--adapter", str(output / "joint_joint_last.ckpt")) is None
+    merge_run(read_run(output / "joint_joint_last.ckpt"), model_dir, output, {}, use_best=True)
+    assert "pace" not in json.loads((output / "voice_joint.json").read_text())
 
 
 @pytest.mark.parametrize(("text", "expected"), [("8GB", 8 * 10**9), ("0.5 gb", 5 * 10**8), ("6000MB", 6 * 10**9)])

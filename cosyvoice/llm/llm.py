@@ -17,6 +17,8 @@ from cosyvoice.utils.errors import InputError
 Sampler = Callable[[Tensor, Sequence[int], int], int]
 
 MIN_TOKEN_TEXT_RATIO, MAX_TOKEN_TEXT_RATIO = 2, 20  # speech tokens a text token
+PACE_ROOM = 1.5  # over the slowest that the speaker was heard to speak
+SHORT_TEXT_TOKENS = 10  # fewer are given as much time as this many, for pauses and words that are spelled out
 
 
 class TransformerLM(nn.Module):
@@ -29,6 +31,7 @@ class TransformerLM(nn.Module):
 
     SOS, TASK = 0, 1  # rows of llm_embedding
     can_be_captured = True  # a step of decoding, as a CUDA graph
+    pace: float | None = None  # the most speech tokens a text token that the speaker takes, where that is known
 
     def __init__(
         self,
@@ -277,10 +280,16 @@ class TransformerLM(nn.Module):
     def bounds(
         self, text: Tensor, min_ratio: float = MIN_TOKEN_TEXT_RATIO, max_ratio: float = MAX_TOKEN_TEXT_RATIO
     ) -> tuple[int, int]:
-        """The least and most speech tokens that `text` (1, T) may get. Raises InputError for empty text."""
+        """The least and most speech tokens that `text` (1, T) may get. Raises InputError for empty text.
+
+        Where the speaker's `pace` is known, a text that takes much longer is one that the voice talks on after.
+        """
         if text.size(1) == 0:
             raise InputError("there is no text to speak: give at least one word")
-        return int(text.size(1) * min_ratio), int(text.size(1) * max_ratio)
+        least, most = int(text.size(1) * min_ratio), int(text.size(1) * max_ratio)
+        if self.pace is not None:
+            most = min(most, max(least, int(PACE_ROOM * self.pace * max(text.size(1), SHORT_TEXT_TOKENS))))
+        return least, most
 
     def choose(self, log_p: Tensor, tokens: Sequence[int], min_tokens: int, sampling: int) -> int:
         """The token that follows `tokens`, which do not end before there are `min_tokens`. log_p: (V,)."""
