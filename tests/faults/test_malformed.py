@@ -122,7 +122,8 @@ class Good:
         }  # fmt: skip
         state = {
             "mode": "flow_only", "config": JOINT_TRAINING_CONFIG, "seed": 1, "speaker": "anna", "run": "1", "data": "",
-            "base": self.base, "embedding": vector, "epochs": 1, "batches_done": 0, "progress": {"flow": progress}, "pace": 4.5,
+            "base": self.base, "embedding": vector, "epochs": 1, "batches_done": 0, "pace": 4.5,
+            "progress": {"flow": progress},
         }  # fmt: skip
         self.checkpoint = {"voice": state, "state_dict": {"parts.flow.a.lora_A": torch.zeros(2, 2)}}
         frames = 17
