@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_clips import FAST, clips
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +24,6 @@ from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.utils.checkpoint import load_part, read_state_dict
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import mel_frames
 from cosyvoice.utils.scheduler import learning_rate_factor
 from dataset import Clip, collate, speaker_embedding
 from llm_flow_model import FLOW_DRAWS, JointModel, clearly_less
@@ -34,29 +34,12 @@ from tools.random_model import make_random_model
 from training import FIRST_LOSS_SCALE, CheckpointKeeper, Interrupted, LossScaler, compute_precision
 from voice import merge_run, merged_path, newest_run, newest_voice, read_run
 
-FAST = ["batch_size=1", "accumulate_grad_batches=4", "max_feat_len=40", "learning_rate=0.01"]
-
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     make_random_model(folder, seed=3, size="small")
     return folder
-
-
-def clips(count: int = 10) -> list[Clip]:
-    generator = torch.Generator().manual_seed(5)
-
-    def tokens(size: int, most: int) -> Tensor:
-        return torch.randint(0, most, (size,), generator=generator)
-
-    made = []
-    for i in range(count):
-        length = 20 + 3 * i
-        embedding = nn.functional.normalize(torch.randn(192, generator=generator), dim=0)
-        mel = torch.randn(mel_frames(length), 80, generator=generator)
-        made.append(Clip(f"{i:03d}", "ann", tokens(5 + i, 500), tokens(length, 4096), mel, embedding))
-    return made
 
 
 @pytest.fixture
