@@ -156,7 +156,7 @@ def speaker_embedding(clips: Sequence[Clip]) -> Tensor:
 
 
 def slowest_pace(clips: Sequence[Clip]) -> float:
-    """The most speech tokens a text token of any clip."""
+    """Return the most speech tokens per text token of any clip."""
     return max(len(clip.speech_token) / len(clip.text_token) for clip in clips)
 
 

@@ -46,7 +46,7 @@ class Voice:
     weights: dict[str, Path] = field(default_factory=dict)  # merged files by part
     adapters: "Run | None" = None
     speaker: str | None = None  # the name of the trained speaker, where it is known
-    pace: float | None = None  # the most speech tokens a text token that the trained LLM's speaker takes
+    pace: float | None = None  # the slowest of the speaker that the LLM was trained on, in speech tokens per text token
 
 
 @dataclass

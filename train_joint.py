@@ -257,7 +257,7 @@ def build(
 
 
 def sets_passes(args: argparse.Namespace, model_dir: Path) -> bool:
-    """Whether the user, or the base model's own settings, say how many clips a pass and passes a step there are."""
+    """Return whether the user or the base model says how many clips a pass and passes a step there are."""
     given = {change.partition("=")[0].strip() for change in changes(args)}
     own = settings_for(model_dir)
     differs = any(own[key] != JOINT_TRAINING_CONFIG[key] for key in PASSES_ON_GPU)

@@ -28,7 +28,7 @@ STATE_FIELDS = {
 }  # fmt: skip
 PROGRESS_FIELDS = {"best_loss": float, "best_epoch": int, "stopped": str, "history": list, "best": dict}
 SIDECAR_FIELDS = {"speaker": str, "run": str, "files": dict, "merged_epoch": dict, "base": dict}
-PACE = "pace"  # in both: the most speech tokens a text token of any training clip; older ones do not have it
+PACE = "pace"  # in both: the most speech tokens per text token of any training clip; older files do not have it
 _OTHER = "train first, or give another joint_<mode>_*.ckpt"
 
 
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def pace(self) -> float | None:
-        """The most speech tokens a text token that the speaker takes, where the run trained an LLM to speak so."""
+        """Return the speaker's slowest pace in speech tokens per text token, if the run trained an LLM and noted it."""
         return self.state.get(PACE) if "llm" in self.parts else None
 
     def best(self, part: str) -> dict[str, Tensor]:

@@ -419,6 +419,8 @@ def test_half_precision_on_a_gpu_is_that_of_whole_modules(
         assert found.dtype == torch.float32 and found.isfinite().all()
         assert 0 < (found - expected[: len(found)]).norm() < 0.02 * spread
     speaker, text = torch.ones(1, 192), torch.arange(3).unsqueeze(0)
+    for speech in model.tts_together([text, text[:, :2]], speaker, [Draws(1), Draws(2)]):
+        assert speech.dtype == torch.float32 and speech.isfinite().all()
     (speech,) = model.tts(text=text, flow_embedding=speaker, llm_embedding=speaker)
     assert speech["tts_speech"].dtype == torch.float32 and speech["tts_speech"].isfinite().all()
     pieces = list(

@@ -17,8 +17,8 @@ from cosyvoice.utils.errors import InputError
 Sampler = Callable[[Tensor, Sequence[int], int], int]
 
 MIN_TOKEN_TEXT_RATIO, MAX_TOKEN_TEXT_RATIO = 2, 20  # speech tokens a text token
-PACE_ROOM = 1.5  # over the slowest that the speaker was heard to speak
-SHORT_TEXT_TOKENS = 10  # fewer are given as much time as this many, for pauses and words that are spelled out
+PACE_ROOM = 1.5  # times the slowest pace of the speaker's clips: speech that takes longer has lost its text
+SHORT_TEXT_TOKENS = 10  # shorter texts get the time of this many, for pauses and words that are spelled out
 
 
 class TransformerLM(nn.Module):
@@ -31,7 +31,7 @@ class TransformerLM(nn.Module):
 
     SOS, TASK = 0, 1  # rows of llm_embedding
     can_be_captured = True  # a step of decoding, as a CUDA graph
-    pace: float | None = None  # the most speech tokens a text token that the speaker takes, where that is known
+    pace: float | None = None  # the slowest of the speaker's clips, in speech tokens per text token, if known
 
     def __init__(
         self,
@@ -282,7 +282,7 @@ class TransformerLM(nn.Module):
     ) -> tuple[int, int]:
         """The least and most speech tokens that `text` (1, T) may get. Raises InputError for empty text.
 
-        Where the speaker's `pace` is known, a text that takes much longer is one that the voice talks on after.
+        Where the speaker's `pace` is known, it also limits the most tokens, so that a voice which talks on is cut.
         """
         if text.size(1) == 0:
             raise InputError("there is no text to speak: give at least one word")
