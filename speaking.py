@@ -47,6 +47,7 @@ class Voice:
     weights: dict[str, Path] = field(default_factory=dict)  # merged files by part
     adapters: "Run | None" = None
     speaker: str | None = None  # the name of the trained speaker, where it is known
+    pace: float | None = None  # the slowest of the speaker that the LLM was trained on, in speech tokens per text token
 
 
 @dataclass
@@ -105,8 +106,9 @@ def speak_checkpoint(checkpoint: Path, text: str, output: Path, model_dir: Path,
     """Write the wav of one text, as `inference_joint.py --adapter --batch-size 1` with the same seed does."""
     from voice import read_run
 
-    voice = Voice(adapters=read_run(checkpoint))
-    cosyvoice = load_voice(voice, voice.adapters.state["embedding"].view(1, -1), model_dir, device_name)
+    trained = read_run(checkpoint)
+    voice = Voice(adapters=trained, pace=trained.pace)
+    cosyvoice = load_voice(voice, trained.state["embedding"].view(1, -1), model_dir, device_name)
     for _ in ReadyVoice(cosyvoice, {}).speak([Line(1, text, output)], speed=1.0, seed=seed, together=1):
         pass
 
@@ -127,7 +129,8 @@ def add_voice(parser: argparse.ArgumentParser) -> None:
     voice.add_argument(
         "--precision",
         metavar="float32|float16|bfloat16|int8",
-        help="of LLM and Flow on a CPU: float32 is exact, int8 fastest (default: int8 on Intel and AMD, else float32)",
+        help="of LLM and Flow: float32 is exact, int8 fastest on a CPU; a GPU takes float32 or float16 (default: int8 "
+        "on Intel and AMD, else float32)",
     )
     voice.add_argument(
         "--batch-size", type=int, default=8, help="sentences the LLM writes at once (default: %(default)s)"
@@ -179,12 +182,14 @@ def choose_voice(args: argparse.Namespace, model_dir: Path) -> Voice:
         if doubled := weights.keys() & set(adapters.parts):
             raise InputError(f"--adapter already brings a {' and '.join(doubled)}; leave out --{' --'.join(doubled)}")
         adapters.check_base(base_fingerprints(model_dir), model_dir)
-        return Voice(weights, adapters, adapters.state["speaker"])
+        return Voice(weights, adapters, adapters.state["speaker"], adapters.pace)
     sidecar = find_sidecar(weights, args.output_dir) if weights else newest_voice(args.output_dir)
     if sidecar:
         trained, parts = f"the voice {sidecar['speaker']!r}", sidecar["files"]  # other parts are the base's own
         check_base(trained, sidecar["base"], parts, base_fingerprints(model_dir), model_dir)
-    return Voice(weights or sidecar["files"], speaker=sidecar.get("speaker"))
+    files = weights or sidecar["files"]
+    speaks_at_it = "llm" in files and "llm" in sidecar.get("files", {})  # a base LLM has a pace of its own
+    return Voice(files, speaker=sidecar.get("speaker"), pace=sidecar.get("pace") if speaks_at_it else None)
 
 
 def find_sidecar(weights: dict[str, Path], output_dir: Path) -> dict[str, Any]:
@@ -268,6 +273,7 @@ def load_voice(
     precision = precision or fastest_precision(device)
     cosyvoice = CosyVoice(model_dir, device=str(device), weights=weights, precision=precision)
     cosyvoice.frontend.spk2info[VOICE_NAME] = {"embedding": embedding}
+    cosyvoice.model.llm.pace = voice.pace
     return cosyvoice
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import MODES, SEED, find_model_dir, settings_for, with_changes
+from config import JOINT_TRAINING_CONFIG, MODES, PASSES_ON_GPU, SEED, find_model_dir, settings_for, with_changes
 from cosyvoice.utils.command import EXIT_INTERRUPTED, run
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
@@ -112,6 +112,10 @@ def train(args: argparse.Namespace, model_dir: Path, config: dict[str, Any]) -> 
     if resumed and finished(resumed, config):
         trained = replace(resumed, config=config)
     else:
+        if device == "cuda" and not resumed and not sets_passes(args, model_dir):
+            config |= PASSES_ON_GPU
+            chosen = ", ".join(f"{key}={value}" for key, value in PASSES_ON_GPU.items())
+            print(f"on a GPU: {chosen}; --batch-size 1 computes clip by clip, in less memory")
         model, loaders = build(args, config, model_dir, clips, origin, device)
         if resumed:
             loaders[0].sampler.skip = resumed.state["batches_done"] * resumed.config["batch_size"]
@@ -228,6 +232,7 @@ def build(
         check_vocabularies,
         collate,
         find_places,
+        slowest_pace,
         speaker_embedding,
         speaker_name,
         split_clips,
@@ -240,7 +245,7 @@ def build(
     for part in parts.values():
         check_vocabularies(clips, part)
         find_places(clips, part)
-    origin = origin | {"speaker": speaker_name(clips)}
+    origin = origin | {"speaker": speaker_name(clips), "pace": slowest_pace(train)}
     model = JointModel(parts, config, args.seed, speaker_embedding(train), origin)
     if args.init:
         start_from(args.init, model, model_dir)
@@ -251,9 +256,17 @@ def build(
     return model, (train_loader, DataLoader(held_out, size, collate_fn=collate) if held_out else None)
 
 
+def sets_passes(args: argparse.Namespace, model_dir: Path) -> bool:
+    """Return whether the user or the base model says how many clips a pass and passes a step there are."""
+    given = {change.partition("=")[0].strip() for change in changes(args)}
+    own = settings_for(model_dir)
+    differs = any(own[key] != JOINT_TRAINING_CONFIG[key] for key in PASSES_ON_GPU)
+    return bool(args.memory or given & PASSES_ON_GPU.keys() or differs)
+
+
 def fill_memory(model: "JointModel", clips: "list[Clip]", memory: int, device: str) -> None:
     """Give the model's settings as many clips a pass as fit; a step has as many as before."""
-    from training import clips_a_pass
+    from memory import clips_a_pass
 
     config = model.config
     size = clips_a_pass(model, clips, memory, device)

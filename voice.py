@@ -1,6 +1,7 @@
 """The files of a finished voice: checkpoints read back, adapters merged, the speaker vector, and the sidecar."""
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ STATE_FIELDS = {
 }  # fmt: skip
 PROGRESS_FIELDS = {"best_loss": float, "best_epoch": int, "stopped": str, "history": list, "best": dict}
 SIDECAR_FIELDS = {"speaker": str, "run": str, "files": dict, "merged_epoch": dict, "base": dict}
+PACE = "pace"  # in both: the most speech tokens per text token of any training clip; older files do not have it
 _OTHER = "train first, or give another joint_<mode>_*.ckpt"
 
 
@@ -65,6 +67,11 @@ class Run:
 
     def scale(self, part: str) -> float:
         return scale_of(self.config[f"{part}_lora"])
+
+    @property
+    def pace(self) -> float | None:
+        """Return the speaker's slowest pace in speech tokens per text token, if the run trained an LLM and noted it."""
+        return self.state.get(PACE) if "llm" in self.parts else None
 
     def best(self, part: str) -> dict[str, Tensor]:
         """The adapters of the part's best epoch; raises InputError before the first epoch has ended."""
@@ -107,6 +114,7 @@ def read_run(path: Path) -> Run:
         raise InputError(f"{path} is no checkpoint of train_joint.py but {kind}; {_OTHER}")
     parts = MODES[state["mode"]]
     check_fields(path, state, STATE_FIELDS, _OTHER)
+    _check_pace(path, state, _OTHER)
     for part in parts:
         check_fields(path, state["base"], {part: str}, _OTHER)
         check_fields(path, state["progress"], {part: dict}, _OTHER)
@@ -125,6 +133,14 @@ def read_run(path: Path) -> Run:
         check_fields(path, adapters, {part: dict}, _OTHER)
         adapters[part][inner] = tensor
     return Run(path, state["mode"], parts, state["config"], state, adapters)
+
+
+def _check_pace(path: Path, content: dict[str, Any], remedy: str) -> None:
+    """Raise InputError for a pace that no one speaks at; older files have none."""
+    if PACE in content:
+        check_fields(path, content, {PACE: int | float}, remedy)
+        if not 0 < content[PACE] < math.inf:
+            raise InputError(f"{path} is damaged: its {PACE} is {content[PACE]}; {remedy}")
 
 
 def _check_tensors(path: Path, tensors: dict[Any, Any]) -> None:
@@ -169,6 +185,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         raise InputError(f"{path} cannot be read; {remedy}") from None
     check_fields(path, content, SIDECAR_FIELDS, remedy)
+    _check_pace(path, content, remedy)
     if not content["files"].keys() <= set(PARTS):
         raise InputError(f"{path} is damaged: it names files of other parts than {' and '.join(PARTS)}; {remedy}")
     for name in content["files"]:
@@ -220,6 +237,7 @@ def write_sidecar(run: Run, files: dict[str, Path], epochs: dict[str, int], outp
         "losses": {part: progress[part]["history"] for part in run.parts},
         "stopped": {part: progress[part]["stopped"] for part in run.parts},
         "settings": run.config,
+        **({PACE: run.state[PACE]} if PACE in run.state else {}),
     }
     try:
         earlier = read_sidecar(path)

@@ -38,7 +38,7 @@ BENCHES = tuple(
 # Each layer imports only from those after it; modules of one layer may use each other, scripts may not.
 SUITE_LAYERS = (
     SCRIPTS,
-    ("training",),
+    ("training", "memory"),
     ("clips", "speaking", "voice"),
     ("llm_flow_model", "dataset"),
     ("lora", "utils", "config"),

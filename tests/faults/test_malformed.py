@@ -111,7 +111,7 @@ class Good:
         self.base = base_fingerprints(self.model)
         self.sidecar = {
             "version": "0.1.0", "mode": "joint", "speaker": "anna", "run": "1", "base": self.base,
-            "files": {"llm": "llm.pt", "flow": "flow.pt"}, "merged_epoch": {"llm": 1, "flow": 1},
+            "files": {"llm": "llm.pt", "flow": "flow.pt"}, "merged_epoch": {"llm": 1, "flow": 1}, "pace": 4.5,
         }  # fmt: skip
         for part in ("llm", "flow"):
             os.link(self.model / f"{part}.pt", self.output / f"{part}.pt")
@@ -121,7 +121,8 @@ class Good:
         }  # fmt: skip
         state = {
             "mode": "flow_only", "config": JOINT_TRAINING_CONFIG, "seed": 1, "speaker": "anna", "run": "1", "data": "",
-            "base": self.base, "embedding": vector, "epochs": 1, "batches_done": 0, "progress": {"flow": progress},
+            "base": self.base, "embedding": vector, "epochs": 1, "batches_done": 0, "pace": 4.5,
+            "progress": {"flow": progress},
         }  # fmt: skip
         self.checkpoint = {"voice": state, "state_dict": {"parts.flow.a.lora_A": torch.zeros(2, 2)}}
         frames = 17
