@@ -81,7 +81,7 @@ def conversion(module: nn.Module, precision: str, forms: Mapping[str, Convert] =
 
 
 def is_on_gpu(module: nn.Module) -> bool:
-    return next(module.parameters()).is_cuda
+    return next(module.parameters()).device.type != "cpu"
 
 
 def fastest_precision(device: torch.device) -> str:
