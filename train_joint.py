@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from dataset import Clip
     from llm_flow_model import JointModel
-    from voice import Run
+    from voices.run import Run
 
 
 # What a resumed run may do otherwise: when it ends, and what a step costs in memory.
@@ -95,7 +95,7 @@ def train(args: argparse.Namespace, model_dir: Path, config: dict[str, Any]) -> 
     limit_threads(model_dir)
     from dataset import load_clips
     from training import Interrupted, Listener, fit
-    from voice import base_fingerprints, last_checkpoint, read_run
+    from voices.run import base_fingerprints, last_checkpoint, read_run
 
     clips = load_clips(args.data_dir, model_dir)
     origin = {
@@ -143,7 +143,7 @@ def find_resumed(args: argparse.Namespace, origin: dict[str, Any], model_dir: Pa
 
     Raises InputError unless mode, base model and data are those of that run, and the folder holds no other one.
     """
-    from voice import last_checkpoint, read_run
+    from voices.run import last_checkpoint, read_run
 
     last = last_checkpoint(args.output_dir, origin["mode"])
     if args.resume is None:
@@ -168,7 +168,7 @@ def find_resumed(args: argparse.Namespace, origin: dict[str, Any], model_dir: Pa
 
 def check_replaced(last: Path, run: "Run") -> None:
     """Raises InputError where the last checkpoint of the folder is not of the run that shall go on there."""
-    from voice import read_run
+    from voices.run import read_run
 
     try:
         same = read_run(last).state["run"] == run.state["run"]
@@ -281,7 +281,7 @@ def fill_memory(model: "JointModel", clips: "list[Clip]", memory: int, device: s
 def start_from(checkpoint: Path, model: "JointModel", model_dir: Path) -> None:
     """Copy the adapters that a checkpoint of any mode shares with the model; of a run's last, the best epoch's."""
     from lora import load_adapters, rescaled
-    from voice import last_checkpoint, read_run, scale_of
+    from voices.run import last_checkpoint, read_run, scale_of
 
     run = read_run(checkpoint)
     shared = [part for part in run.parts if part in model.parts]
@@ -326,7 +326,7 @@ def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]
 
 def conclude(run: "Run", output_dir: Path, model_dir: Path) -> None:
     """Say why training ended, and merge the best weights."""
-    from voice import merge_run, merged_path
+    from voices.merge import merge_run, merged_path
 
     for part in run.parts:
         progress = run.state["progress"][part]
@@ -339,7 +339,8 @@ def conclude(run: "Run", output_dir: Path, model_dir: Path) -> None:
 
 def both_files(run: "Run", output_dir: Path) -> str:
     """Options that name a merged file for each part, where an earlier run trained the one that this run left alone."""
-    from voice import merged_path, read_sidecar, sidecars
+    from voices.merge import merged_path
+    from voices.sidecar import read_sidecar, sidecars
 
     own = {part: merged_path(output_dir, part, run.mode) for part in run.parts}
     for voice in map(read_sidecar, sidecars(output_dir)):

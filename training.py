@@ -25,8 +25,12 @@ from cosyvoice.utils.device import cpu_has_bfloat16
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write, copy_file
 from llm_flow_model import HALF_TYPES, JointModel
-from speaking import speak_checkpoint
-from voice import last_checkpoint
+from utils import pick_device
+from voices.choice import Voice
+from voices.lines import Line
+from voices.run import last_checkpoint, read_run
+from voices.synthesis import load_voice
+from voices.wav import speak_into_files
 
 KEPT_CHECKPOINTS = 3
 # Of the loss in float16. torch's own, 65536, has room for gradients below 1 only, and each overflow costs one of a
@@ -54,12 +58,20 @@ class Listener:
     def listen(self, checkpoint: Path, epoch: int, logger: TensorBoardLogger) -> None:
         wav = Path(logger.log_dir) / f"epoch{epoch:04d}.wav"
         try:
-            speak_checkpoint(checkpoint, self.text, wav, self.model_dir, self.device, self.seed)
+            self.speak(checkpoint, wav)
         except (InputError, RuntimeError) as error:  # to hear nothing is no reason to stop training
             print(f"epoch {epoch} cannot be heard: {str(error).splitlines()[0]}")
             return
         speech, rate = read_wav(wav)
         logger.experiment.add_audio("listen", speech, epoch, rate)
+
+    def speak(self, checkpoint: Path, wav: Path) -> None:
+        """Write what `inference_joint.py --adapter CHECKPOINT --batch-size 1` with the same seed writes."""
+        run = read_run(checkpoint)
+        voice = load_voice(Voice.of_run(run), run.embedding, self.model_dir, pick_device(self.device))
+        lines = [Line(1, self.text, wav)]
+        for _ in speak_into_files(voice, lines, speed=1.0, seed=self.seed, together=1):
+            pass
 
 
 class CheckpointKeeper(Checkpoint):

@@ -39,7 +39,7 @@ BENCHES = tuple(
 SUITE_LAYERS = (
     SCRIPTS,
     ("training", "memory"),
-    ("clips", "speaking", "voice"),
+    ("clips", "voices"),
     ("llm_flow_model", "dataset"),
     ("lora", "utils", "config"),
     ("cosyvoice",),
@@ -67,7 +67,7 @@ def sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-SUITE_FOLDERS = ("clips",)
+SUITE_FOLDERS = ("clips", "voices")
 SUITE_FILES = sorted(ROOT.glob("*.py")) + sources(*SUITE_FOLDERS)
 PACKAGE_FILES = sources("cosyvoice", "matcha")
 

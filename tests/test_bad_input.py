@@ -31,7 +31,8 @@ from llm_flow_model import JointModel
 from lora import adapters
 from tools.random_model import make_random_model
 from training import CheckpointKeeper
-from voice import read_run, read_sidecar
+from voices.run import read_run
+from voices.sidecar import read_sidecar
 
 COMMANDS = {"prepare": prepare_joint_data, "train": train_joint, "merge": merge_joint_weights}
 DEFAULTS = {

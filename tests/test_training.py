@@ -29,10 +29,13 @@ from dataset import Clip, collate, speaker_embedding
 from llm_flow_model import FLOW_DRAWS, JointModel, clearly_less
 from lora import Dropout, LoRALinear, adapter_state, adapters, inject, merged
 from memory import ADAPTER_BYTES, PASSING_SHARE, PROCESS_BYTES, clips_a_pass, kept_bytes, saved_bytes, weight_bytes
-from speaking import Line, ReadyVoice
 from tools.random_model import make_random_model
 from training import FIRST_LOSS_SCALE, CheckpointKeeper, Interrupted, LossScaler, compute_precision
-from voice import merge_run, merged_path, newest_run, newest_voice, read_run
+from voices.lines import Line
+from voices.merge import merge_run, merged_path
+from voices.run import newest_run, read_run
+from voices.sidecar import newest_voice
+from voices.synthesis import ReadyVoice
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +136,7 @@ def test_the_pace_of_the_speaker_is_kept_with_an_llm_that_has_learned_it(
 
     def silent(voice: ReadyVoice, *_: Any) -> Iterator[Any]:
         spoken_at.append(voice.cosyvoice.model.llm.pace)
-        yield Line(1, "", Path("1.wav")), 1.0
+        yield Line(1, "", tmp_path / "1.wav"), torch.zeros(1, 100)
 
     monkeypatch.setattr(ReadyVoice, "speak", silent)
     output = tmp_path / "output"
@@ -424,7 +427,7 @@ def test_each_epoch_is_heard_as_it_will_speak(
         def silent(*request: object, trouble: Exception = trouble) -> None:
             raise trouble
 
-        monkeypatch.setattr("training.speak_checkpoint", silent)
+        monkeypatch.setattr("training.load_voice", silent)
         assert train(*mode, "--listen", "Hello there.", output="still") == 0
     with pytest.raises(InputError, match="--listen has nothing to speak"):
         train("--listen", "...")

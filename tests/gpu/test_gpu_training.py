@@ -19,7 +19,7 @@ from lora import adapters
 from memory import PASSING_SHARE, kept_bytes
 from tools.random_model import make_random_model
 from training import CheckpointKeeper
-from voice import Run, read_run
+from voices.run import Run, read_run
 
 CERTAIN = ["llm_lora.lora_dropout=0.0", "flow_lora.lora_dropout=0.0", "zero_embedding_ratio=0.0"]
 HALF = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
