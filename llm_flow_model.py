@@ -174,14 +174,18 @@ class JointModel(pl.LightningModule):
         kept = torch.rand(size, 1) >= (self.config["zero_embedding_ratio"] if self.training else 0.0)
         return self.speaker_embedding.expand(size, -1) * kept.to(self.device)
 
-    def flow_loss(self, batch: dict[str, Tensor], embedding: Tensor, times: Tensor | None = None) -> Tensor:
-        loss = torch.zeros((), device=self.device)
-        for clips, window in crop_windows(batch, self.config["max_feat_len"]):
+    def flow_loss(
+        self, batch: dict[str, Tensor], embedding: Tensor, times: Tensor | None = None, draw: int | None = None
+    ) -> Tensor:
+        """The mean over the clips' windows. draw: which one of the held-out clips' losses this is, None in training."""
+        flow, loss = self.parts["flow"], torch.zeros((), device=self.device)
+        options = flow.batch_options(draw)
+        for clips, window in crop_windows(batch, self.config["max_feat_len"], flow):
             frames = window["speech_feat"].size(1)
             prompted = torch.rand(len(clips)) < self.config["flow_prompt_ratio"]
             longest = int(MAX_PREFIX_SHARE * frames)
             prefixes = [int(torch.randint(0, longest + 1, ())) if given else 0 for given in prompted]
-            window_loss = self.parts["flow"].loss(
+            window_loss = flow.loss(
                 window["speech_token"],
                 window["speech_token_len"],
                 window["speech_feat"],
@@ -190,6 +194,7 @@ class JointModel(pl.LightningModule):
                 prefixes,
                 None if times is None else times[clips],
                 drops_conditions=self.training,
+                **options,
             )
             loss = loss + window_loss * len(clips) / len(embedding)
         return loss
@@ -260,7 +265,8 @@ class JointModel(pl.LightningModule):
         if "flow" in self.held_out:
             places = torch.arange(clips) / FLOW_DRAWS
             times = [(places + (draw + torch.rand(clips)) / FLOW_DRAWS) % 1 for draw in range(FLOW_DRAWS)]
-            losses = torch.stack([self.flow_loss(batch, embedding, of_draw) for of_draw in times])
+            draws = enumerate(times)
+            losses = torch.stack([self.flow_loss(batch, embedding, of_draw, draw) for draw, of_draw in draws])
             self.held_out["flow"].append(losses * clips)
             self.log("val_flow_loss", losses.mean(), batch_size=clips)
         self.held_out_clips += clips

@@ -22,7 +22,7 @@ from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.model_folder.weights import load_part, read_state_dict
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import mel_frames
+from cosyvoice.utils.rates_300m import mel_frames
 from cosyvoice.utils.scheduler import learning_rate_factor
 from dataset import Clip, collate, speaker_embedding
 from llm_flow_model import FLOW_DRAWS, JointModel, clearly_less, saved_bytes
