@@ -122,14 +122,16 @@ def check_row(file: Path, row: dict[str, Any]) -> None:
 
 def check_vocabularies(clips: Sequence[Clip], part: nn.Module) -> None:
     """Raise InputError if a clip has tokens for which the model's part, an LLM or a flow, has no vector."""
-    embeddings = {"text_embedding": "text", "speech_embedding": "speech", "input_embedding": "speech"}
-    for name, kind in embeddings.items():
-        if (embedding := getattr(part, name, None)) is None:
-            continue
+    sizes = {}
+    if (text_embedding := getattr(part, "text_embedding", None)) is not None:
+        sizes["text"], sizes["speech"] = text_embedding.num_embeddings, part.speech_token_size
+    elif (token_embedding := getattr(part, "input_embedding", None)) is not None:
+        sizes["speech"] = token_embedding.num_embeddings
+    for kind, size in sizes.items():
         for clip in clips:
-            if (largest := int(getattr(clip, f"{kind}_token").max())) >= embedding.num_embeddings:
+            if (largest := int(getattr(clip, f"{kind}_token").max())) >= size:
                 problem = f"the clip {clip.utt!r} has the {kind} token {largest}, and the model only those below"
-                raise InputError(f"{problem} {embedding.num_embeddings}; run prepare_joint_data.py again")
+                raise InputError(f"{problem} {size}; run prepare_joint_data.py again")
 
 
 def find_places(clips: Sequence[Clip], llm: nn.Module) -> None:

@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             with torch.inference_mode():
                 profile_speaking(machine, name, precision, source)
         for mode in TRAINED:
-            work = partial(gradients, joint_model(source, mode, args.seed), [random_clip(1, model_folder(source).rates)])
+            clip = random_clip(1, model_folder(source).rates)
+            work = partial(gradients, joint_model(source, mode, args.seed), [clip])
             show_shares({"model": name, "what": f"training {mode}"}, work)
     return 0
 
