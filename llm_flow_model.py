@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import CHECKPOINT_KEY
 from cosyvoice.flow.token_flow import MAX_PREFIX_SHARE
+from cosyvoice.llm.qwen2_encoder import Qwen2Encoder
 from cosyvoice.transformer.encoder_layer import EncoderLayer
 from cosyvoice.utils.command import VALIDATION, seed_all
 from cosyvoice.utils.errors import InputError
@@ -24,7 +25,7 @@ from lora import adapter_state, adapters, inject, load_adapters
 from matcha.models.components.decoder import ResnetBlock1D
 from matcha.models.components.transformer import BasicTransformerBlock
 
-RECOMPUTED = (EncoderLayer, ResnetBlock1D, BasicTransformerBlock)  # what LLM and Flow consist of
+RECOMPUTED = (EncoderLayer, ResnetBlock1D, BasicTransformerBlock)  # what LLM and Flow consist of, but for Qwen2
 RECOMPUTING_SHARE = 4  # what a block takes while its gradients are computed, over what it saves for them; measured
 DIVERGED = "training stopped, the last good checkpoint is kept; lower --lr, or use --set precision=32-true"
 SMOOTHED_EPOCHS = 3  # whose mean training loss is compared with the threshold
@@ -103,6 +104,8 @@ class JointModel(pl.LightningModule):
         for name, part in parts.items():
             lora = config[f"{name}_lora"]
             inject(part, lora["target_modules"], lora["lora_r"], lora["lora_alpha"], lora["lora_dropout"])
+        if "llm" in parts and "bistream_ratio" in config:
+            parts["llm"].bistream_share = config["bistream_ratio"]
         for block in self.recomputed_blocks():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -167,7 +170,11 @@ class JointModel(pl.LightningModule):
         return kept + RECOMPUTING_SHARE * max(passing)
 
     def recomputed_blocks(self) -> list[nn.Module]:
-        return [block for block in self.parts.modules() if self.config["recompute"] and isinstance(block, RECOMPUTED)]
+        if not self.config["recompute"]:
+            return []
+        blocks = [block for block in self.parts.modules() if isinstance(block, RECOMPUTED)]
+        stacks = [module for module in self.parts.modules() if isinstance(module, Qwen2Encoder)]
+        return blocks + [layer for stack in stacks for layer in stack.layers]
 
     def training_embeddings(self, size: int) -> Tensor:
         """(B, 192): the speaker's vector, or zeros for a small share of the clips while training."""

@@ -49,6 +49,7 @@ COSYVOICE2 = Generation(
     token_rate=25,
     text_model="CosyVoice-BlankEN",
     finetuning={
+        "bistream_ratio": 0.5,  # share of the clips in which text and speech take turns, as the model was trained
         "llm_lora": {
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         },
