@@ -14,8 +14,8 @@ from cosyvoice.model_folder.weights import NoRandomInit
 from cosyvoice.utils.draws import Draws
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
-from cosyvoice.utils.frames import TOKEN_RATE_HZ
 from cosyvoice.utils.frontend_utils import has_words
+from cosyvoice.utils.rates_300m import TOKEN_RATE_HZ
 
 MODEL_PARTS = ("llm", "flow", "hift")
 

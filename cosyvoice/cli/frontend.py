@@ -13,8 +13,8 @@ from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import load_tensors
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav, resample
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import SAMPLE_RATE_HZ
 from cosyvoice.utils.frontend_utils import has_words
+from cosyvoice.utils.rates_300m import SAMPLE_RATE_HZ
 from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer, check_prompt
 
 Prompt = str | Path | BinaryIO | Tensor  # a recording, or (1, samples) at 16 kHz

@@ -19,7 +19,8 @@ from cosyvoice.transformer.precision import check_precision
 from cosyvoice.utils.device import fastest_device
 from cosyvoice.utils.draws import Draws
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import MEL_BINS, MEL_HOP_SAMPLES, OVERLAP_TOKENS, mel_frames
+from cosyvoice.utils.frames import MEL_BINS
+from cosyvoice.utils.rates_300m import MEL_HOP_SAMPLES, OVERLAP_TOKENS, mel_frames
 
 MOST_FFT_PLANS = 16  # kept on a GPU
 MIN_SPEED, MAX_SPEED = 0.5, 2.0
