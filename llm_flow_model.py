@@ -29,7 +29,6 @@ RECOMPUTED = (EncoderLayer, ResnetBlock1D, BasicTransformerBlock)  # what LLM an
 DIVERGED = "training stopped, the last good checkpoint is kept; lower --lr, or use --set precision=32-true"
 SMOOTHED_EPOCHS = 3  # whose mean training loss is compared with the threshold
 FLOW_DRAWS = 8  # of time, noise and window for each held-out clip
-HALF_TYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 @dataclass

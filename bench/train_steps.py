@@ -149,7 +149,7 @@ def time_steps(model: "JointModel", clips: "list[Clip]", device: str, repeats: i
     from torch.utils.data import DataLoader
 
     from dataset import collate
-    from training import half_type, precision_options
+    from training.precision import half_type, precision_options
 
     if dtype := half_type(model.config, device):
         model.keep_base_in(dtype)
