@@ -94,12 +94,17 @@ def noise_of(frames: Tensor, first: int) -> Tensor:
     Raises InputError for frames beyond the noise's end.
     """
     end = first + frames.shape[2]
-    if end > MOST_FRAMES:
+    check_frames(end)
+    return _fixed_noise(frames.shape[1])[:, :, first:end].to(frames.device)
+
+
+def check_frames(frames: int) -> None:
+    """Raise InputError for an utterance of more mel frames than the noise has."""
+    if frames > MOST_FRAMES:
         raise InputError(
-            f"prompt and speech are {end} mel frames, and the flow has noise for {MOST_FRAMES} only; "
+            f"prompt and speech are {frames} mel frames, and the flow has noise for {MOST_FRAMES} only; "
             "split the text, or give a shorter prompt"
         )
-    return _fixed_noise(frames.shape[1])[:, :, first:end].to(frames.device)
 
 
 @lru_cache(maxsize=1)
