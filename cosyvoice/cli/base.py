@@ -9,15 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from cosyvoice.cli.frontend import FRONTEND_PARTS, CosyVoiceFrontEnd, Prompt, open_front_end
-from cosyvoice.cli.speech_model import SpeechModel, Weights, check_speed
+from cosyvoice.cli.speech_model import MODEL_PARTS, SpeechModel, Weights, check_speed
 from cosyvoice.model_folder.folder import Generation, ModelFolder
 from cosyvoice.model_folder.weights import NoRandomInit
 from cosyvoice.utils.draws import Draws
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 from cosyvoice.utils.frontend_utils import has_words
-
-MODEL_PARTS = ("llm", "flow", "hift")
 
 Text = str | Iterator[str]  # whole, or in pieces that are still being written
 Speech = Iterator[dict[str, Tensor]]

@@ -32,6 +32,7 @@ PREPARE: dict[str, Callable[[Any, str], None]] = {
     "flow": lambda flow, precision: flow.prepare_inference(precision),
     "hift": lambda hift, precision: hift.remove_weight_norm(),
 }
+MODEL_PARTS = tuple(PREPARE)
 
 Weights = Path | str | Mapping[str, Tensor]  # a file, or tensors by name
 
@@ -79,11 +80,11 @@ class SpeechModel(ABC):
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())  # what it means here, in any thread
         check_precision(precision, self.device)
-        self.precision = precision
-        self.fp16 = fp16 and self.device.type == "cuda"  # a CPU is slower in half precision, not faster
+        self.fp16 = self.device.type == "cuda" and (fp16 or precision == "float16")  # a CPU is slower in half precision
+        self.precision = "float16" if self.fp16 else precision
         self.rebuild = rebuild
         self.prepared: set[str] = set()
-        self.llm, self.flow, self.hift = map(self._placed, PREPARE, (llm, flow, hift))
+        self.llm, self.flow, self.hift = map(self._placed, (llm, flow, hift))
         if self.device.type == "cuda":  # the vocoder makes two for a length of mel, in memory that torch does not count
             torch.backends.cuda.cufft_plan_cache[self.device].max_size = MOST_FFT_PLANS
         self.source_cache_len = self.mel_cache_len * hift.samples_per_frame
@@ -94,7 +95,7 @@ class SpeechModel(ABC):
 
         Each part gets its fastest form for speaking. `load`, and each part's `load_state_dict`, can be called again.
         """
-        for name, weights in zip(PREPARE, (llm_model, flow_model, hift_model), strict=True):
+        for name, weights in zip(MODEL_PARTS, (llm_model, flow_model, hift_model), strict=True):
             part = self._rebuilt(name) if name in self.prepared else getattr(self, name)
             if isinstance(weights, Mapping):
                 load_strict(part, dict(weights), f"the {name}'s weights")
@@ -113,11 +114,10 @@ class SpeechModel(ABC):
         """Return a new part for other weights: those of one in its fastest form cannot be replaced."""
         if self.rebuild is None:
             raise InputError("the weights are in their form for speaking already; make a new model for others")
-        return self._placed(name, self.rebuild(name))
+        return self._placed(self.rebuild(name))
 
-    def _placed(self, name: str, part: nn.Module) -> nn.Module:
-        part = part.to(self.device).eval()
-        return part.half() if self.fp16 and name != "hift" else part
+    def _placed(self, part: nn.Module) -> nn.Module:
+        return part.to(self.device).eval()
 
     def _load_state_dict(self, name: str, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadedKeys:
         """Do what a part's `load_state_dict` does, but for all of its weights only; unless strict, others may be there.

@@ -64,9 +64,10 @@ class CausalConditionalCFM(ConditionalCFM):
         cond: Tensor | None = None,
         streaming: bool = False,
     ) -> tuple[Tensor, None]:
-        """Return the mel (B, M, T) in float32, and None where ConditionalCFM has a cache.
+        """Return the mel (1, M, T) in float32, and None where ConditionalCFM has a cache.
 
-        streaming: attend by chunks. Raises InputError for more than 15000 frames.
+        Speaks one utterance; the arguments are those of ConditionalCFM. streaming: attend by chunks. Raises InputError
+        for more than 15000 frames.
         """
         z = noise_of(mu, 0) * temperature
         estimator = for_halves(partial(self.estimator, streaming=streaming), mu.device)
@@ -89,7 +90,7 @@ class CausalConditionalCFM(ConditionalCFM):
 
 
 def noise_of(frames: Tensor, first: int) -> Tensor:
-    """Return the float32 noise (1, M, N) that frames (B, M, N) start at, the first of them being frame `first`.
+    """Return the float32 noise (1, M, N) that frames (1, M, N) start at, the first of them being frame `first`.
 
     Raises InputError for frames beyond the noise's end.
     """
@@ -99,7 +100,7 @@ def noise_of(frames: Tensor, first: int) -> Tensor:
 
 
 def check_frames(frames: int) -> None:
-    """Raise InputError for an utterance of more mel frames than the noise has."""
+    """Raise InputError for more mel frames, those of the prompt included, than there is noise for."""
     if frames > MOST_FRAMES:
         raise InputError(
             f"prompt and speech are {frames} mel frames, and the flow has noise for {MOST_FRAMES} only; "
