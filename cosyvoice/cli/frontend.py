@@ -36,6 +36,8 @@ END_OF_INSTRUCTION = "<endofprompt>"  # as CosyVoice-300M-Instruct was trained; 
 class CosyVoiceFrontEnd:
     """Text and prompts to model inputs: CPU tensors by name, batch size 1, int32 lengths of shape (1,).
 
+    What CosyVoice-300M needs is here; a subclass changes what another generation does differently.
+
     get_tokenizer and feat_extractor are the YAML's functions; campplus_model and speech_tokenizer_model are
     ONNX files, opened at first use; spk2info is a file of stored voices that may be absent. normalizer is
     "wetext" or None, see TextNormalizer; text_split holds arguments of TextSplit. Prompt mels are computed at the
@@ -98,12 +100,11 @@ class CosyVoiceFrontEnd:
     def text_normalize(
         self, text: str | Iterator[str], split: bool = True, text_frontend: bool = True
     ) -> list[str] | list[Iterator[str]] | str:
-        """The text in words, in pieces as text_split has them (split) or whole.
+        """Return the text in words, in pieces as text_split has them (split) or whole.
 
-        Text with special tokens (`<|...|>`), or with text_frontend off, stays as it is, in one piece; so does one that
-        is still being written, an iterator of texts, which is given back in a list. The
-        list is empty where there is only punctuation. Raises InputError for what is not a text, and for text that is
-        no Unicode.
+        Text with special tokens (`<|...|>`), or with text_frontend off, stays as it is, in one piece. So does one that
+        is still being written: an iterator of texts comes back in a list, and nothing of it is read. The list is empty
+        where there is only punctuation. Raises InputError for what is not a text, and for text that is no Unicode.
         """
         if isinstance(text, Iterator):
             return [text]
@@ -207,14 +208,17 @@ class CosyVoiceFrontEnd:
         return {"text": text, "text_len": text_len}
 
     def _extract_text_token(self, text: str | Iterator[str]) -> tuple[Tensor | Iterator[Tensor], Tensor]:
-        """Token ids int32 (1, N) and their number (1,); of a text that is still being written each id (1, 1), and 0."""
+        """Return token ids int32 (1, N) and their number (1,).
+
+        Of a text that is still being written, return its ids (1, 1) one by one as they come, and 0.
+        """
         if isinstance(text, Iterator):
             ids = (number for piece in text for number in self.encode(piece))
             return (torch.tensor([[number]], dtype=torch.int32) for number in ids), torch.zeros(1, dtype=torch.int32)
         return with_length(torch.tensor([self.encode(text)], dtype=torch.int32))
 
     def _extract_speech_token(self, prompt_wav: Prompt) -> tuple[Tensor, Tensor]:
-        """Speech tokens int32 (1, N), and their number (1,)."""
+        """Return speech tokens int32 (1, N), and their number (1,)."""
         return with_length(self.speech_tokenizer(load_prompt(prompt_wav, PROMPT_RATE_HZ)))
 
     def _extract_spk_embedding(self, prompt_wav: Prompt) -> Tensor:
