@@ -50,18 +50,24 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=_seed, default=SEED, help="seed of all random draws (default: %(default)s)")
+    help_text = "seed of all random draws (default: %(default)s)"
+    parser.add_argument("--seed", action=_Seeds, default=SEED, help=help_text)
 
 
 def add_seeds(parser: argparse.ArgumentParser) -> None:
     help_text = f"of all random draws; everything is spoken once with each (default: {SEED})"
-    parser.add_argument("--seeds", type=_seed, nargs="+", default=[SEED], metavar="SEED", help=help_text)
+    parser.add_argument("--seeds", action=_Seeds, nargs="+", default=[SEED], metavar="SEED", help=help_text)
 
 
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise InputError(f"--seed {text}: a whole number from 0 up is needed")
-    return int(text)
+class _Seeds(argparse.Action):
+    """Whole numbers from 0 up. A `type` could not say what is wrong: argparse replaces the message of a ValueError."""
+
+    def __call__(self, parser: Any, namespace: Any, values: str | list[str], option_string: str | None = None) -> None:
+        texts = values if isinstance(values, list) else [values]
+        if wrong := [text for text in texts if not text.isdecimal()]:
+            raise InputError(f"{option_string} {wrong[0]}: a whole number from 0 up is needed")
+        seeds = [int(text) for text in texts]
+        setattr(namespace, self.dest, seeds if isinstance(values, list) else seeds[0])
 
 
 def pick_device(name: str) -> "torch.device":

@@ -77,8 +77,8 @@ class Speaker:
     def __init__(self, machine: Machine, name: str, precision: str, source: Path, repeats: int) -> None:
         import torch
 
-        from cosyvoice.cli.cosyvoice import MODEL_PARTS
         from cosyvoice.cli.model import CosyVoiceModel
+        from cosyvoice.cli.speech_model import MODEL_PARTS
         from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 
         self.machine, self.name, self.precision, self.repeats = machine, name, precision, repeats
@@ -121,7 +121,7 @@ class Speaker:
         """(1, 80, T) of random tokens, from the same random numbers each time."""
         import torch
 
-        from cosyvoice.cli.model import NO_MEL, NO_TOKENS
+        from cosyvoice.cli.speech_model import NO_MEL, NO_TOKENS
 
         device = self.machine.device
         torch.manual_seed(0)

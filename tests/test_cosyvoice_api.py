@@ -185,13 +185,19 @@ def test_no_speech_tokens_is_an_error(voice: CosyVoice, stream: bool) -> None:
         ({"speed": 1.5, "stream": True}, "cannot be streamed"),
         ({"tts_text": ""}, "nothing to speak"),
         ({"tts_text": "  \n"}, "nothing to speak"),
-        ({"tts_text": "?!..."}, "nothing to speak"),
         ({"spk_id": "nobody"}, "nobody"),
     ],
 )
 def test_bad_calls(voice: CosyVoice, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         list(voice.inference_sft(**({"tts_text": TEXT, "spk_id": "anna"} | options)))
+
+
+def test_signs_alone_are_passed_over_with_a_warning(voice: CosyVoice, caplog: pytest.LogCaptureFixture) -> None:
+    assert list(voice.inference_sft("?!...", "anna")) == []
+    assert "nothing to speak in the text '?!...'" in caplog.text
+    with pytest.raises(InputError, match="nothing to speak"):
+        voice.split("?!...")
 
 
 def test_a_prompt_of_another_kind_is_refused(voice: CosyVoice) -> None:
@@ -207,8 +213,13 @@ def test_bad_folders(tmp_path: Path, model_dir: Path) -> None:
     (tmp_path / "cosyvoice2.yaml").touch()
     with pytest.raises(InputError, match="CosyVoice2"):
         CosyVoice(tmp_path)
-    with pytest.raises(InputError, match="load_jit"):
-        CosyVoice(model_dir, load_jit=True)
+
+
+def test_what_only_accelerates_is_left_out_with_a_warning(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    voice = CosyVoice(model_dir, load_jit=True, load_trt=True, load_vllm=True, fp16=True, device="cpu")
+    for name in ("load_jit", "load_trt", "load_vllm", "fp16"):
+        assert f"{name} is" in caplog.text
+    assert voice.fp16 is False
 
 
 def test_another_token_rate_is_refused(tmp_path: Path, model_dir: Path) -> None:
@@ -238,13 +249,42 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, model_dir: Path) -
         CosyVoice(tmp_path, device="cpu")
 
 
-def test_weights_are_taken_once(model_dir: Path, voice: CosyVoice) -> None:
-    files = [model_dir / f"{name}.pt" for name in ("llm", "flow", "hift")]
-    with pytest.raises(InputError, match="make a new CosyVoice"):
-        voice.model.load(*files)
-    for part, path in zip((voice.model.llm, voice.model.flow, voice.model.hift), files, strict=True):
-        with pytest.raises(InputError, match="make a new CosyVoice"):
-            part.load_state_dict(torch.load(path, weights_only=True), strict=False)
+def speech_of(voice: CosyVoice, text: str = TEXT) -> Tensor:
+    torch.manual_seed(5)
+    return torch.cat([piece["tts_speech"] for piece in voice.inference_sft(text, "anna")], dim=1)
+
+
+def changed(path: Path) -> dict[str, Tensor]:
+    return {name: tensor * 1.01 for name, tensor in torch.load(path, weights_only=True).items()}
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_weights_can_be_loaded_again(model_dir: Path, precision: str) -> None:
+    files = {name: model_dir / f"{name}.pt" for name in ("llm", "flow", "hift")}
+    others = {name: changed(path) for name, path in files.items()}
+    fresh = speech_of(CosyVoice(model_dir, device="cpu", weights=others, precision=precision))
+    voice = CosyVoice(model_dir, device="cpu", precision=precision)
+    first = speech_of(voice)
+    for name, weights in others.items():
+        keys = getattr(voice.model, name).load_state_dict(weights | {"epoch": 3})
+        assert (keys.missing_keys, keys.unexpected_keys) == ([], [])
+    assert torch.equal(speech_of(voice), fresh)
+    voice.model.load(*map(str, files.values()))
+    assert torch.equal(speech_of(voice), first) and not torch.equal(first, fresh)
+
+
+def test_weights_that_do_not_fit_leave_those_in_use(model_dir: Path, voice: CosyVoice) -> None:
+    before, weights = speech_of(voice), torch.load(model_dir / "llm.pt", weights_only=True)
+    lost = weights.pop("llm_decoder.bias")
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=r"llm's weights does not fit this model: 1 missing \(llm_decoder.bias"):
+            voice.model.llm.load_state_dict(weights, strict=strict)
+    weights |= {"llm_decoder.bias": lost, "other.bias": lost}
+    with pytest.raises(InputError, match="1 unexpected"):
+        voice.model.llm.load_state_dict(weights)
+    assert torch.equal(speech_of(voice), before)
+    assert voice.model.llm.load_state_dict(weights, strict=False) == ([], ["other.bias"])
+    assert torch.equal(speech_of(voice), before)
 
 
 def test_what_servers_import(model_dir: Path) -> None:

@@ -129,17 +129,6 @@ def speaking(prepared: bool) -> Qwen2LM:
     return llm
 
 
-@pytest.fixture
-def as_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The public model forbids the end token alone, which shifts the probabilities of all others."""
-    sample = Qwen2LM.sample
-
-    def laxer(llm: Qwen2LM, log_p: Tensor, tokens: list[int], forbidden: range, sampling: int) -> int:
-        return sample(llm, log_p, tokens, [END] if END in forbidden else [], sampling)
-
-    monkeypatch.setattr(Qwen2LM, "sample", laxer)
-
-
 def inputs(data: dict[str, Tensor]) -> dict[str, Tensor]:
     """The arguments of `inference` of a recorded case."""
     names = ("text", "prompt_text", "prompt_speech_token")

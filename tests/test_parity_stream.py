@@ -162,6 +162,8 @@ class SilentFlow(nn.Module):
 
 
 class SilentVocoder(nn.Module):
+    samples_per_frame = MEL_HOP_SAMPLES
+
     def inference(self, speech_feat: Tensor, cache_source: Tensor) -> tuple[Tensor, Tensor]:
         samples = speech_feat.shape[2] * MEL_HOP_SAMPLES
         return torch.zeros(1, samples), torch.zeros(1, 1, samples)

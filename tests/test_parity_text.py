@@ -1,11 +1,8 @@
 """Tokenizer and text rules on the recorded strings.
 
-Where the reference fails on a text or distorts it, the functions named `right_*` work out from the recorded
-result what is right instead, each with its reason. Everything else must be equal.
+Where the reference fails on a text or distorts it, the functions of `text_parity` say what is right instead.
 """
 
-import re
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -13,14 +10,13 @@ import inflect
 import pytest
 import whisper.tokenizer
 from parity import PARITY_DIR, table
+from text_parity import right_blanks, right_numbers, right_pieces
 
 from cosyvoice.cli.frontend import CosyVoiceFrontEnd
 from cosyvoice.tokenizer.tokenizer import get_tokenizer
 from cosyvoice.utils import frontend_utils
 
 WHISPER = {"multilingual": True, "num_languages": 100, "language": "en", "task": "transcribe"}
-INDEX_ERROR = {"error": "IndexError"}
-CIRCLED = {"①": "one", "②": "two", "③": "three", "④": "four", "⑤": "five"}
 
 
 @cache
@@ -41,43 +37,6 @@ def encode(text: str) -> list[int]:
 def frontend() -> CosyVoiceFrontEnd:
     """With no external normaliser, as the strings were recorded, and no network to open."""
     return CosyVoiceFrontEnd(tokenizer, abs, "", "", normalizer=None)
-
-
-def right_blanks(text: str, recorded: Any) -> str:
-    """`replace_blank` at both ends of a text.
-
-    The blank at the end has no right neighbour, at which the reference fails; the one at the start gets the
-    last character as its left neighbour. Neither stands between two characters: both go.
-    """
-    if recorded == INDEX_ERROR:
-        assert text.endswith(" ")
-        return frontend_utils.replace_blank(text.rstrip(" "))
-    return recorded.lstrip(" ")
-
-
-def right_numbers(text: str, recorded: Any, spell: Callable[[str], Any]) -> Any:
-    """Squares and cubes are spelled as such, circled digits one by one.
-
-    They are digits but no decimals: the reference makes one "zero" of each run of them.
-    """
-    if not any(mark.isdigit() and not mark.isdecimal() for mark in text):
-        return recorded
-    text = text.replace("²", " squared").replace("³", " cubed")
-    return spell(re.sub("[①-⑤]+", lambda run: " ".join(CIRCLED[mark] for mark in run.group()), text))
-
-
-def right_pieces(recorded: Any, comma_split: bool) -> Any:
-    """A final comma gives way to the full stop, where the reference writes both.
-
-    Of commas alone nothing is left. An empty text has no last character, at which the reference fails: it
-    has no pieces.
-    """
-    if recorded == INDEX_ERROR:
-        return []
-    if comma_split or not recorded:
-        return recorded
-    last = re.sub("[,，、]+([.。])$", r"\1", recorded[-1])
-    return [*recorded[:-1], *([last] if last not in ".。" else [])]
 
 
 def recorded_functions() -> list[tuple[str, str, Any]]:

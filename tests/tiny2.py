@@ -1,6 +1,7 @@
 """CosyVoice2's recorded configuration without the parts that other tests build, and its small vocoder."""
 
 import re
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,3 +34,13 @@ def tiny_hift() -> nn.Module:
         hift = load_model_yaml(write_config(Path(folder)), parts=("hift",))["hift"]
     load_strict(hift, read_state_dict(V2.folder / "tiny2_hift.pt"), "tiny2_hift.pt")
     return hift.eval()
+
+
+def tiny2_model_dir(folder: Path) -> Path:
+    """Make `folder` a model folder of the recorded tiny model and return it."""
+    shutil.copyfile(V2.folder / "tiny2.yaml", folder / "cosyvoice2.yaml")
+    shutil.copyfile(V2.folder / "tiny2_speech_tokenizer.onnx", folder / "speech_tokenizer_v2.onnx")
+    for name in ("llm.pt", "flow.pt", "hift.pt", "campplus.onnx", "spk2info.pt"):
+        shutil.copyfile(V2.folder / f"tiny2_{name}", folder / name)
+    shutil.copytree(V2.folder / "tiny2_blanken", folder / "CosyVoice-BlankEN", copy_function=shutil.copyfile)
+    return folder

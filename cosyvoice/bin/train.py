@@ -52,6 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument("--num_workers", type=int, default=0, help="preparing batches (default: %(default)s)")
     how.add_argument("--prefetch", type=int, default=100, help="batches a worker is ahead (default: %(default)s)")
     how.add_argument("--pin_memory", action="store_true", help="faster copies to the GPU")
+    how.add_argument("--timeout", type=int, help="seconds; changes nothing: all processes end an epoch together here")
     how.add_argument("--use_amp", action="store_true", help="half precision where that is faster; not for hifigan")
     how.add_argument("--deepspeed_config", type=Path, default=Path("conf/ds_stage2.json"))
     how.add_argument(

@@ -1,9 +1,9 @@
 """From text and prompt recordings to the tensors that the model speaks from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -13,12 +13,16 @@ from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import load_tensors
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav, resample
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frames import Rates
 from cosyvoice.utils.frontend_utils import has_words
-from cosyvoice.utils.rates_300m import SAMPLE_RATE_HZ
+from cosyvoice.utils.rates_300m import TOKEN_RATE_HZ, rates_at
 from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer, check_prompt
 
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
 Prompt = str | Path | BinaryIO | Tensor  # a recording, or (1, samples) at 16 kHz
-FRONTEND_PARTS = ("sample_rate", "get_tokenizer", "feat_extractor", "allowed_special")  # what it needs of a YAML
+FRONTEND_PARTS = ("get_tokenizer", "feat_extractor", "allowed_special")  # what it needs of a YAML
 PCM_PEAKS = {torch.int16: 2**15, torch.int32: 2**31}
 # What a stored voice may hold: by name its shape, with None for any size, and whether it holds fractions.
 STORED_INPUTS = {
@@ -26,16 +30,19 @@ STORED_INPUTS = {
     "prompt_speech_feat": ((1, None, None), True),
     **dict.fromkeys(("prompt_text", "llm_prompt_speech_token", "flow_prompt_speech_token"), ((1, None), False)),
 }
+COSYVOICE_300M_RATES = rates_at(TOKEN_RATE_HZ)
 END_OF_INSTRUCTION = "<endofprompt>"  # as CosyVoice-300M-Instruct was trained; plain text to the tokenizer
 
 
 class CosyVoiceFrontEnd:
     """Text and prompts to model inputs: CPU tensors by name, batch size 1, int32 lengths of shape (1,).
 
+    What CosyVoice-300M needs is here; a subclass changes what another generation does differently.
+
     get_tokenizer and feat_extractor are the YAML's functions; campplus_model and speech_tokenizer_model are
     ONNX files, opened at first use; spk2info is a file of stored voices that may be absent. normalizer is
-    "wetext" or None, see TextNormalizer; text_split holds arguments of TextSplit. Prompt mels are computed at
-    sample_rate Hz, the model's own. device, "auto", "cpu" or "cuda", is where the ONNX networks run.
+    "wetext" or None, see TextNormalizer; text_split holds arguments of TextSplit. Prompt mels are computed at the
+    model's own sample rate, which `rates` has. device, "auto", "cpu" or "cuda", is where the ONNX networks run.
     """
 
     def __init__(
@@ -47,7 +54,7 @@ class CosyVoiceFrontEnd:
         spk2info: Path | str = "",
         allowed_special: str | set[str] = "all",
         *,
-        sample_rate: int = SAMPLE_RATE_HZ,
+        rates: Rates = COSYVOICE_300M_RATES,
         normalizer: str | None = "wetext",
         device: str = "auto",
         text_split: Mapping[str, int] | None = None,
@@ -55,15 +62,32 @@ class CosyVoiceFrontEnd:
         self._get_tokenizer = get_tokenizer
         self.feat_extractor = feat_extractor
         self.speaker_encoder = SpeakerEncoder(campplus_model, device)
-        self.speech_tokenizer = SpeechTokenizer(speech_tokenizer_model, device)
+        self.speech_tokenizer = SpeechTokenizer(speech_tokenizer_model, device, rates.token_rate)
         self.spk2info = read_spk2info(Path(spk2info)) if spk2info else {}
         self.allowed_special = allowed_special
-        self.sample_rate = sample_rate
+        self.rates = rates
         self.normalizer = TextNormalizer(self.encode, normalizer, TextSplit.of(text_split or {}))
 
     @cached_property
     def tokenizer(self) -> Any:
         return self._get_tokenizer()
+
+    @property
+    def sample_rate(self) -> int:
+        return self.rates.sample_rate
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors that it makes are. The model takes them from there."""
+        return torch.device("cpu")
+
+    @property
+    def campplus_session(self) -> "InferenceSession":
+        return self.speaker_encoder.open()
+
+    @property
+    def speech_tokenizer_session(self) -> "InferenceSession":
+        return self.speech_tokenizer.open()
 
     def encode(self, text: str) -> list[int]:
         """Text token ids."""
@@ -74,13 +98,17 @@ class CosyVoiceFrontEnd:
         known_by_tokenizer = getattr(self.tokenizer, "unknown_letters", None)
         return known_by_tokenizer(text) if known_by_tokenizer else []
 
-    def text_normalize(self, text: str, split: bool = True, text_frontend: bool = True) -> list[str] | str:
-        """The text in words, in pieces as text_split has them (split) or whole.
+    def text_normalize(
+        self, text: str | Iterator[str], split: bool = True, text_frontend: bool = True
+    ) -> list[str] | list[Iterator[str]] | str:
+        """Return the text in words, in pieces as text_split has them (split) or whole.
 
-        Text with special tokens (`<|...|>`), or with text_frontend off, stays as it is, in one piece. The
-        list is empty where there is only punctuation. Raises InputError for what is not a text, and for text that is
-        no Unicode.
+        Text with special tokens (`<|...|>`), or with text_frontend off, stays as it is, in one piece. So does one that
+        is still being written: an iterator of texts comes back in a list, and nothing of it is read. The list is empty
+        where there is only punctuation. Raises InputError for what is not a text, and for text that is no Unicode.
         """
+        if isinstance(text, Iterator):
+            return [text]
         if not isinstance(text, str):
             raise InputError(f"a text is a str, not {type(text).__name__}")
         try:
@@ -92,7 +120,7 @@ class CosyVoiceFrontEnd:
         text = self.normalizer.normalize(text)
         return self.normalizer.split(text) if split else text
 
-    def frontend_sft(self, tts_text: str, spk_id: str) -> dict[str, Tensor]:
+    def frontend_sft(self, tts_text: str | Iterator[str], spk_id: str) -> dict[str, Tensor]:
         """A stored voice. Raises InputError where it is unknown, or the text empty."""
         embedding = self._stored_voice(spk_id).get("embedding")
         if embedding is None:
@@ -101,7 +129,7 @@ class CosyVoiceFrontEnd:
 
     def frontend_zero_shot(
         self,
-        tts_text: str,
+        tts_text: str | Iterator[str],
         prompt_text: str,
         prompt_wav: Prompt,
         resample_rate: int | None = None,
@@ -121,7 +149,7 @@ class CosyVoiceFrontEnd:
 
     def frontend_cross_lingual(
         self,
-        tts_text: str,
+        tts_text: str | Iterator[str],
         prompt_wav: Prompt,
         resample_rate: int | None = None,
         zero_shot_spk_id: str = "",
@@ -174,30 +202,34 @@ class CosyVoiceFrontEnd:
             "flow_embedding": self._extract_spk_embedding(prompt_wav),
         }
 
-    def _text_inputs(self, tts_text: str) -> dict[str, Tensor]:
-        if not has_words(tts_text):
+    def _text_inputs(self, tts_text: str | Iterator[str]) -> dict[str, Any]:
+        if isinstance(tts_text, str) and not has_words(tts_text):
             raise InputError(f"nothing to speak in the text {tts_text!r}; give it words or numbers")
         text, text_len = self._extract_text_token(tts_text)
         return {"text": text, "text_len": text_len}
 
-    def _extract_text_token(self, text: str) -> tuple[Tensor, Tensor]:
-        """Token ids int32 (1, N) and their number (1,)."""
-        return _with_length(torch.tensor([self.encode(text)], dtype=torch.int32))
+    def _extract_text_token(self, text: str | Iterator[str]) -> tuple[Tensor | Iterator[Tensor], Tensor]:
+        """Return token ids int32 (1, N) and their number (1,).
+
+        Of a text that is still being written, return its ids (1, 1) one by one as they come, and 0.
+        """
+        if isinstance(text, Iterator):
+            ids = (number for piece in text for number in self.encode(piece))
+            return (torch.tensor([[number]], dtype=torch.int32) for number in ids), torch.zeros(1, dtype=torch.int32)
+        return with_length(torch.tensor([self.encode(text)], dtype=torch.int32))
 
     def _extract_speech_token(self, prompt_wav: Prompt) -> tuple[Tensor, Tensor]:
-        """Speech tokens int32 (1, N), 50 a second, and their number (1,)."""
-        return _with_length(self.speech_tokenizer(load_prompt(prompt_wav, PROMPT_RATE_HZ)))
+        """Return speech tokens int32 (1, N), and their number (1,)."""
+        return with_length(self.speech_tokenizer(load_prompt(prompt_wav, PROMPT_RATE_HZ)))
 
     def _extract_spk_embedding(self, prompt_wav: Prompt) -> Tensor:
         """Speaker vector float32 (1, 192)."""
         return self.speaker_encoder(load_prompt(prompt_wav, PROMPT_RATE_HZ))
 
-    def _extract_speech_feat(
-        self, prompt_wav: Prompt, resample_rate: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _extract_speech_feat(self, prompt_wav: Prompt, resample_rate: int | None = None) -> tuple[Tensor, Tensor]:
         """Log-mel (1, T, 80) at the model's sample rate, and its number of frames (1,)."""
         wav = load_prompt(prompt_wav, resample_rate or self.sample_rate)
-        return _with_length(self.feat_extractor(wav).transpose(1, 2))  # (1, 80, T) -> (1, T, 80)
+        return with_length(self.feat_extractor(wav).transpose(1, 2))  # (1, 80, T) -> (1, T, 80)
 
     def _stored_voice(self, spk_id: str) -> dict[str, Tensor]:
         if not isinstance(spk_id, str) or spk_id not in self.spk2info:
@@ -227,16 +259,21 @@ def load_prompt(prompt_wav: Prompt, rate: int) -> Tensor:
     return load_wav(prompt_wav, rate)
 
 
-def open_front_end(folder: ModelFolder, parts: Mapping[str, Any], device: str) -> CosyVoiceFrontEnd:
-    """Return the front end of a model folder. parts: FRONTEND_PARTS of its YAML, and maybe text_split."""
-    return CosyVoiceFrontEnd(
+def open_front_end(
+    folder: ModelFolder, parts: Mapping[str, Any], device: str, kind: type[CosyVoiceFrontEnd] = CosyVoiceFrontEnd
+) -> CosyVoiceFrontEnd:
+    """Return the front end of a model folder. parts: FRONTEND_PARTS of its YAML, and maybe text_split.
+
+    kind: the class of the front end; what comes without prompts is the same in all.
+    """
+    return kind(
         parts["get_tokenizer"],
         parts["feat_extractor"],
         folder.speaker_encoder,
         folder.speech_tokenizer,
         folder.stored_speakers,
         parts["allowed_special"],
-        sample_rate=parts["sample_rate"],
+        rates=folder.rates,
         device=device,
         text_split=parts.get("text_split"),
     )
@@ -272,6 +309,6 @@ def _is_input(name: str, value: Any) -> bool:
     )
 
 
-def _with_length(sequence: Tensor) -> tuple[Tensor, Tensor]:
-    """(1, N, ...) and N as int32 (1,)."""
+def with_length(sequence: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (1, N, ...) and N as int32 (1,)."""
     return sequence, torch.tensor([sequence.shape[1]], dtype=torch.int32)

@@ -21,8 +21,9 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the named values of a JSON file. Raises InputError if it is missing or holds something else."""
+    text = read_text(path)
     try:
-        values = json.loads(read_text(path))
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
     if not isinstance(values, dict):

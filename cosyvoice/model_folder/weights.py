@@ -107,7 +107,7 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
     weight norm. `name` is what a message calls the file. Raises InputError with the differing names,
     grouped, and the likely cause.
     """
-    state = {_current_name(key): value for key, value in state.items()}
+    state = {current_name(key): value for key, value in state.items()}
     own = module.state_dict()
     missing = own.keys() - state.keys()
     unexpected = state.keys() - own.keys()
@@ -179,7 +179,8 @@ def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
             raise InputError(f"{path}: {name} holds values that are not finite; {_ANOTHER}")
 
 
-def _current_name(name: str) -> str:
+def current_name(name: str) -> str:
+    """Return what the modules here call a weight that files of older versions may call something else."""
     name = name.removeprefix("generator.")
     if name.endswith((".weight_g", ".weight_v")):
         return f"{name[:-9]}.parametrizations.weight.original{'gv'.index(name[-1])}"

@@ -110,8 +110,9 @@ def _add_specials(tokenizer: "Tokenizer", path: Path) -> None:
 
 def _special_tokens(path: Path) -> dict[int, str]:
     """Return id and text of each, by id."""
+    settings = read_json(path)
     try:
-        tokens = {int(number): token["content"] for number, token in read_json(path)["added_tokens_decoder"].items()}
+        tokens = {int(number): token["content"] for number, token in settings["added_tokens_decoder"].items()}
     except (ValueError, LookupError, TypeError, AttributeError):
         raise InputError(f"{path} has no list of special tokens; {REMEDY}") from None
     if not all(isinstance(text, str) and text for text in tokens.values()):

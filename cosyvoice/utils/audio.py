@@ -69,6 +69,8 @@ def read_wav(wav: str | Path | BinaryIO, most_seconds: float = MOST_SECONDS) -> 
             _check_header(file, name, most_seconds)
             samples = file.read(dtype="float32", always_2d=True)  # (samples, channels)
             told, rate, is_mp3 = file.frames, file.samplerate, file.format == "MP3"
+    except InputError:  # a ValueError that says what is wrong
+        raise
     except (soundfile.SoundFileError, OSError, ValueError, MemoryError) as error:  # the last two: an untold length
         raise InputError(f"{name} cannot be decoded as audio; convert it to wav") from error
     if not len(samples):

@@ -1,4 +1,4 @@
-"""Padding, accuracy and the samplers that choose a speech token from log-probabilities."""
+"""Padding, accuracy, cross-fades, and the samplers that choose a speech token from log-probabilities."""
 
 import random
 from collections.abc import Sequence
@@ -32,6 +32,19 @@ def th_accuracy(pad_outputs: Tensor, pad_targets: Tensor, ignore_label: int) -> 
     predicted = pad_outputs.view(*pad_targets.shape, -1).argmax(dim=-1)
     counted = pad_targets != ignore_label
     return (predicted[counted] == pad_targets[counted]).float().mean()
+
+
+def fade_in_out(fade_in: Tensor, fade_out: Tensor, window: Tensor) -> Tensor:
+    """Cross-fade the start of `fade_in` (..., T) with the end of `fade_out` (..., S); no change where S is 0.
+
+    The first half of the float64 `window` weighs `fade_in`, the second half `fade_out`.
+    """
+    if fade_out.shape[-1] == 0:
+        return fade_in
+    rising, falling = window.chunk(2)
+    length = rising.shape[0]
+    faded = fade_in[..., :length] * rising + fade_out[..., -length:] * falling
+    return torch.cat([faded.to(fade_in.dtype), fade_in[..., length:]], dim=-1)
 
 
 def ras_sampling(

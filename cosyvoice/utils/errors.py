@@ -12,10 +12,11 @@ _MEMORY_TROUBLE = re.compile(
 )
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Something the user gave is wrong; the message says what, and what to do, in one line.
 
-    Scripts print it on stderr without a traceback and exit with code 2.
+    It is a ValueError, too, which existing programs catch. Scripts print it on stderr without a
+    traceback and exit with code 2.
     """
 
 

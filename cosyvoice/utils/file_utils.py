@@ -1,5 +1,6 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and lists of files as recipes write them."""
 
+import json
 import logging
 import os
 import shutil
@@ -12,9 +13,19 @@ import torch
 
 from cosyvoice.utils.audio import load_wav
 from cosyvoice.utils.errors import DISK_TROUBLE, InputError
+from cosyvoice.utils.text_files import decode_lines
 
 # load_wav, logging: servers and notebooks import them from here
-__all__ = ["alone_in", "atomic_write", "copy_file", "load_wav", "logging", "save_tensors"]
+__all__ = [
+    "alone_in",
+    "atomic_write",
+    "copy_file",
+    "load_wav",
+    "logging",
+    "read_json_lists",
+    "read_lists",
+    "save_tensors",
+]
 
 
 @contextmanager
@@ -82,3 +93,31 @@ def save_tensors(content: Any, path: Path) -> None:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+
+
+def read_lists(list_file: str | Path) -> list[str]:
+    """Return the lines of a text file without blanks around them; empty lines are left out.
+
+    Raises InputError if the file is missing or not UTF-8.
+    """
+    path = Path(list_file)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give a text file with one entry a line")
+    return [line.strip() for line in decode_lines(path.read_bytes(), str(path)) if line.strip()]
+
+
+def read_json_lists(list_file: str | Path) -> dict[str, Any]:
+    """Return the entries of all JSON files that a text file names, one a line; of one name, the last.
+
+    Raises InputError if a file is missing, or holds no named values.
+    """
+    entries: dict[str, Any] = {}
+    for name in read_lists(list_file):
+        try:
+            content = json.loads("\n".join(read_lists(name)))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{name} is not JSON: {error}; write it again") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{name} has no named values; write it again")
+        entries |= content
+    return entries
