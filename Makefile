@@ -1,5 +1,6 @@
 # make test    run the tests
 # make test-faults   the long form of tests/faults: thousands of damaged files, and commands stopped at random moments
+# make test-gpu   the tests that need a GPU (tests/gpu); elsewhere each says why it is left out
 # make demo    the whole job on examples/raw_audio with CosyVoice-mini: prepare, train, merge, speak
 # make bench   measure decoding, synthesis, training, preparation and start-up, with the threads that each size gets
 # make eval    install the judges of tools/evaluate.py, and judge the voice that make demo left
@@ -10,7 +11,7 @@ PY := .venv/bin/python
 INSTALLED := .venv/installed
 JUDGES := .venv/judges
 
-.PHONY: venv test test-faults demo bench eval
+.PHONY: venv test test-faults test-gpu demo bench eval
 
 venv: $(INSTALLED)
 
@@ -24,6 +25,9 @@ test: venv
 
 test-faults: venv
 	FAULT_CASES=500 FAULT_KILLS=10 $(PY) -m pytest tests/faults -rP
+
+test-gpu: venv
+	$(PY) -m pytest tests/gpu -rsP
 
 MINI := pretrained_models/CosyVoice-mini
 FOLDERS := --model-dir $(MINI) --output-dir demo/output

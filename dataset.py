@@ -173,6 +173,11 @@ def speaker_embedding(clips: Sequence[Clip]) -> Tensor:
     return torch.nn.functional.normalize(mean, dim=0)
 
 
+def slowest_pace(clips: Sequence[Clip]) -> float:
+    """Return the most speech tokens per text token of any clip."""
+    return max(len(clip.speech_token) / len(clip.text_token) for clip in clips)
+
+
 def split_clips(clips: Sequence[Clip], ratio: float, seed: int) -> tuple[list[Clip], list[Clip]]:
     """Training and held-out clips, chosen at random. Nothing is held out of fewer than 8 clips, or at ratio 0."""
     if ratio == 0 or len(clips) < FEWEST_CLIPS_TO_SPLIT:

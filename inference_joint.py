@@ -12,23 +12,25 @@ from pathlib import Path
 
 from config import find_model_dir
 from cosyvoice.utils.command import run
-from speaking import add_voice, open_voice, read_lines
 from utils import add_device, add_folders, add_seed, check_writable
+from voices.lines import read_lines
+from voices.options import add_voice, open_voice
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     lines = read_lines(args.text, args.text_file, args.output or args.output_dir / "result.wav")
     from cosyvoice.cli.model import check_speed  # torch, from here on
+    from voices.wav import speak_into_files
 
     check_speed(args.speed)
     model_dir = find_model_dir(args.model_dir)
     check_writable(lines[0].output.parent, model_dir)
-    voice = open_voice(args, model_dir)
-    for part, source in voice.sources.items():
+    voice, sources = open_voice(args, model_dir)
+    for part, source in sources.items():
         print(f"{part:8} {source}")
     started, total = time.perf_counter(), 0.0
-    for line, seconds in voice.speak(lines, args.speed, args.seed, args.batch_size):
+    for line, seconds in speak_into_files(voice, lines, args.speed, args.seed, args.batch_size):
         print(f"{line.output}: {seconds:.2f} s of speech", flush=True)
         total += seconds
     elapsed = time.perf_counter() - started

@@ -3,7 +3,7 @@
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,8 +25,7 @@ from lora import adapter_state, adapters, inject, load_adapters
 from matcha.models.components.decoder import ResnetBlock1D
 from matcha.models.components.transformer import BasicTransformerBlock
 
-RECOMPUTED = (EncoderLayer, ResnetBlock1D, BasicTransformerBlock)  # what LLM and Flow consist of, but for Qwen2
-RECOMPUTING_SHARE = 4  # what a block takes while its gradients are computed, over what it saves for them; measured
+RECOMPUTED = (EncoderLayer, ResnetBlock1D, BasicTransformerBlock)  # what LLM and Flow consist of, except Qwen2
 DIVERGED = "training stopped, the last good checkpoint is kept; lower --lr, or use --set precision=32-true"
 SMOOTHED_EPOCHS = 3  # whose mean training loss is compared with the threshold
 FLOW_DRAWS = 8  # of time, noise and window for each held-out clip
@@ -63,20 +62,6 @@ def trainable_share(module: nn.Module) -> tuple[int, float]:
     """Trainable parameters and their share of all."""
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return trainable, trainable / sum(p.numel() for p in module.parameters())
-
-
-def saved_bytes(compute: Callable[[], Any], weights: set[int]) -> int:
-    """Of all tensors that `compute` saves for its gradients, but for the weights, given by their places in memory."""
-    kept = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        compute()
-    return sum(size for place, size in kept.items() if place not in weights)
 
 
 class JointModel(pl.LightningModule):
@@ -152,24 +137,8 @@ class JointModel(pl.LightningModule):
             result["flow_loss"] = self.flow_loss(batch, embedding, times)
         return result
 
-    def kept_bytes(self, batch: dict[str, Tensor]) -> int:
-        """Bytes that training on `batch` keeps until its gradients are there, beside the weights.
-
-        Where blocks are computed again, also what the largest one takes in the meantime.
-        """
-        weights = {weight.untyped_storage().data_ptr() for weight in self.parameters()}
-        passing = [0]
-
-        def measure(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            passing.append(saved_bytes(lambda: block.forward.args[0](*inputs, **named), weights))
-
-        hooks = [block.register_forward_pre_hook(measure, with_kwargs=True) for block in self.recomputed_blocks()]
-        kept = saved_bytes(lambda: self.losses(batch, self.active()), weights)
-        for hook in hooks:
-            hook.remove()
-        return kept + RECOMPUTING_SHARE * max(passing)
-
     def recomputed_blocks(self) -> list[nn.Module]:
+        """Return the blocks that keep their input only, where the settings ask for that."""
         if not self.config["recompute"]:
             return []
         blocks = [block for block in self.parts.modules() if isinstance(block, RECOMPUTED)]

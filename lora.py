@@ -42,6 +42,8 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear starts
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for both products
         narrow = F.linear(self.dropout(x), self.lora_A)
         y = F.linear(x, self.weight, self.bias)
         return torch.addmm(y.flatten(0, -2), narrow.flatten(0, -2), self.lora_B.t(), alpha=self.scale).view_as(y)

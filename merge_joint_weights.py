@@ -29,7 +29,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     model_dir = find_model_dir(args.model_dir)
-    from voice import merge_run, merged_path, newest_run, read_run
+    from voices.merge import merge_run, merged_path
+    from voices.run import newest_run, read_run
 
     trained = read_run(args.ckpt or newest_run(args.output_dir))
     wanted = {"llm": not args.flow_only, "flow": not args.llm_only}
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_targets(targets: dict[str, Path], checkpoint: Path, output_dir: Path, model_dir: Path) -> None:
     """Raises InputError, before anything is written, unless every file can be written and replaces nothing else."""
-    from voice import sidecars
+    from voices.sidecar import sidecars
 
     taken = {checkpoint, output_dir / "spk2info.pt", *sidecars(output_dir)}
     for part, target in targets.items():

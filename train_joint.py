@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import MODES, SEED, find_model_dir, settings_for, with_changes
+from config import JOINT_TRAINING_CONFIG, MODES, PASSES_ON_GPU, SEED, find_model_dir, settings_for, with_changes
 from cosyvoice.utils.command import EXIT_INTERRUPTED, run
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from dataset import Clip
     from llm_flow_model import JointModel
-    from voice import Run
+    from voices.run import Run
 
 
 # What a resumed run may do otherwise: when it ends, and what a step costs in memory.
@@ -95,7 +95,7 @@ def train(args: argparse.Namespace, model_dir: Path, config: dict[str, Any]) -> 
     limit_threads(model_dir)
     from dataset import load_clips
     from training import Interrupted, Listener, fit
-    from voice import base_fingerprints, last_checkpoint, read_run
+    from voices.run import base_fingerprints, last_checkpoint, read_run
 
     clips = load_clips(args.data_dir, model_dir)
     origin = {
@@ -112,6 +112,10 @@ def train(args: argparse.Namespace, model_dir: Path, config: dict[str, Any]) -> 
     if resumed and finished(resumed, config):
         trained = replace(resumed, config=config)
     else:
+        if device == "cuda" and not resumed and not sets_passes(args, model_dir):
+            config |= PASSES_ON_GPU
+            chosen = ", ".join(f"{key}={value}" for key, value in PASSES_ON_GPU.items())
+            print(f"on a GPU: {chosen}; --batch-size 1 computes clip by clip, in less memory")
         model, loaders = build(args, config, model_dir, clips, origin, device)
         if resumed:
             loaders[0].sampler.skip = resumed.state["batches_done"] * resumed.config["batch_size"]
@@ -139,7 +143,7 @@ def find_resumed(args: argparse.Namespace, origin: dict[str, Any], model_dir: Pa
 
     Raises InputError unless mode, base model and data are those of that run, and the folder holds no other one.
     """
-    from voice import last_checkpoint, read_run
+    from voices.run import last_checkpoint, read_run
 
     last = last_checkpoint(args.output_dir, origin["mode"])
     if args.resume is None:
@@ -164,7 +168,7 @@ def find_resumed(args: argparse.Namespace, origin: dict[str, Any], model_dir: Pa
 
 def check_replaced(last: Path, run: "Run") -> None:
     """Raises InputError where the last checkpoint of the folder is not of the run that shall go on there."""
-    from voice import read_run
+    from voices.run import read_run
 
     try:
         same = read_run(last).state["run"] == run.state["run"]
@@ -228,6 +232,7 @@ def build(
         check_vocabularies,
         collate,
         find_places,
+        slowest_pace,
         speaker_embedding,
         speaker_name,
         split_clips,
@@ -240,7 +245,7 @@ def build(
     for part in parts.values():
         check_vocabularies(clips, part)
         find_places(clips, part)
-    origin = origin | {"speaker": speaker_name(clips)}
+    origin = origin | {"speaker": speaker_name(clips), "pace": slowest_pace(train)}
     model = JointModel(parts, config, args.seed, speaker_embedding(train), origin)
     if args.init:
         start_from(args.init, model, model_dir)
@@ -251,9 +256,17 @@ def build(
     return model, (train_loader, DataLoader(held_out, size, collate_fn=collate) if held_out else None)
 
 
+def sets_passes(args: argparse.Namespace, model_dir: Path) -> bool:
+    """Return whether the user or the base model says how many clips a pass and passes a step there are."""
+    given = {change.partition("=")[0].strip() for change in changes(args)}
+    own = settings_for(model_dir)
+    differs = any(own[key] != JOINT_TRAINING_CONFIG[key] for key in PASSES_ON_GPU)
+    return bool(args.memory or given & PASSES_ON_GPU.keys() or differs)
+
+
 def fill_memory(model: "JointModel", clips: "list[Clip]", memory: int, device: str) -> None:
     """Give the model's settings as many clips a pass as fit; a step has as many as before."""
-    from training import clips_a_pass
+    from memory import clips_a_pass
 
     config = model.config
     size = clips_a_pass(model, clips, memory, device)
@@ -268,7 +281,7 @@ def fill_memory(model: "JointModel", clips: "list[Clip]", memory: int, device: s
 def start_from(checkpoint: Path, model: "JointModel", model_dir: Path) -> None:
     """Copy the adapters that a checkpoint of any mode shares with the model; of a run's last, the best epoch's."""
     from lora import load_adapters, rescaled
-    from voice import last_checkpoint, read_run, scale_of
+    from voices.run import last_checkpoint, read_run, scale_of
 
     run = read_run(checkpoint)
     shared = [part for part in run.parts if part in model.parts]
@@ -313,7 +326,7 @@ def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]
 
 def conclude(run: "Run", output_dir: Path, model_dir: Path) -> None:
     """Say why training ended, and merge the best weights."""
-    from voice import merge_run, merged_path
+    from voices.merge import merge_run, merged_path
 
     for part in run.parts:
         progress = run.state["progress"][part]
@@ -326,7 +339,8 @@ def conclude(run: "Run", output_dir: Path, model_dir: Path) -> None:
 
 def both_files(run: "Run", output_dir: Path) -> str:
     """Options that name a merged file for each part, where an earlier run trained the one that this run left alone."""
-    from voice import merged_path, read_sidecar, sidecars
+    from voices.merge import merged_path
+    from voices.sidecar import read_sidecar, sidecars
 
     own = {part: merged_path(output_dir, part, run.mode) for part in run.parts}
     for voice in map(read_sidecar, sidecars(output_dir)):

@@ -5,7 +5,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +16,27 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.precision import MixedPrecision
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cosyvoice.utils.audio import read_wav
 from cosyvoice.utils.device import cpu_has_bfloat16
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write, copy_file
-from dataset import Clip, collate
 from llm_flow_model import HALF_TYPES, JointModel
-from speaking import speak_checkpoint
-from voice import last_checkpoint
+from utils import pick_device
+from voices.choice import Voice
+from voices.lines import Line
+from voices.run import last_checkpoint, read_run
+from voices.synthesis import load_voice
+from voices.wav import speak_into_files
 
 KEPT_CHECKPOINTS = 3
-ADAPTER_BYTES = 16  # a parameter, its gradient and the optimiser's two averages, in float32
-PROCESS_BYTES = 500_000_000  # libraries, and on a GPU their workspaces
-PASSING_SHARE = 1.3  # of what is kept for gradients, with what is there for a moment only
+# Of the loss in float16. torch's own, 65536, has room for gradients below 1 only, and each overflow costs one of a
+# run's few steps, while the schedule moves on. This one has room for gradients from 6e-11 to 64.
+FIRST_LOSS_SCALE = 1024.0
+MOST_SKIPPED_STEPS = 3  # without a word
 
 
 class Interrupted(Exception):
@@ -52,12 +58,20 @@ class Listener:
     def listen(self, checkpoint: Path, epoch: int, logger: TensorBoardLogger) -> None:
         wav = Path(logger.log_dir) / f"epoch{epoch:04d}.wav"
         try:
-            speak_checkpoint(checkpoint, self.text, wav, self.model_dir, self.device, self.seed)
+            self.speak(checkpoint, wav)
         except (InputError, RuntimeError) as error:  # to hear nothing is no reason to stop training
             print(f"epoch {epoch} cannot be heard: {str(error).splitlines()[0]}")
             return
         speech, rate = read_wav(wav)
         logger.experiment.add_audio("listen", speech, epoch, rate)
+
+    def speak(self, checkpoint: Path, wav: Path) -> None:
+        """Write what `inference_joint.py --adapter CHECKPOINT --batch-size 1` with the same seed writes."""
+        run = read_run(checkpoint)
+        voice = load_voice(Voice.of_run(run), run.embedding, self.model_dir, pick_device(self.device))
+        lines = [Line(1, self.text, wav)]
+        for _ in speak_into_files(voice, lines, speed=1.0, seed=self.seed, together=1):
+            pass
 
 
 class CheckpointKeeper(Checkpoint):
@@ -158,7 +172,7 @@ def fit(
     trainer = pl.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
-        precision=compute_precision(config, device),
+        **precision_options(config, device),
         max_epochs=config["max_epochs"],
         accumulate_grad_batches=config["accumulate_grad_batches"],
         gradient_clip_val=config["gradient_clip_val"],
@@ -193,23 +207,30 @@ def compute_precision(config: dict[str, Any], device: str) -> str:
     return wanted
 
 
-def clips_a_pass(model: JointModel, clips: Sequence[Clip], memory: int, device: str) -> int:
-    """How many clips fit into one pass in `memory` bytes: a divisor of the clips of a step, or 0.
+def precision_options(config: dict[str, Any], device: str) -> dict[str, Any]:
+    """The trainer's options for the precision to compute in."""
+    precision = compute_precision(config, device)
+    if precision != "16-mixed":
+        return {"precision": precision}
+    return {"plugins": MixedPrecision(precision, device, LossScaler(device))}
 
-    Judged by what the longest clip keeps in float32; in half precision it is less. Fewer passes of more clips give
-    the same gradient.
-    """
-    config = model.config
-    longest = max(clips, key=lambda clip: len(clip.text_token) + len(clip.speech_token))
-    frozen_bytes = 2 if half_type(config, device) else 4
-    weights = sum(
-        weight.numel() * (ADAPTER_BYTES if weight.requires_grad else frozen_bytes) for weight in model.parameters()
-    )
-    model.train()
-    room = memory - PROCESS_BYTES - weights
-    most = int(room / (PASSING_SHARE * model.kept_bytes(collate([longest]))))
-    clips_a_step = config["batch_size"] * config["accumulate_grad_batches"]
-    return max((size for size in range(1, clips_a_step + 1) if clips_a_step % size == 0 and size <= most), default=0)
+
+class LossScaler(torch.amp.GradScaler):
+    """Scales the loss for float16, counts the optimiser steps that overflow costs, and says so where there are many."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device, init_scale=FIRST_LOSS_SCALE)
+        self.skipped = 0
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Set the scale for the next step, a smaller one where this step was left out."""
+        before = self.get_scale()
+        super().update(new_scale)
+        if self.get_scale() < before:
+            self.skipped += 1
+            if self.skipped == MOST_SKIPPED_STEPS + 1:
+                problem = f"{self.skipped} optimiser steps were left out, because gradients overflow in float16"
+                print(f"\n{problem}: --set precision=bf16-mixed or 32-true takes them", flush=True)
 
 
 @contextmanager

@@ -149,7 +149,7 @@ def time_steps(model: "JointModel", clips: "list[Clip]", device: str, repeats: i
     from torch.utils.data import DataLoader
 
     from dataset import collate
-    from training import compute_precision, half_type
+    from training import half_type, precision_options
 
     if dtype := half_type(model.config, device):
         model.keep_base_in(dtype)
@@ -158,7 +158,7 @@ def time_steps(model: "JointModel", clips: "list[Clip]", device: str, repeats: i
     trainer = pl.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
-        precision=compute_precision(model.config, device),
+        **precision_options(model.config, device),
         max_epochs=1,
         gradient_clip_val=model.config["gradient_clip_val"],
         callbacks=[LambdaCallback(on_train_batch_end=lambda *_: ends.append(clock(device)))],

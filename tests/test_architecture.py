@@ -38,8 +38,8 @@ BENCHES = tuple(
 # Each layer imports only from those after it; modules of one layer may use each other, scripts may not.
 SUITE_LAYERS = (
     SCRIPTS,
-    ("training",),
-    ("clips", "speaking", "voice"),
+    ("training", "memory"),
+    ("clips", "voices"),
     ("llm_flow_model", "dataset"),
     ("lora", "utils", "config"),
     ("cosyvoice",),
@@ -67,7 +67,7 @@ def sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-SUITE_FOLDERS = ("clips",)
+SUITE_FOLDERS = ("clips", "voices")
 SUITE_FILES = sorted(ROOT.glob("*.py")) + sources(*SUITE_FOLDERS)
 PACKAGE_FILES = sources("cosyvoice", "matcha")
 

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -32,7 +31,8 @@ from llm_flow_model import JointModel
 from lora import adapters
 from tools.random_model import make_random_model
 from training import CheckpointKeeper
-from voice import read_run, read_sidecar
+from voices.run import read_run
+from voices.sidecar import read_sidecar
 
 COMMANDS = {"prepare": prepare_joint_data, "train": train_joint, "merge": merge_joint_weights}
 DEFAULTS = {
@@ -41,16 +41,6 @@ DEFAULTS = {
     "merge": "--model-dir {model} --output-dir {output}",
 }
 CLIPS = 8  # the fewest of which some are held out
-
-
-class Bomb:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.mark),)
 
 
 def command(name: str, options: str, places: dict[str, Path]) -> int:
@@ -93,9 +83,7 @@ def model_variants(model: Path, root: Path) -> None:
         "no_llm": ("llm.pt", None),
         "cut_llm": ("llm.pt", (model / "llm.pt").read_bytes()[:5000]),
         "empty_flow": ("flow.pt", b""),
-        "pickle_flow": ("flow.pt", pickle.dumps(Bomb(root / "ran"), protocol=2)),
         "cut_onnx": ("campplus.onnx", (model / "campplus.onnx").read_bytes()[:5000]),
-        "code_llm": ("llm.pt", {"a": Bomb(root / "ran")}),
         "other_llm": ("llm.pt", {name: tensor + 1 for name, tensor in llm.items()}),
         "cosyvoice2": ("llm.pt", {"llm.model.norm.weight": torch.zeros(2)}),
         "hz25": ("llm.pt", llm | {"text_embedding.weight": torch.zeros(60515, 32)}),
@@ -133,10 +121,8 @@ def data_variants(data: Path, root: Path) -> None:
 def checkpoint_variants(output: Path, root: Path) -> None:
     good = (output / "joint_flow_only_last.ckpt").read_bytes()
     contents = {"cut": good[:4000], "empty": b"", "text": b"hello\n"}
-    contents["pickle"] = pickle.dumps(Bomb(root / "ran"), protocol=2)
     for name, content in contents.items():
         (root / f"{name}.ckpt").write_bytes(content)
-    torch.save({"voice": Bomb(root / "ran"), "state_dict": {}}, root / "code.ckpt")
     torch.save({"voice": {}, "state_dict": {}}, root / "hollow.ckpt")
 
 
@@ -146,6 +132,8 @@ SPOILT = [
     (("voice", "embedding"), [0.0] * 192),
     (("voice", "embedding"), torch.full((192,), torch.nan)),
     (("voice", "base", "flow"), 7),
+    (("voice", "pace"), "fast"),
+    (("voice", "pace"), float("nan")),
     (("voice", "config", "flow_lora"), {"lora_r": 8}),
     (("voice", "config", "flow_lora", "lora_r"), "8"),
     (("voice", "progress", "flow"), {}),
@@ -212,8 +200,6 @@ MISTAKES = [
     ("train", "--model-dir {root}/no_llm", "llm.pt does not exist", "download the model again"),
     ("train", "--model-dir {root}/cut_llm", "llm.pt is damaged", "download it again"),
     ("train", "--model-dir {root}/empty_flow --mode flow_only", "flow.pt is damaged", "download it again"),
-    ("train", "--model-dir {root}/code_llm", "llm.pt is refused", "mkdir", "not run"),
-    ("train", "--model-dir {root}/pickle_flow --mode flow_only", "flow.pt is refused", "mkdir", "not run"),
     ("train", "--model-dir {root}/cosyvoice2 --mode llm_only", "belongs to CosyVoice2", "use CosyVoice-300M"),
     ("train", "--model-dir {root}/hz25 --mode llm_only", "25Hz", "use the 50 Hz CosyVoice-300M"),
     ("train", "--model-dir {root}/attn --mode flow_only", "attn, not attn1", "another version"),
@@ -233,8 +219,6 @@ MISTAKES = [
     # checkpoints
     ("merge", "--output-dir {empty}", "no joint_<mode>_last.ckpt", "run train_joint.py first"),
     ("merge", "--ckpt {root}/nothing.ckpt", "nothing.ckpt does not exist", "train first"),
-    ("merge", "--ckpt {root}/code.ckpt", "is refused", "not run", "another joint_<mode>"),
-    ("merge", "--ckpt {root}/pickle.ckpt", "is refused", "not run", "another joint_<mode>"),
     ("merge", "--ckpt {root}/cut.ckpt", "is damaged or of another kind", "another joint_<mode>"),
     ("merge", "--ckpt {root}/empty.ckpt", "is damaged or of another kind", "another joint_<mode>"),
     ("merge", "--ckpt {root}/text.ckpt", "is damaged or of another kind", "another joint_<mode>"),
@@ -244,7 +228,6 @@ MISTAKES = [
     ("merge", f"--ckpt {FLOW_LAST} --llm-only", "--mode flow_only: it holds nothing for that part"),
     ("merge", "--llm-output {root}/llm.pt", "--llm-output is given, but the llm is not merged", "leave it out"),
     ("merge", "--model-dir {root}/attn", "another base model", "--model-dir"),
-    ("train", "--mode flow_only --resume {root}/code.ckpt", "is refused", "not run"),
     ("train", "--mode flow_only --init {root}/cut.ckpt", "is damaged or of another kind"),
     ("train", "--mode flow_only --init {model}/flow.pt", "but merged or base weights"),
     ("train", f"--mode llm_only --resume {FLOW_LAST}", "run of --mode flow_only", "use --init"),

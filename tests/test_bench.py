@@ -47,6 +47,16 @@ def test_decoding_is_measured_in_each_precision(tmp_path: Path, bench: Any) -> N
     assert all(row["ms"].keys() == {"5", "9"} and row["of_limit"] > 0 for row in rows)
 
 
+def test_half_precision_of_a_gpu_is_measured_beside_float32(
+    tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tried on the CPU: the copies share nothing that halving one would change in the other."""
+    monkeypatch.setattr("cosyvoice.transformer.precision.is_on_gpu", lambda module: True)
+    options = ["--precisions", "float16", "float32", "--tokens", 5, "--compared", 8]
+    half, exact = bench("decode", "--model-dir", tiny_model_dir(tmp_path), *options)
+    assert exact["mean_log_p_error"] < 1e-5 < half["mean_log_p_error"] < 0.1
+
+
 def test_a_processor_without_kernels_for_fewer_bits_is_measured_in_float32(
     tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from models import tiny2
 from parity import V1
 from torch import Tensor, nn
 
+from config import JOINT_TRAINING_CONFIG, with_changes
 from cosyvoice.flow import causal_flow
 from cosyvoice.flow.causal_decoder import CausalConditionalDecoder
 from cosyvoice.flow.causal_flow import CausalMaskedDiffWithXvec
@@ -22,6 +23,7 @@ from cosyvoice.flow.flow_matching import TrainingDraw
 from cosyvoice.flow.mel_stream import MelStream
 from cosyvoice.transformer.upsample_encoder import UpsampleConformerEncoder
 from cosyvoice.utils.errors import InputError
+from llm_flow_model import JointModel
 from lora import inject
 from matcha.models.components.past import Past
 
@@ -372,8 +374,7 @@ def test_a_past_keeps_final_frames_only() -> None:
 )
 def test_inference_refuses(change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = build_flow()
-    # not to be waited for with 15002 frames
-    monkeypatch.setattr(flow.encoder, "attend", lambda x, *_: x)
+    monkeypatch.setattr(flow.encoder, "attend", lambda *_: pytest.fail("refused too late"))
     prompt_token, prompt_feat, embedding = voice(4)
     inputs = {"token": tokens(5), "prompt_token": prompt_token, "prompt_feat": prompt_feat} | change
     lengths = {
@@ -485,6 +486,24 @@ def test_every_weight_is_trained() -> None:
     flow(training_batch(), torch.device("cpu"))["loss"].backward()
     untrained = [name for name, weight in flow.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert not untrained
+
+
+def test_it_trains_as_a_part_of_the_joint_model() -> None:
+    """Adapters learn, with blocks computed again as without, and nothing else does."""
+    changes = [f"flow_lora.{name}" for name in ("lora_r=2", "lora_dropout=0.0")]
+    gradients = []
+    for recompute in (False, True):
+        config = with_changes(JOINT_TRAINING_CONFIG, [*changes, f"recompute={recompute}"])
+        torch.manual_seed(5)
+        model = JointModel({"flow": build_flow()}, config, 0, torch.zeros(SPEAKER_DIM), origin={})
+        model.train()
+        loss(model.parts["flow"], training_batch(), streaming=True).backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+    plain, again = gradients
+    assert all(name.endswith(("lora_A", "lora_B")) for name in plain)
+    assert all(gradient.any() for name, gradient in plain.items() if name.endswith("lora_B"))
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient)
 
 
 # --- settings

@@ -1,7 +1,6 @@
 """Weights files: what is read, what is refused, and what a mismatch says."""
 
 import hashlib
-import os
 import pickle
 from pathlib import Path
 
@@ -9,22 +8,13 @@ import pytest
 import torch
 from models import tiny, tiny_model_dir
 from parity import PARITY_DIR
+from planted import Bomb
 from torch import Tensor, nn
 
 from cosyvoice.model_folder.fingerprints import fingerprint_file, fingerprint_weights
 from cosyvoice.model_folder.weights import load_part, load_strict, load_tensors, read_state_dict
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
-
-
-class Bomb:
-    """Creates a file when a pickle of it is loaded with code execution."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.mark),)
 
 
 def mismatch(module: nn.Module, state: dict[str, Tensor]) -> str:

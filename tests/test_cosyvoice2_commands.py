@@ -27,7 +27,7 @@ from dataset import check_vocabularies, collate, load_clips, speaker_embedding
 from llm_flow_model import FLOW_DRAWS, JointModel
 from lora import LoRALinear, inject, load_adapters
 from tools.random_model import make_random_model
-from voice import read_run
+from voices.run import read_run
 
 RECORDINGS = Path(__file__).parents[1] / "examples" / "raw_audio"
 CLIPS = 8  # the fewest of which some are held out

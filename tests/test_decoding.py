@@ -2,8 +2,9 @@
 
 import copy
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -86,6 +87,95 @@ def test_steps_for_a_graph_are_the_same_mathematics(plain: TransformerLM, frames
             torch.testing.assert_close(found.send(token), expected.send(token), atol=1e-5, rtol=1e-5)
         found.close()
         found, expected = (model.following(frames[:, 30:35], FRAMES) for model in (llm, prepared(plain, "float32")))
+
+
+@pytest.mark.parametrize("start", [250, 508, 1018])
+@torch.inference_mode()
+def test_a_step_attends_to_as_many_rows_as_the_shortest_graph_that_holds_it(plain: TransformerLM, start: int) -> None:
+    """The numbers are those of the eager step on both sides of each boundary; the rows beyond are not read at all."""
+    llm, boundary = with_captured_steps(plain), 1 << start.bit_length()
+    prefix = torch.randn(1, start, plain.llm_embedding.embedding_dim, generator=torch.Generator().manual_seed(1))
+    eager = prepared(plain, "float32").following(prefix, 12)
+    next(eager)
+    with llm.captured.lent(start + 12) as steps:
+        llm.next_log_probabilities(prefix, steps.cache)
+        for layer_cache in steps.cache:
+            layer_cache.keys[:, :, boundary:] = layer_cache.values[:, :, boundary:] = torch.nan
+        for place in range(start, start + 12):
+            assert steps.rows_for(place) == (boundary if place < boundary else 2 * boundary)
+            if place == boundary:
+                for layer_cache in steps.cache:
+                    layer_cache.keys[:, :, boundary:] = layer_cache.values[:, :, boundary:] = 0
+            torch.testing.assert_close(steps.after(place % 7), eager.send(place % 7), atol=1e-5, rtol=1e-5)
+        whole = steps.compute(steps.capacity)  # the same step again, over all rows
+        torch.testing.assert_close(steps.compute(2 * boundary), whole, atol=1e-5, rtol=1e-5)
+
+
+class FakeCuda:
+    """Stands for what a capture uses of torch.cuda; a graph computes when it is replayed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current, self.captured, self.fails = "the thread's", 0, False
+        for name in ("Stream", "current_stream", "stream", "set_stream", "CUDAGraph", "graph", "device"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def Stream(self) -> SimpleNamespace:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def current_stream(self) -> SimpleNamespace:
+        return SimpleNamespace(wait_stream=lambda other: None, name=self.current)
+
+    def set_stream(self, stream: SimpleNamespace) -> None:
+        self.current = stream.name
+
+    def stream(self, stream: SimpleNamespace) -> nullcontext:
+        return nullcontext()
+
+    def device(self, device: torch.device) -> nullcontext:
+        return nullcontext()
+
+    def CUDAGraph(self) -> SimpleNamespace:
+        return SimpleNamespace(replay=lambda: None)
+
+    @contextmanager
+    def graph(self, graph: SimpleNamespace, stream: SimpleNamespace, capture_error_mode: str) -> Iterator[None]:
+        self.current = "the other"
+        if self.fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+        self.captured += 1
+
+
+@torch.inference_mode()
+def test_graphs_are_captured_when_they_are_needed_and_once(
+    plain: TransformerLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, cuda = with_captured_steps(plain), FakeCuda(monkeypatch)
+    prefix = torch.randn(1, 250, plain.llm_embedding.embedding_dim)
+    for _ in range(2):
+        with llm.captured.lent(300) as steps:
+            steps.replays = True
+            llm.next_log_probabilities(prefix, steps.cache)
+            for place in range(250, 260):
+                steps.after(1)
+                assert sorted(steps.graphs) == ([256] if place < 256 and cuda.captured == 1 else [256, 512])
+    assert cuda.captured == 2 and len(steps.graphs) == 2
+
+
+@torch.inference_mode()
+def test_a_capture_that_fails_is_tried_again_by_the_next_sentence(
+    plain: TransformerLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, cuda = with_captured_steps(plain), FakeCuda(monkeypatch)
+    cuda.fails = True
+    with pytest.raises(torch.OutOfMemoryError), llm.captured.lent(10) as steps:
+        steps.replays = True
+        steps.after(1)
+    assert cuda.current == "the thread's" and not steps.graphs
+    cuda.fails = False
+    with llm.captured.lent(10) as again:
+        again.after(1)
+    assert again is steps and list(steps.graphs) == [256] and cuda.current == "the thread's"
 
 
 @torch.inference_mode()
@@ -209,6 +299,32 @@ def test_a_prepared_model_speaks(plain: TransformerLM, precision: str) -> None:
     assert 6 <= len(tokens) <= 60 and all(0 <= token < llm.speech_token_size for token in tokens)
 
 
+@pytest.mark.parametrize(
+    ("pace", "text_tokens", "most"),
+    [
+        (None, 30, 600),
+        (4.0, 30, 180),
+        (4.0, 3, 60),  # 20 a text token: the model's own
+        (4.0, 9, 60),  # as 10 text tokens
+        (20.0, 30, 600),  # the model's own
+        (0.5, 30, 60),  # the model's least
+    ],
+)
+def test_a_voice_that_talks_on_is_cut(
+    plain: TransformerLM, monkeypatch: pytest.MonkeyPatch, pace: float | None, text_tokens: int, most: int
+) -> None:
+    """By the pace of its speaker, in all ways of writing."""
+    llm, text = prepared(plain, "float32"), torch.arange(text_tokens).unsqueeze(0)
+    llm.pace = pace
+    assert llm.bounds(text) == (2 * text_tokens, most)
+    monkeypatch.setattr(llm, "choose", lambda log_p, tokens, least, sampling: 7)  # never the end
+    none, empty, speaker = text[:, :0], torch.tensor([0]), torch.randn(1, 192)
+    written = llm.inference(text, torch.tensor([text_tokens]), none, empty, none, empty, speaker)
+    assert len(list(written)) == most
+    assert len(llm.best_take(text, none, none, speaker)) == most
+    assert [len(tokens) for tokens in llm.inference_together([text], speaker, [nullcontext()])] == [most]
+
+
 @pytest.mark.parametrize("takes", [1, 3])
 def test_texts_written_together_get_the_tokens_that_each_gets_alone(plain: TransformerLM, takes: int) -> None:
     llm, none, speaker = prepared(plain, "float32"), torch.zeros(1, 0, dtype=torch.int64), torch.randn(1, 192)
@@ -266,7 +382,8 @@ def test_a_take_that_does_not_end_is_not_spoken(
     ("precision", "device", "message"),
     [
         ("int4", "cpu", "unknown precision 'int4'; give one of float32, float16, bfloat16, int8"),
-        ("int8", "cuda", "precision int8 is for the CPU; use float32 on cuda"),
+        ("int8", "cuda", "precision int8 is for the CPU; use float32 or float16 on cuda"),
+        ("bfloat16", "cuda", "precision bfloat16 is for the CPU; use float32 or float16 on cuda"),
         ("bfloat16", "cpu", "bfloat16: this processor has no instructions"),
     ],
 )
@@ -277,6 +394,44 @@ def test_precisions_that_cannot_be_are_refused(
     with pytest.raises(InputError, match=message):
         check_precision(precision, torch.device(device))
     check_precision("float32", torch.device(device))
+
+
+def test_a_gpu_takes_half_precision_where_it_is_asked_for() -> None:
+    check_precision("float16", torch.device("cuda"))
+    assert fastest_precision(torch.device("cuda")) == "float32"
+
+
+@torch.inference_mode()
+def test_half_precision_on_a_gpu_is_that_of_whole_modules(
+    plain: TransformerLM, frames: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tried on the CPU: all weights of language model and flow are float16, and what they compute stays close."""
+    monkeypatch.setattr("cosyvoice.transformer.precision.is_on_gpu", lambda module: True)
+    model = CosyVoiceModel(tiny("llm"), tiny("flow"), tiny("hift"), device="cpu", precision="float16")
+    model.load(*(tiny(part).state_dict() for part in ("llm", "flow", "hift")))
+    llm, flow = model.llm, model.flow
+    assert {weight.dtype for part in (llm, flow) for weight in part.parameters()} == {torch.float16}
+    assert {weight.dtype for weight in model.hift.parameters()} == {torch.float32}
+    expected = log_probabilities(plain, frames)
+    llm.captured = CapturedStepsPool(llm.llm, llm.speech_embedding, llm.llm_decoder)
+    for found in (log_probabilities(llm, frames.half()), log_probabilities(llm, frames[:, :30].half())):
+        spread = (expected - expected.mean(dim=1, keepdim=True)).norm()
+        assert found.dtype == torch.float32 and found.isfinite().all()
+        assert 0 < (found - expected[: len(found)]).norm() < 0.02 * spread
+    speaker, text = torch.ones(1, 192), torch.arange(3).unsqueeze(0)
+    for speech in model.tts_together([text, text[:, :2]], speaker, [Draws(1), Draws(2)]):
+        assert speech.dtype == torch.float32 and speech.isfinite().all()
+    (speech,) = model.tts(text=text, flow_embedding=speaker, llm_embedding=speaker)
+    assert speech["tts_speech"].dtype == torch.float32 and speech["tts_speech"].isfinite().all()
+    pieces = list(
+        model.tts(text=torch.arange(60).unsqueeze(0), flow_embedding=speaker, llm_embedding=speaker, stream=True)
+    )
+    assert len(pieces) > 1 and all(piece["tts_speech"].isfinite().all() for piece in pieces)
+
+
+def test_fp16_is_another_word_for_half_precision_and_changes_nothing_on_a_cpu() -> None:
+    model = CosyVoiceModel(tiny("llm"), tiny("flow"), tiny("hift"), device="cpu", fp16=True)
+    assert not model.fp16 and model.precision == "float32"
 
 
 @pytest.mark.parametrize(

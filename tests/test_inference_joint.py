@@ -20,9 +20,11 @@ from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.rates_300m import SAMPLE_RATE_HZ
 from llm_flow_model import JointModel
 from lora import adapters
-from speaking import read_lines, write_wav
 from utils import pick_device
-from voice import base_fingerprints, last_checkpoint, merge_run, merged_path, read_run
+from voices.lines import read_lines
+from voices.merge import merge_run, merged_path
+from voices.run import base_fingerprints, last_checkpoint, read_run
+from voices.wav import write_wav
 
 MODE = "joint"
 SPEAKER = "anna"

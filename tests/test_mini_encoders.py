@@ -114,8 +114,12 @@ def test_a_corpus_gets_the_mels_of_a_flow(tmp_path: Path) -> None:
         assert mel.shape == (len(numbers) * 22050 // (50 * 256), 80) and mel.dtype == np.float16
         expected = make_flow_mels.predict_mel(flow, numbers, vector)
         torch.testing.assert_close(torch.from_numpy(mel).float(), expected, atol=0.01, rtol=0)
+    (tmp_path / "b.mel.npy").unlink()
     save_tensors({"a": tokens["a"]}, tmp_path / "utt2speech_token.pt")
-    with pytest.raises(InputError, match="has no tokens or no vector of b. Run stage 2"):
+    make_flow_mels.main(options)
+    assert not (tmp_path / "b.mel.npy").exists(), "a recording that the tokenizer refused has none"
+    save_tensors({"c": tokens["a"]}, tmp_path / "utt2speech_token.pt")
+    with pytest.raises(InputError, match="has no tokens and vectors of its recordings. Run stage 2"):
         make_flow_mels.main(options)
 
 

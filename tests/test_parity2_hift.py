@@ -1,10 +1,9 @@
 """The vocoder of 24 kHz against recorded numbers, and what its second sine generator does."""
 
-import json
 
 import pytest
 import torch
-from parity import DATA, V2, assert_close
+from parity import V1, V2, assert_close
 from tiny2 import tiny_hift
 from vocoder_parity import VocoderParity, inject_draws, per_sample
 
@@ -15,7 +14,6 @@ from cosyvoice.hifigan.source import FrameSineGen
 from cosyvoice.utils.draws import Draws
 
 CHECKS = VocoderParity(V2, tiny_hift, "BNH", f0=3e-3, sines=3e-4, source=1e-3, wave=2e-5, chain=1e-3)
-MANIFEST = DATA / "parity2" / "manifest_cosyvoice2_05b.json"
 RATE_HZ, FRAME = 24000, 480
 
 
@@ -97,7 +95,7 @@ def test_full_size_state_dict_is_that_of_the_manifest() -> None:
             source_resblock_dilation_sizes=[[1, 3, 5]] * 3,
             f0_predictor=ConvRNNF0Predictor(),
         )
-    expected = json.loads(MANIFEST.read_text(encoding="utf-8"))["hift"]
+    expected = V1.table("manifest_cosyvoice2_05b")["hift"]
     found = {key: list(tensor.shape) for key, tensor in hift.state_dict().items()}
     assert found == {key: entry["shape"] for key, entry in expected["keys"].items()}
     assert sum(parameter.numel() for parameter in hift.parameters()) == expected["num_parameters"]

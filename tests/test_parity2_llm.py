@@ -1,5 +1,6 @@
 """CosyVoice2's language model against the recorded numbers: training, preferences, decoding, text that arrives."""
 
+import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -82,16 +83,15 @@ def test_parity2_preference_training(llm: Qwen2LM, name: str, monkeypatch: pytes
     random.seed(meta["seed"])
     lengths = torch.cat((batch["speech_token_len"], batch["reject_speech_token_len"])).tolist()
     layouts = torch.tensor(llm.turns.draw(0.5, batch["text_token_len"].repeat(2).tolist(), lengths))
-    doubled = llm.doubled
-    monkeypatch.setattr(llm, "doubled", lambda batch: doubled(batch) | {"bistream": layouts})
+    doubled = Qwen2LM.doubled
+    monkeypatch.setattr(Qwen2LM, "doubled", lambda llm, batch: doubled(llm, batch) | {"bistream": layouts})
     assert torch.equal(llm.join(llm.doubled(batch), CPU)[1], data["lm_target"])
 
     policy = llm.forward_dpo(batch, CPU)
-    weight = llm.llm_decoder.weight.detach().clone()
+    judge = copy.deepcopy(llm)
     with torch.no_grad():
-        llm.llm_decoder.weight.mul_(0.9)
-        reference = llm.forward_dpo(batch, CPU)
-        llm.llm_decoder.weight.copy_(weight)
+        judge.llm_decoder.weight.mul_(0.9)
+        reference = judge.forward_dpo(batch, CPU)
     loss, chosen_reward, rejected_reward = DPOLoss(meta["beta"], meta["label_smoothing"])(
         *log_probabilities(policy), *log_probabilities(reference)
     )
@@ -108,6 +108,8 @@ def test_parity2_preference_training(llm: Qwen2LM, name: str, monkeypatch: pytes
     ):
         assert_close(value, data[key], atol=1e-4)
     assert torch.equal(policy["acc"], data["acc"].to(policy["acc"].dtype))
+    (loss + policy["loss"]).backward()
+    assert_gradients(llm, data, meta["grad_norm_names"], prefix)
 
 
 @pytest.mark.parametrize("setting", [(0.01, 0.0, False), (0.3, 0.1, False), (0.2, 0.0, True)])

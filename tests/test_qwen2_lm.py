@@ -16,6 +16,7 @@ from torch import Tensor
 from cosyvoice.llm import qwen2_config
 from cosyvoice.llm.qwen2_encoder import Qwen2Encoder
 from cosyvoice.llm.qwen2_lm import Qwen2LM
+from cosyvoice.model_folder.weights import NoRandomInit
 from cosyvoice.transformer.cache import join_caches
 from cosyvoice.transformer.decoding import LEAST_CAPTURED_FRAMES, MOST_CAPTURED_FRAMES, CapturedSteps, CapturedStepsPool
 from cosyvoice.utils.command import seed_all
@@ -303,6 +304,13 @@ def test_full_size_state_dict_is_that_of_the_manifest(tmp_path: Path) -> None:
 def test_only_the_configuration_is_read(tmp_path: Path) -> None:
     shutil.copy(BLANK / "config.json", tmp_path)
     assert Qwen2Encoder(str(tmp_path)).output_size() == 64
+
+
+def test_weights_that_a_file_fills_are_not_drawn() -> None:
+    before = torch.get_rng_state()
+    with NoRandomInit():
+        Qwen2Encoder(str(BLANK))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -357,17 +357,19 @@ def test_parquet_needs_the_stages_before(data: Path) -> None:
 
 def test_a_flat_folder_of_names_and_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, tables = tmp_path / "test", tmp_path / "data"
-    for number, name in enumerate(["1_1", "1_2", "2_1", "solo"], start=1):
+    for number, name in enumerate(["1_1", "1_2", "2_1", "2_2", "solo"], start=1):
         add_recording(source / f"{name}.wav", number)
     (source / "1_2.normalized.txt").write_bytes("\ufeffzwei\r\nZeilen\n".encode())
     (source / "2_1.normalized.txt").write_text(" \n")
+    (source / "2_2.normalized.txt").write_text('"..."\n')
     prepare_data(["--src_dir", str(source), "--des_dir", str(tables)])
     assert read_table(tables / "utt2spk") == {"1_1": "1", "1_2": "1", "solo": "test"}
     assert read_table(tables / "spk2utt") == {"1": "1_1 1_2", "test": "solo"}
     assert read_table(tables / "wav.scp")["1_2"] == str(source / "1_2.wav")
     assert read_table(tables / "text")["1_2"] == "zwei Zeilen"
-    assert "is empty" in read_table(tables / "prepare_data.failed")["2_1"]
-    assert "1 of 4 utterances failed" in capsys.readouterr().err
+    failed = read_table(tables / "prepare_data.failed")
+    assert "is empty" in failed["2_1"] and failed["2_2"].endswith("""has nothing to speak: '"..."'""")
+    assert "2 of 5 utterances failed" in capsys.readouterr().err
 
 
 def test_names_that_tables_cannot_hold_are_refused(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_clips import FAST, clips
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import inference_joint
 import train_joint
@@ -22,16 +24,18 @@ from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.model_folder.weights import load_part, read_state_dict
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.rates_300m import mel_frames
 from cosyvoice.utils.scheduler import learning_rate_factor
 from dataset import Clip, collate, speaker_embedding
-from llm_flow_model import FLOW_DRAWS, JointModel, clearly_less, saved_bytes
+from llm_flow_model import FLOW_DRAWS, JointModel, clearly_less
 from lora import Dropout, LoRALinear, adapter_state, adapters, inject, merged
+from memory import ADAPTER_BYTES, PASSING_SHARE, PROCESS_BYTES, clips_a_pass, kept_bytes, saved_bytes, weight_bytes
 from tools.random_model import make_random_model
-from training import ADAPTER_BYTES, PASSING_SHARE, PROCESS_BYTES, CheckpointKeeper, clips_a_pass, compute_precision
-from voice import merge_run, merged_path, newest_run, newest_voice, read_run
-
-FAST = ["batch_size=1", "accumulate_grad_batches=4", "max_feat_len=40", "learning_rate=0.01"]
+from training import FIRST_LOSS_SCALE, CheckpointKeeper, Interrupted, LossScaler, compute_precision
+from voices.lines import Line
+from voices.merge import merge_run, merged_path
+from voices.run import newest_run, read_run
+from voices.sidecar import newest_voice
+from voices.synthesis import ReadyVoice
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +43,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     make_random_model(folder, seed=3, size="small")
     return folder
-
-
-def clips(count: int = 10) -> list[Clip]:
-    generator = torch.Generator().manual_seed(5)
-
-    def tokens(size: int, most: int) -> Tensor:
-        return torch.randint(0, most, (size,), generator=generator)
-
-    made = []
-    for i in range(count):
-        length = 20 + 3 * i
-        embedding = nn.functional.normalize(torch.randn(192, generator=generator), dim=0)
-        mel = torch.randn(mel_frames(length), 80, generator=generator)
-        made.append(Clip(f"{i:03d}", "ann", tokens(5 + i, 500), tokens(length, 4096), mel, embedding))
-    return made
 
 
 @pytest.fixture
@@ -138,6 +127,48 @@ def test_modes_write_what_they_train(train, tmp_path: Path, model_dir: Path, mod
     assert list((output / "joint_logs" / mode).rglob("events.out.tfevents*"))
 
 
+def test_the_pace_of_the_speaker_is_kept_with_an_llm_that_has_learned_it(
+    train, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = clips(7)  # of which none is held out
+    slowest = max(len(clip.speech_token) / len(clip.text_token) for clip in made)
+    spoken_at = []
+
+    def silent(voice: ReadyVoice, *_: Any) -> Iterator[Any]:
+        spoken_at.append(voice.cosyvoice.model.llm.pace)
+        yield Line(1, "", tmp_path / "1.wav"), torch.zeros(1, 100)
+
+    monkeypatch.setattr(ReadyVoice, "speak", silent)
+    output = tmp_path / "output"
+    folders = ["--model-dir", str(model_dir), "--output-dir", str(output), "--device", "cpu", "--text", "Hello."]
+
+    def pace(*options: str) -> float | None:
+        inference_joint.main([*folders, *options])
+        return spoken_at.pop()
+
+    train("--epochs", "1", made=made)
+    assert newest_voice(output)["pace"] == read_run(output / "joint_joint_last.ckpt").pace == slowest
+    assert pace() == pace("--adapter", str(output / "joint_joint_last.ckpt")) == slowest
+    assert pace("--llm", str(output / "llm_merged_joint.pt")) == slowest
+    assert pace("--flow", str(output / "flow_merged_joint.pt")) is None  # with the base's LLM
+    train("--mode", "flow_only", "--epochs", "1", made=made)
+    assert pace() is None
+    both = ["--llm", str(output / "llm_merged_joint.pt"), "--flow", str(output / "flow_merged_flow_only.pt")]
+    assert pace(*both) == slowest
+
+    for path in (output / "voice_joint.json", output / "voice_flow_only.json"):  # as older versions wrote them
+        content = json.loads(path.read_text())
+        del content["pace"]
+        path.write_text(json.dumps(content))
+    assert pace(*both) is None
+    older = torch.load(output / "joint_joint_last.ckpt")
+    del older["voice"]["pace"]
+    torch.save(older, output / "joint_joint_last.ckpt")
+    assert pace("--adapter", str(output / "joint_joint_last.ckpt")) is None
+    merge_run(read_run(output / "joint_joint_last.ckpt"), model_dir, output, {}, use_best=True)
+    assert "pace" not in json.loads((output / "voice_joint.json").read_text())
+
+
 @pytest.mark.parametrize(("text", "expected"), [("8GB", 8 * 10**9), ("0.5 gb", 5 * 10**8), ("6000MB", 6 * 10**9)])
 def test_a_memory_size(text: str, expected: int) -> None:
     assert train_joint.memory_size(text) == expected
@@ -159,9 +190,9 @@ def joint_model(model_dir: Path, *changes: str) -> JointModel:
 def test_more_memory_takes_more_clips_at_once(model_dir: Path) -> None:
     """Twice the clip keeps twice as much; 12 clips a step are divided evenly."""
     torch.manual_seed(0)
-    model, made = joint_model(model_dir), clips(10)
+    model, made = joint_model(model_dir, "precision=32-true"), clips(10)
     model.train()
-    one, two = (model.kept_bytes(collate(made[-1:] * count)) for count in (1, 2))
+    one, two = (kept_bytes(model, collate(made[-1:] * count)) for count in (1, 2))
     assert one > sum(len(made[-1].speech_token) * 4 * 2 * width for width in (128, 80))  # at the very least
     assert 1.9 < two / one < 2.1
     weights = sum(weight.numel() * (ADAPTER_BYTES if weight.requires_grad else 4) for weight in model.parameters())
@@ -170,6 +201,38 @@ def test_more_memory_takes_more_clips_at_once(model_dir: Path) -> None:
         for room in (-1.0, 0.5, 1.1, 3.2, 5.5, 6.5, 100.0)
     ]
     assert found == [0, 0, 1, 3, 4, 6, 12]
+
+
+def test_half_precision_takes_about_half_the_memory(model_dir: Path) -> None:
+    """Copies of weights are counted with the weights, once, and not with the clips."""
+    torch.manual_seed(0)
+    model, made = joint_model(model_dir).train(), clips(10)
+    exact, half, two = (
+        kept_bytes(model, collate(made[-1:] * count), in_half) for count, in_half in ((1, False), (1, True), (2, True))
+    )
+    assert 0.45 < half / exact < 0.8
+    assert 1.9 < two / half < 2.1, "something is counted that does not grow with the clips"
+    weights = sum(weight.numel() for weight in model.parameters())
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    frozen = weights - trained
+    found = [
+        weight_bytes(model, in_half, device) for in_half, device in ((False, "cpu"), (True, "cpu"), (True, "cuda"))
+    ]
+    assert found == [frozen * size + trained * ADAPTER_BYTES for size in (4, 6, 2)]
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+def test_memory_is_judged_in_the_precision_that_will_be_used(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, made = [], clips(10)
+    monkeypatch.setattr("memory.kept_bytes", lambda model, batch, in_half: asked.append(in_half) or 10**8)
+    for has_bfloat16 in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_bfloat16: has_it)
+        for precision in ("32-true", "16-mixed", "bf16-mixed"):
+            for device in ("cpu", "cuda"):
+                clips_a_pass(joint_model(model_dir, f"precision={precision}"), made, 10**9, device)
+    without, with_bfloat16 = asked[:6], asked[6:]
+    assert without == [False, False, False, True, True, True]
+    assert with_bfloat16 == [False, False, True, True, True, True]
 
 
 def test_recomputed_blocks_give_the_same_gradients_in_less_memory(model_dir: Path) -> None:
@@ -183,7 +246,7 @@ def test_recomputed_blocks_give_the_same_gradients_in_less_memory(model_dir: Pat
         torch.manual_seed(1)
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
         saved = saved_bytes(lambda model=model: model.losses(batch, model.active()), weights)
-        assert (model.kept_bytes(batch) > saved) == recompute  # one block at a time takes what it needs
+        assert (kept_bytes(model, batch) > saved) == recompute  # one block at a time takes what it needs
         torch.manual_seed(1)
         sum(model.losses(batch, model.active())[f"{part}_loss"] for part in ("llm", "flow")).backward()
         found.append((saved, {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}))
@@ -223,6 +286,45 @@ def test_memory_changes_how_many_passes_a_step_has(train, tmp_path: Path, capsys
     assert train("--memory", "1MB", "--epochs", "1") == 0
     said = capsys.readouterr().out
     assert "even one clip" in said and "0.001 GB: batch_size=1, accumulate_grad_batches=4\n" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], (4, 4)),
+        (["--batch-size", "1"], (1, 16)),
+        (["--set", "accumulate_grad_batches=8"], (1, 8)),
+        (["--set", "batch_size = 1", "accumulate_grad_batches=16"], (1, 16)),
+        (["--memory", "1MB"], (1, 16)),
+    ],
+)
+def test_a_gpu_computes_a_step_in_fewer_passes_unless_the_user_says_how_many(
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    expected: tuple[int, int],
+) -> None:
+    used = []
+
+    def noted(model: JointModel, loaders: Any, *_options: Any) -> None:
+        config = model.config
+        used.append((config["batch_size"], config["accumulate_grad_batches"]))
+        assert loaders[0].batch_size == config["batch_size"]
+        raise Interrupted(tmp_path)
+
+    monkeypatch.setattr("training.fit", noted)
+    monkeypatch.setattr("dataset.load_clips", lambda *folders: clips(10))
+    monkeypatch.setattr(train_joint, "pick_device", lambda name: torch.device("cuda"))
+    folders = ["--model-dir", str(model_dir), "--output-dir", str(tmp_path)]
+    train_joint.main([*folders, *options])
+    assert used == [expected]
+    assert ("on a GPU: batch_size=4, accumulate_grad_batches=4;" in capsys.readouterr().out) == (expected == (4, 4))
+    monkeypatch.setitem(train_joint.JOINT_TRAINING_CONFIG, "batch_size", 3)  # as if this base had settings of its own
+    monkeypatch.setattr(train_joint, "settings_for", lambda folder: JOINT_TRAINING_CONFIG | {"batch_size": 1})
+    train_joint.main([*folders, *options])
+    assert used[1] == ((1, 16) if expected == (4, 4) else expected)
 
 
 def test_resuming_after_an_epoch_equals_not_having_stopped(train, tmp_path: Path, monkeypatch) -> None:
@@ -325,7 +427,7 @@ def test_each_epoch_is_heard_as_it_will_speak(
         def silent(*request: object, trouble: Exception = trouble) -> None:
             raise trouble
 
-        monkeypatch.setattr("training.speak_checkpoint", silent)
+        monkeypatch.setattr("training.load_voice", silent)
         assert train(*mode, "--listen", "Hello there.", output="still") == 0
     with pytest.raises(InputError, match="--listen has nothing to speak"):
         train("--listen", "...")
@@ -680,6 +782,62 @@ def test_a_cpu_takes_the_half_precision_that_it_has(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
     assert compute_precision({"precision": wanted}, device) == found
+
+
+def test_an_adapted_layer_casts_its_input_once() -> None:
+    base = nn.Linear(6, 5)
+    layer, x = LoRALinear(base, rank=2, alpha=4, dropout=0.5), torch.randn(3, 6, requires_grad=True)
+    nn.init.normal_(layer.lora_B)
+    casts = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+            casts.append(function is torch.ops.aten._to_copy.default and args[0].shape == x.shape)
+            return function(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), Casts():
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and sum(casts) == 1
+    y.float().sum().backward()
+    assert x.grad.dtype == layer.lora_A.grad.dtype == torch.float32
+
+
+def overflow(scaler: LossScaler, optimizer: torch.optim.Optimizer, value: float) -> None:
+    """One step whose gradient is `value`."""
+    parameter = optimizer.param_groups[0]["params"][0]
+    optimizer.zero_grad()
+    scaler.scale(parameter.sum() * value).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_steps_that_overflow_are_counted_and_many_are_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    scaler, parameter = LossScaler("cpu"), nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    overflow(scaler, optimizer, 1.0)
+    assert scaler.get_scale() == FIRST_LOSS_SCALE and scaler.skipped == 0 and parameter[0] == -1
+    for count in range(1, 6):
+        overflow(scaler, optimizer, float("inf"))
+        said = capsys.readouterr().out
+        assert scaler.skipped == count and ("4 optimiser steps were left out" in said) == (count == 4), count
+        assert said.count("precision=bf16-mixed or 32-true") == (count == 4)
+    assert parameter[0] == -1 and scaler.get_scale() == FIRST_LOSS_SCALE / 2**5
+
+
+def test_training_in_float16_goes_on_after_overflows(
+    train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU, tried on the CPU."""
+    monkeypatch.setattr("training.compute_precision", lambda config, device: "16-mixed")
+    monkeypatch.setattr("training.FIRST_LOSS_SCALE", 2.0**28)
+    assert train("--mode", "llm_only", "--epochs", "6") == 0
+    checkpoint = tmp_path / "output/joint_llm_only_last.ckpt"
+    assert all(tensor.dtype == torch.float32 for tensor in read_run(checkpoint).adapters["llm"].values())
+    scale = torch.load(checkpoint)["MixedPrecision"]["scale"]
+    assert scale <= 2**24 and "4 optimiser steps were left out" in capsys.readouterr().out
+    assert train("--mode", "llm_only", "--epochs", "7", "--resume", "auto") == 0
+    assert torch.load(checkpoint)["MixedPrecision"]["scale"] <= scale
 
 
 def test_half_precision_base_trains_on_any_device(train, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from cosyvoice.transformer.convolution import ConvolutionModule
 from cosyvoice.transformer.embedding import relative_positions
 from cosyvoice.transformer.encoder import BaseEncoder, ConformerEncoder, TransformerEncoder
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.mask import mask_of_new_frames, subsequent_chunk_mask
+from matcha.models.components.past import KeyValueCache
 
 WIDTH, HEADS, KERNEL = 8, 2, 5
 LENGTHS = torch.tensor([11, 6])
@@ -129,3 +131,26 @@ def test_a_convnext_block_without_condition_sees_five_frames_and_with_one_is_mov
     assert moved.tolist() == [3 <= frame <= 7 for frame in range(11)]
     adapted = ConvNeXtBlock(8, condition_size=4)(hidden.expand(2, -1, -1), conditions)
     assert adapted.shape == (2, 11, 8) and not torch.allclose(adapted[0], adapted[1])
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 4])
+def test_new_frames_see_what_they_see_in_the_whole(chunk_size: int) -> None:
+    for total in range(1, 10):
+        whole = subsequent_chunk_mask(total, chunk_size)
+        for new in range(1, total + 1):
+            rows = whole[total - new :]
+            found = mask_of_new_frames(new, total, chunk_size)
+            assert rows.all() if found is None else torch.equal(found[0], rows)
+
+
+def test_a_cache_keeps_its_rows_while_it_grows() -> None:
+    rows = torch.randn(2, 1, 2, 30, 3)
+    cache = KeyValueCache(rows[0, :, :, :0], rows[1, :, :, :0])
+    for new in (4, 1, 7, 0, 18):
+        first = cache.length
+        keys, values = cache.append(*rows[:, :, :, first : first + new])
+        assert torch.equal(keys, rows[0, :, :, : first + new]) and torch.equal(values, rows[1, :, :, : first + new])
+        assert first + new == cache.length <= cache.capacity
+    cache.length = 5
+    keys, _ = cache.append(*rows[:, :, :, :2])
+    assert torch.equal(keys, torch.cat([rows[0, :, :, :5], rows[0, :, :, :2]], dim=2))

@@ -16,7 +16,7 @@ from config import JOINT_TRAINING_CONFIG
 from cosyvoice.model_folder.weights import load_part, read_state_dict
 from lora import inject, load_adapters, merged
 from tools.random_model import make_random_model
-from voice import read_run
+from voices.run import read_run
 
 RECORDINGS = Path(__file__).parents[1] / "examples" / "raw_audio"
 CPU = ["--device", "cpu"]

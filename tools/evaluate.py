@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from speaking import Line
     from tools.evaluation_report import Evaluation
+    from voices.lines import Line
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from speaking import add_voice
     from utils import add_device, add_folders, add_seeds
+    from voices.options import add_voice
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     judged = parser.add_argument_group("what is judged").add_mutually_exclusive_group(required=True)
@@ -83,11 +83,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def evaluate(args: argparse.Namespace) -> "Evaluation":
     """Speak where there are texts, and ask the judges. What is missing shows before the work."""
     from cosyvoice.utils.frontend_utils import contains_chinese
-    from speaking import read_lines
     from tools.evaluation_report import Evaluation
     from tools.judges import open_judges
     from tools.listening import judge_all, original_pace, read_saying, read_sayings, read_voices
     from tools.packages import optional
+    from voices.lines import read_lines
 
     seeds = args.seeds if args.text_file else []
     lines = {seed: read_lines(None, args.text_file, args.results / f"spoken_{seed}.wav") for seed in seeds}
@@ -113,17 +113,18 @@ def speak(lines: dict[int, list["Line"]], args: argparse.Namespace) -> tuple[dic
     from tqdm import tqdm
 
     from cosyvoice.utils.file_utils import atomic_write
-    from speaking import open_voice
+    from voices.options import open_voice
+    from voices.wav import speak_into_files
 
-    voice = open_voice(args, args.model_dir)
+    voice, sources = open_voice(args, args.model_dir)
     started, total = time.perf_counter(), 0.0
     for seed, own in lines.items():
-        spoken = voice.speak(own, speed=1.0, seed=seed, together=args.batch_size)
+        spoken = speak_into_files(voice, own, speed=1.0, seed=seed, together=args.batch_size)
         for line, seconds in tqdm(spoken, desc=f"speaking with seed {seed}", total=len(own), unit="sentence"):
             total += seconds
             with atomic_write(line.output.with_suffix(".txt")) as temporary:
                 temporary.write_text(line.text + "\n", encoding="utf-8")
-    return voice.sources, (time.perf_counter() - started) / total
+    return sources, (time.perf_counter() - started) / total
 
 
 if __name__ == "__main__":

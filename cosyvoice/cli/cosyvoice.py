@@ -33,11 +33,11 @@ class CosyVoice:
     Args:
         model_dir: folder with cosyvoice.yaml, llm.pt, flow.pt, hift.pt, the two .onnx files, maybe spk2info.pt
         load_jit, load_trt, trt_concurrent: upstream's accelerators, which are not supported here
-        fp16: keep the language model and the flow in half precision, on a GPU only
+        fp16: on a GPU the same as precision="float16"; changes nothing on a CPU
         device: where to compute, e.g. "cpu"; by default a GPU where one can compute
         weights: files, or tensors by name, to load in place of the folder's own, by part: "llm", "flow", "hift"
-        precision: of the products of language model and flow on a CPU: "float32" is exact, "float16" (of the language
-            model alone), "bfloat16" (where the processor has it) and "int8" are faster
+        precision: of language model and flow. "float32" is exact. On a GPU "float16" keeps both in half precision. On a
+            CPU "float16" (of the language model alone), "bfloat16" (where the processor has it) and "int8" are faster
     """
 
     def __init__(

@@ -63,15 +63,12 @@ class CosyVoiceModel:
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())  # what it means here, in any thread
         check_precision(precision, self.device)
-        self.precision = precision
+        self.fp16 = self.device.type == "cuda" and (fp16 or precision == "float16")  # a CPU is slower in half precision
+        self.precision = "float16" if self.fp16 else precision
         self.loaded = False
         self.llm, self.flow, self.hift = (part.to(self.device).eval() for part in (llm, flow, hift))
         if self.device.type == "cuda":  # the vocoder makes two for a length of mel, in memory that torch does not count
             torch.backends.cuda.cufft_plan_cache[self.device].max_size = MOST_FFT_PLANS
-        self.fp16 = fp16 and self.device.type == "cuda"  # a CPU is slower in half precision, not faster
-        if self.fp16:
-            self.llm.half()
-            self.flow.half()
         self.token_min_hop_len = HOP_SECONDS * flow.input_frame_rate
         self.token_max_hop_len = MAX_HOP_SECONDS * flow.input_frame_rate
         self.token_overlap_len = OVERLAP_TOKENS

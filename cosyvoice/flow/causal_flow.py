@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cosyvoice.flow.causal_flow_matching import CausalConditionalCFM
+from cosyvoice.flow.causal_flow_matching import CausalConditionalCFM, check_frames
 from cosyvoice.flow.mel_stream import MelStream
 from cosyvoice.flow.token_flow import BATCH_NAMES, TokenFlow, draw_prefix_length
 from cosyvoice.transformer.upsample_encoder import UpsampleConformerEncoder
@@ -111,7 +111,7 @@ class CausalMaskedDiffWithXvec(TokenFlow):
         token (1, N); prompt_token (1, P) and prompt_feat (1, token_mel_ratio P, 80), P = 0 for no prompt; embedding
         (1, 192). streaming: attend by chunks, counted from the start of the prompt. Unless `finalize`, the last
         `pre_lookahead_len` tokens are only looked at, and T is by so much shorter. The lengths follow from the shapes.
-        Raises InputError for no tokens to speak, a prompt that does not fit, and more than one utterance.
+        Raises InputError for no tokens to speak, a prompt that does not fit, more than one utterance or 15000 frames.
         """
         self.check_inference_input(token, prompt_token, prompt_feat)
         self.check_prompt(prompt_token, prompt_feat)
@@ -120,6 +120,7 @@ class CausalMaskedDiffWithXvec(TokenFlow):
             raise InputError(f"flow.inference needs more than {ahead} tokens unless finalize=True; collect more first")
         whole = torch.cat([prompt_token, token], dim=1)
         spoken, context = whole.tensor_split([whole.shape[1] - ahead], dim=1)
+        check_frames(self.token_mel_ratio * spoken.shape[1])  # before the encoder, whose attention would be huge
         lengths = torch.tensor([spoken.shape[1]], device=whole.device)
         mu = self._encode(spoken, lengths, self.input_embedding(context) if ahead else None, streaming)
         prompt_frames = prompt_feat.shape[1]

@@ -64,9 +64,10 @@ class CausalConditionalCFM(ConditionalCFM):
         cond: Tensor | None = None,
         streaming: bool = False,
     ) -> tuple[Tensor, None]:
-        """Return the mel (B, M, T) in float32, and None where ConditionalCFM has a cache.
+        """Return the mel (1, M, T) in float32, and None where ConditionalCFM has a cache.
 
-        streaming: attend by chunks. Raises InputError for more than 15000 frames.
+        Speaks one utterance; the arguments are those of ConditionalCFM. streaming: attend by chunks. Raises InputError
+        for more than 15000 frames.
         """
         z = noise_of(mu, 0) * temperature
         estimator = for_halves(partial(self.estimator, streaming=streaming), mu.device)
@@ -89,17 +90,22 @@ class CausalConditionalCFM(ConditionalCFM):
 
 
 def noise_of(frames: Tensor, first: int) -> Tensor:
-    """Return the float32 noise (1, M, N) that frames (B, M, N) start at, the first of them being frame `first`.
+    """Return the float32 noise (1, M, N) that frames (1, M, N) start at, the first of them being frame `first`.
 
     Raises InputError for frames beyond the noise's end.
     """
     end = first + frames.shape[2]
-    if end > MOST_FRAMES:
+    check_frames(end)
+    return _fixed_noise(frames.shape[1])[:, :, first:end].to(frames.device)
+
+
+def check_frames(frames: int) -> None:
+    """Raise InputError for more mel frames, those of the prompt included, than there is noise for."""
+    if frames > MOST_FRAMES:
         raise InputError(
-            f"prompt and speech are {end} mel frames, and the flow has noise for {MOST_FRAMES} only; "
+            f"prompt and speech are {frames} mel frames, and the flow has noise for {MOST_FRAMES} only; "
             "split the text, or give a shorter prompt"
         )
-    return _fixed_noise(frames.shape[1])[:, :, first:end].to(frames.device)
 
 
 @lru_cache(maxsize=1)

@@ -13,16 +13,17 @@ if TYPE_CHECKING:
 
 
 class MelStream:
-    """One utterance of a CausalMaskedDiffWithXvec, which gives its tokens to `push` in pieces of any length.
+    """One utterance of a CausalMaskedDiffWithXvec, whose tokens come in pieces of any length.
 
     The frames are those of `flow.inference(..., streaming=True)` over all tokens so far. Attention goes by chunks of
-    the encoder's `static_chunk_size` tokens, counted from the start of the prompt, and looks `pre_lookahead_len` tokens
-    ahead. So the frames of a chunk are final, and kept, once the whole chunk and the look-ahead behind it are there.
-    Frames of a chunk that is still open are computed, too, but may change: the next `push` returns them again.
-    `settled` counts the final ones. Pieces that end `pre_lookahead_len` tokens behind a chunk leave none open.
+    the encoder's `static_chunk_size` tokens, counted from the start of the prompt, and every token sees
+    `pre_lookahead_len` more ahead. So the frames of a chunk are final once all its tokens and the look-ahead behind
+    them are there; only then are they kept. Frames of a chunk that is still open are computed too, but change when it
+    fills: the next `push` returns them again. `settled` counts the final ones. A piece that ends `pre_lookahead_len`
+    tokens behind a chunk leaves none open, so all that it returns is final.
 
-    A call costs the frames of its chunks, and attention from these to all before. Memory grows with every final frame;
-    see `SolverPast`. The prompt's whole chunks are computed when the stream is made.
+    A call costs the frames of the new chunks, and their attention to all frames before. Memory grows with every final
+    frame; see `SolverPast`. The whole chunks of the prompt are computed when the stream is made.
     """
 
     @torch.inference_mode()

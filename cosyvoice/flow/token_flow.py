@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cosyvoice.transformer.precision import MANY_FRAMES
+from cosyvoice.transformer.precision import MANY_FRAMES, conversion
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.mask import make_pad_mask
 
@@ -50,7 +50,7 @@ class TokenFlow(nn.Module, ABC):
 
         precision: a name in `MANY_FRAMES`. Names of weights change: this is for a model that only speaks from now on.
         """
-        self.decoder.prepare_inference(MANY_FRAMES[precision])
+        self.decoder.prepare_inference(conversion(self, precision, MANY_FRAMES))
 
     def decoder_loss(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cosyvoice.transformer.cache import join_caches
 from cosyvoice.transformer.decoding import MOST_CAPTURED_FRAMES, CapturedStepsPool
 from cosyvoice.transformer.label_smoothing_loss import LabelSmoothingLoss
-from cosyvoice.transformer.precision import LINEARS, Convert
+from cosyvoice.transformer.precision import Convert, conversion
 from cosyvoice.utils.common import IGNORE_ID, th_accuracy
 from cosyvoice.utils.errors import InputError
 from matcha.models.components.past import KeyValueCache
@@ -18,6 +18,8 @@ from matcha.models.components.past import KeyValueCache
 Sampler = Callable[[Tensor, Sequence[int], int], int]
 
 MIN_TOKEN_TEXT_RATIO, MAX_TOKEN_TEXT_RATIO = 2, 20  # speech tokens a text token
+PACE_ROOM = 1.5  # times the slowest pace of the speaker's clips: speech that takes longer has lost its text
+SHORT_TEXT_TOKENS = 10  # shorter texts get the time of this many, for pauses and words that are spelled out
 
 
 class SpeechTokenLM(nn.Module, ABC):
@@ -31,6 +33,7 @@ class SpeechTokenLM(nn.Module, ABC):
 
     SOS, TASK = 0, 1  # rows of llm_embedding
     can_be_captured = True  # a step of decoding, as a CUDA graph
+    pace: float | None = None  # the slowest of the speaker's clips, in speech tokens per text token, if known
 
     llm: nn.Module
     llm_embedding: nn.Embedding
@@ -105,7 +108,7 @@ class SpeechTokenLM(nn.Module, ABC):
 
         precision: a name in `LINEARS`. Names of weights change, so this is for a model that only speaks from now on.
         """
-        convert = LINEARS[precision]
+        convert = conversion(self, precision)
         self.prepare_stack(convert)
         self.llm_decoder = convert(self.llm_decoder)
         if self.can_be_captured and self.llm_embedding.weight.is_cuda:
@@ -249,13 +252,20 @@ class SpeechTokenLM(nn.Module, ABC):
         self, text: Tensor, min_ratio: float = MIN_TOKEN_TEXT_RATIO, max_ratio: float = MAX_TOKEN_TEXT_RATIO
     ) -> tuple[int, int]:
         """Return the least and most speech tokens that `text` (1, T) may get. Raises InputError for empty text."""
-        return int(text.size(1) * min_ratio), self.most_tokens(text.size(1), max_ratio)
+        least = int(text.size(1) * min_ratio)
+        return least, max(least, self.most_tokens(text.size(1), max_ratio))
 
     def most_tokens(self, text_tokens: int, max_ratio: float) -> int:
-        """Return the most speech tokens that so many text tokens may get. Raises InputError if there is no text."""
+        """Return the most speech tokens that so many text tokens may get. Raises InputError if there is no text.
+
+        Where the speaker's `pace` is known, it also limits them, so that a voice which talks on is cut.
+        """
         if text_tokens == 0:
             raise InputError("there is no text to speak: give at least one word")
-        return int(text_tokens * max_ratio)
+        most = int(text_tokens * max_ratio)
+        if self.pace is None:
+            return most
+        return min(most, int(PACE_ROOM * self.pace * max(text_tokens, SHORT_TEXT_TOKENS)))
 
     def choose(self, log_p: Tensor, tokens: Sequence[int], min_tokens: int, sampling: int) -> int:
         """Draw the token that follows `tokens`, which do not end before there are `min_tokens`. log_p: (V,)."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from cosyvoice.model_folder.folder import ModelFolder
@@ -28,15 +27,8 @@ TEXT_ROWS_25HZ = (60510, 60515)
 COSYVOICE2_NAMES = re.compile(r"^(llm\.model\.|encoder\.up_|encoder\.pre_lookahead|ups\.2\.)")
 COSYVOICE2_ROWS = {"speech_embedding.weight": 6564, "input_embedding.weight": 6561}
 
-# What fills weights with random numbers; those of `init` draw inside, where no mode sees it.
-RANDOM_INITS = (
-    Tensor.uniform_,
-    Tensor.normal_,
-    init.uniform_,
-    init.normal_,
-    init.kaiming_uniform_,
-    init.kaiming_normal_,
-)
+# Functions that fill weights with random numbers: methods of tensors, those of torch.nn.init, and transformers' own.
+RANDOM_INITS = ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_")
 
 NAME_LENGTHS_AT, LOCAL_HEADER_BYTES = 26, 30  # of a part of a zip file (PKWARE's APPNOTE 4.3.7)
 _ANOTHER = "take another copy, or train again"
@@ -140,7 +132,7 @@ class NoRandomInit(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in RANDOM_INITS:
+        if func.__name__ in RANDOM_INITS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 

@@ -1,6 +1,7 @@
 """Multi-head self-attention with relative positions, and the cache that makes decoding incremental."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ class AttentionCache(KeyValueCache):
 
     positions: Tensor = field(kw_only=True)  # (1, H, capacity, D), distances capacity-1 .. 0: the last T serve T keys
     later: Tensor = field(kw_only=True)  # (1, H, L, D), distances -1 .. -L: of keys behind their query
+
+    def first(self, rows: int) -> Self:
+        return replace(super().first(rows), positions=self.positions[:, :, self.capacity - rows :])
 
 
 def position_scores(query: Tensor, positions: Tensor, num_keys: int) -> Tensor:

@@ -19,8 +19,9 @@ from cosyvoice.transformer.encoder import TransformerEncoder
 from cosyvoice.transformer.precision import Convert, stacked
 from matcha.models.components.past import KeyValueCache
 
-LEAST_CAPTURED_FRAMES = 1024  # of short sentences, so that one graph serves them
+LEAST_CAPTURED_FRAMES = 1024  # room of a cache for short sentences, so that one serves them all
 MOST_CAPTURED_FRAMES = 4096  # longer ones would keep gigabytes for the most that they could become
+FEWEST_ROWS = 256  # of the cache that a graph attends to
 MOST_IDLE = 4  # that wait for the next sequence; each keeps its cache
 WARM_UP_STEPS = 3  # in which libraries choose kernels and allocate workspaces, which no capture may do
 _capturing = threading.Lock()  # torch can do one at a time
@@ -69,11 +70,13 @@ class DecodingStack(Protocol):
 
 
 class CapturedSteps:
-    """Decoding steps of one sequence at a time as a CUDA graph: captured at the first step, then replayed.
+    """Decoding steps of one sequence at a time as CUDA graphs: captured when first needed, then replayed.
 
     The hundreds of small kernels of a step take longer to launch than to run. A graph repeats the same kernels on the
     same memory, so the cache keeps its size and place, and what differs between steps, the token and the row that it
-    takes in the cache, is read from the device's memory. On a CPU each step is computed, to the same numbers.
+    takes in the cache, is read from the device's memory. A graph attends to a fixed number of rows; those after the
+    token weigh nothing. So there is one for the first 256 rows, one for twice as many, and so on up to the whole cache,
+    and each step replays the shortest that holds its row. On a CPU each step is computed, to the same numbers.
     """
 
     def __init__(self, stack: DecodingStack, embedding: nn.Embedding, head: nn.Module, capacity: int) -> None:
@@ -85,7 +88,8 @@ class CapturedSteps:
         self.cache = stack.new_cache(capacity)
         device = embedding.weight.device
         self.token, self.place = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.replays = device.type != "cpu"
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by rows: a graph, and where its result lies
 
     @property
     def capacity(self) -> int:
@@ -99,45 +103,55 @@ class CapturedSteps:
         """Begin another sequence: `stack.forward_chunk` may read its first frames into `cache`."""
         for layer_cache in self.cache:
             layer_cache.length = 0
-            layer_cache.keys.zero_()  # all rows take part, those not yet written with weight 0: none may be NaN
+            layer_cache.keys.zero_()  # rows that are not written yet take part with weight 0: none may be NaN
             layer_cache.values.zero_()
 
     def after(self, token: int) -> Tensor:
-        """The log-probabilities (V,) of what follows `token`, which becomes part of the sequence.
+        """Return the log-probabilities (V,) of what follows `token`, which becomes part of the sequence.
 
-        They lie where those of the next step will.
+        The next step may overwrite them.
         """
+        place = self.cache[0].length
         self.token.fill_(token)
-        self.place.fill_(self.cache[0].length)
+        self.place.fill_(place)
         for layer_cache in self.cache:
             layer_cache.length += 1
-        if self.token.device.type == "cpu":
-            return self.compute()
-        if self.graph is None:
+        rows = self.rows_for(place)
+        if not self.replays:
+            return self.compute(rows)
+        if rows not in self.graphs:
             with _capturing, torch.cuda.device(self.token.device):
-                self.capture()
-        self.graph.replay()
-        return self.log_p
+                self.graphs[rows] = self.capture(rows)  # a capture that fails, for want of memory, is tried again
+        graph, log_p = self.graphs[rows]
+        graph.replay()
+        return log_p
 
-    def compute(self) -> Tensor:
-        x = self.stack.step_at(self.embedding(self.token).unsqueeze(0), self.place, self.cache)
+    def rows_for(self, place: int) -> int:
+        """Return the fewest rows of a graph that hold `place`."""
+        return min(self.capacity, max(FEWEST_ROWS, 1 << place.bit_length()))
+
+    def compute(self, rows: int) -> Tensor:
+        """Compute the step for `token` at `place`, which is among the first `rows` of the cache."""
+        some_rows = [layer_cache.first(rows) for layer_cache in self.cache]
+        x = self.stack.step_at(self.embedding(self.token).unsqueeze(0), self.place, some_rows)
         return self.head(x[0, -1]).float().log_softmax(dim=-1)
 
-    def capture(self) -> None:
+    def capture(self, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Return the graph of `compute(rows)` and where each replay leaves its result."""
         side, before = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(before)
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_STEPS):
-                self.compute()  # writes what the replay will write
+                self.compute(rows)  # writes what the replay will write
         before.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
             # other threads, such as the flow of a stream, may go on allocating memory
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):  # its own is of the first GPU
-                self.log_p = self.compute()
+                log_p = self.compute(rows)
         finally:
             torch.cuda.set_stream(before)  # a capture that fails leaves the thread on the other
-        self.graph = graph  # only now: a failed capture, for want of memory, is tried again by the next sentence
+        return graph, log_p
 
 
 class CapturedStepsPool:

@@ -1,11 +1,12 @@
 """The forms that linear layers can have for inference: exact, or with fewer bits and faster.
 
 Where a layer sees a single frame at a time, its time is that of reading the weights: fewer bytes make it faster. Where
-it sees many, the products take the time, and only a form that also multiplies faster is a gain.
+it sees many, the products take the time, and only a form that also multiplies faster is a gain. A GPU computes whole
+modules in float16 instead.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +66,29 @@ LINEARS: dict[str, Convert] = {  # for a frame at a time
     "int8": Int8Linear,
 }
 MANY_FRAMES = LINEARS | {"float16": LINEARS["float32"]}  # its products are no faster
+ON_GPU = ("float32", "float16")
+
+
+def conversion(module: nn.Module, precision: str, forms: Mapping[str, Convert] = LINEARS) -> Convert:
+    """Return what gives a linear layer of `module` the form for `precision`.
+
+    On a GPU, float16 is a matter of the whole module: it is halved here, and its layers stay as they are.
+    """
+    if precision == "float16" and is_on_gpu(module):
+        module.half()
+        return LINEARS["float32"]
+    return forms[precision]
+
+
+def is_on_gpu(module: nn.Module) -> bool:
+    return next(module.parameters()).device.type != "cpu"
 
 
 def fastest_precision(device: torch.device) -> str:
-    """The fastest on this device of those whose cost is small: CosyVoice-mini speaks in int8 as well as in float32."""
+    """The fastest on this device of those whose cost is small: CosyVoice-mini speaks in int8 as well as in float32.
+
+    On a GPU float32, until float16 has been measured on one.
+    """
     try:
         check_precision("int8", device)
     except InputError:
@@ -77,13 +97,15 @@ def fastest_precision(device: torch.device) -> str:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raises InputError for an unknown precision, and for one that this device does not gain from."""
+    """Raise InputError for an unknown precision, and for one that this device does not gain from."""
     if precision not in LINEARS:
         raise InputError(f"unknown precision {precision!r}; give one of {', '.join(LINEARS)}")
     if precision == "float32":
         return
     if device.type != "cpu":
-        raise InputError(f"precision {precision} is for the CPU; use float32 on {device.type}")
+        if precision not in ON_GPU:
+            raise InputError(f"precision {precision} is for the CPU; use {' or '.join(ON_GPU)} on {device.type}")
+        return
     if precision == "bfloat16" and not cpu_has_bfloat16():
         raise InputError("precision bfloat16: this processor has no instructions for it; use float16")
     if precision != "bfloat16" and "fbgemm" not in torch.backends.quantized.supported_engines:

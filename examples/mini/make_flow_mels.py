@@ -40,11 +40,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     load_strict(flow, read_state_dict(options.flow), str(options.flow))
     wavs = read_table(options.dir / "wav.scp")
     tokens, vectors = (read_numbers(options.dir / f"utt2{kind}.pt") for kind in ("speech_token", "embedding"))
-    if unknown := wavs.keys() - (tokens.keys() & vectors.keys()):
-        raise InputError(f"{options.dir} has no tokens or no vector of {min(unknown)}. Run stage 2 of run.sh again")
-    for utt, wav in tqdm(wavs.items(), unit="utt", disable=None):
+    known = sorted(wavs.keys() & tokens.keys() & vectors.keys())  # no encoder takes those that are too long
+    if not known:
+        raise InputError(f"{options.dir} has no tokens and vectors of its recordings. Run stage 2 of run.sh again")
+    for utt in tqdm(known, unit="utt", disable=None):
         mel = predict_mel(flow, tokens[utt], vectors[utt])
-        with atomic_write(Path(wav).with_suffix(".mel.npy")) as temporary, temporary.open("wb") as file:
+        with atomic_write(Path(wavs[utt]).with_suffix(".mel.npy")) as temporary, temporary.open("wb") as file:
             np.save(file, mel.half().numpy())
 
 

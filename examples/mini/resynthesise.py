@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from clips.recordings import find_recordings
     from cosyvoice.cli.cosyvoice import CosyVoice
     from cosyvoice.utils.file_utils import atomic_write
-    from speaking import write_wav
+    from voices.wav import write_wav
 
     model_dir = find_model_dir(options.model_dir)
     limit_threads(model_dir)

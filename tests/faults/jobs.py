@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.random_model import make_random_model
-from voice import read_run
+from voices.run import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDINGS = ROOT / "examples" / "raw_audio"

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import random
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,10 @@ from cosyvoice.utils.audio import read_wav
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import Rates
 from dataset import COLUMNS, SCHEMA, check_row, collate, read_rows, to_clip
-from speaking import choose_voice, read_vector
 from tools.kaldi_folder import read_numbers, read_table
 from tools.make_parquet_list import schema
-from voice import base_fingerprints, read_run
+from voices.choice import choose_voice, read_vector
+from voices.run import base_fingerprints, read_run
 
 CASES = int(os.environ.get("FAULT_CASES", "25"))
 POISONS = [
@@ -112,7 +111,7 @@ class Good:
         self.base = base_fingerprints(self.model)
         self.sidecar = {
             "version": "0.1.0", "mode": "joint", "speaker": "anna", "run": "1", "base": self.base,
-            "files": {"llm": "llm.pt", "flow": "flow.pt"}, "merged_epoch": {"llm": 1, "flow": 1},
+            "files": {"llm": "llm.pt", "flow": "flow.pt"}, "merged_epoch": {"llm": 1, "flow": 1}, "pace": 4.5,
         }  # fmt: skip
         for part in ("llm", "flow"):
             os.link(self.model / f"{part}.pt", self.output / f"{part}.pt")
@@ -122,7 +121,8 @@ class Good:
         }  # fmt: skip
         state = {
             "mode": "flow_only", "config": JOINT_TRAINING_CONFIG, "seed": 1, "speaker": "anna", "run": "1", "data": "",
-            "base": self.base, "embedding": vector, "epochs": 1, "batches_done": 0, "progress": {"flow": progress},
+            "base": self.base, "embedding": vector, "epochs": 1, "batches_done": 0, "pace": 4.5,
+            "progress": {"flow": progress},
         }  # fmt: skip
         self.checkpoint = {"voice": state, "state_dict": {"parts.flow.a.lora_A": torch.zeros(2, 2)}}
         frames = 17
@@ -160,9 +160,8 @@ def sidecar(good: Good, draw: random.Random) -> None:
     text = json.dumps(spoilt(good.sidecar, draw, JSON_POISONS))
     path = good.output / "voice_joint.json"
     path.write_bytes(with_other_bytes(text.encode(), draw) if draw.random() < 0.3 else text.encode())
-    options = {"llm": None, "flow": None, "adapter": None, "speaker": None, "output_dir": good.output}
-    choose_voice(Namespace(**options), good.model)
-    choose_voice(Namespace(**options | {"flow": good.output / "flow.pt"}), good.model)
+    choose_voice({}, None, good.output, good.model)
+    choose_voice({"flow": good.output / "flow.pt"}, None, good.output, good.model)
 
 
 def speakers(good: Good, draw: random.Random) -> None:
@@ -311,8 +310,7 @@ def test_what_is_almost_right_is_read_or_refused_in_one_line(
 
 def test_what_is_right_is_read(good: Good) -> None:
     (good.output / "voice_joint.json").write_text(json.dumps(good.sidecar))
-    options = {"llm": None, "flow": None, "adapter": None, "speaker": None, "output_dir": good.output}
-    assert choose_voice(Namespace(**options), good.model).speaker == "anna"
+    assert choose_voice({}, None, good.output, good.model).speaker == "anna"
     assert read_spk2info(save(good.speakers, good.folder / "spk2info.pt")).keys() == {"anna", "ben"}
     assert read_run(save(good.checkpoint, good.folder / "joint_flow_only_last.ckpt")).parts == MODES["flow_only"]
     pq.write_table(pa.Table.from_pylist([good.row], SCHEMA), good.folder / "clips-00000.parquet")

@@ -1,6 +1,7 @@
 """What the layers of a causal network keep while a sequence grows, so that each call computes the new frames only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,10 @@ class KeyValueCache:
     def put(self, place: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write one row (B, H, 1, D) at `place` (1,), and return the whole buffers. The length stays."""
         return self.keys.index_copy_(2, place, key), self.values.index_copy_(2, place, value)
+
+    def first(self, rows: int) -> Self:
+        """Return the first rows alone, as views: what is written there is in this cache, too."""
+        return replace(self, keys=self.keys[:, :, :rows], values=self.values[:, :, :rows])
 
     def reserve(self, capacity: int) -> None:
         """Give both buffers `capacity` rows."""

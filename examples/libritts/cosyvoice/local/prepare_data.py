@@ -53,6 +53,7 @@ def find_recordings(folder: Path) -> dict[str, Path]:
 def read_texts(recordings: dict[str, Path]) -> tuple[dict[str, str], dict[str, str]]:
     """{utterance: its text}, and {utterance: why it has none}."""
     from cosyvoice.utils.errors import InputError
+    from cosyvoice.utils.frontend_utils import has_words
     from utils import decode_text
 
     texts, failures = {}, {}
@@ -64,8 +65,8 @@ def read_texts(recordings: dict[str, Path]) -> tuple[dict[str, str], dict[str, s
             failures[utt] = str(error)
         except OSError as error:
             failures[utt] = f"{file} cannot be read: {error.strerror}"
-        if texts.get(utt) == "":
-            failures[utt] = f"{file} is empty"
+        if utt in texts and not has_words(texts[utt]):
+            failures[utt] = f"{file} has nothing to speak: {texts[utt]!r}" if texts[utt] else f"{file} is empty"
             del texts[utt]
     return texts, failures
 

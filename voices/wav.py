@@ -1,0 +1,35 @@
+"""Speech in wav files."""
+
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import soundfile
+from torch import Tensor
+
+from cosyvoice.utils.file_utils import atomic_write
+from voices.lines import Line
+from voices.synthesis import ReadyVoice
+
+
+def speak_into_files(
+    voice: ReadyVoice, lines: Sequence[Line], speed: float, seed: int, together: int
+) -> Iterator[tuple[Line, float]]:
+    """Speak each line into its file, and yield it with its seconds of speech. For the options see `ReadyVoice.speak`.
+
+    A comment in the file says what is needed to speak it again.
+    """
+    rate_hz, how = voice.cosyvoice.sample_rate, f"speed {speed}, {voice.cosyvoice.model.precision}"
+    for line, speech in voice.speak(lines, speed, seed, together):
+        write_wav(line.output, speech, rate_hz, f"seed {seed}, line {line.number}, {how}")
+        yield line, speech.size(1) / rate_hz
+
+
+def write_wav(path: Path, speech: Tensor, rate_hz: int, comment: str) -> None:
+    """Write 16-bit mono, with the comment in the header. speech: (1, samples)."""
+    content = BytesIO()  # a full disk is no error that soundfile tells
+    with soundfile.SoundFile(content, "w", rate_hz, channels=1, format="WAV") as file:
+        file.comment = comment
+        file.write(speech[0].numpy())
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.getvalue())
