@@ -199,6 +199,8 @@ def find_model_dir(given: str | Path | None) -> Path:
     """
     if given is not None:
         folder = Path(given)
+        if folder.is_dir():
+            ModelFolder(folder)  # says what is wrong with one that the suite cannot use
         if not is_model_folder(folder):
             yamls = " or ".join(generation.yaml for generation in GENERATIONS)
             raise InputError(f"{folder} is no model folder: it holds no {yamls}; {_DOWNLOAD}")

@@ -152,7 +152,7 @@ class JointModel(pl.LightningModule):
     def flow_loss(
         self, batch: dict[str, Tensor], embedding: Tensor, times: Tensor | None = None, draw: int | None = None
     ) -> Tensor:
-        """The mean over the clips' windows. draw: which one of the held-out clips' losses this is, None in training."""
+        """Return the mean over the clips' windows. draw: the number of the held-out clips' draw, None in training."""
         flow, loss = self.parts["flow"], torch.zeros((), device=self.device)
         options = flow.batch_options(draw)
         for clips, window in crop_windows(batch, self.config["max_feat_len"], flow):

@@ -57,6 +57,7 @@ def test_a_folder_that_asks_for_nothing_gets_the_defaults(tmp_path: Path) -> Non
     [
         ("finetuning: [1]", "finetuning holds .1.. Give settings of config.py by their names"),
         ("finetuning: {wings: 2}", "the finetuning entry of .*cosyvoice.yaml needs a change: wings is no setting"),
+        ("finetuning: {bistream_ratio: 0.5}", "needs a change: bistream_ratio is no setting of this model"),
         ("finetuning: {llm_lora: 2}", "needs a change: llm_lora is no setting; llm_lora.lora_r is missing"),
         ("finetuning: {flow_lora: {lora_r: many}}", "flow_lora.lora_r must be a whole number at least 1"),
         ("finetuning: {learning_rate: {a: 1}}", "needs a change: learning_rate.a is no setting"),
@@ -96,6 +97,7 @@ def test_a_folder_of_cosyvoice2_answers_for_its_own(tmp_path: Path) -> None:
     settings = settings_for(tmp_path)
     assert "q_proj" in settings["llm_lora"]["target_modules"] and settings["llm_lora"]["lora_r"] == 8
     assert settings["flow_lora"] == JOINT_TRAINING_CONFIG["flow_lora"]
+    assert settings["bistream_ratio"] == 0.5 and "bistream_ratio" not in JOINT_TRAINING_CONFIG
     with (tmp_path / "cosyvoice2.yaml").open("a") as file:
         file.write("finetuning: {llm_lora: {lora_r: 4}}\n")
     settings = settings_for(tmp_path)["llm_lora"]

@@ -119,7 +119,7 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
     ]
     if any(problems):
         differences = "; ".join(filter(None, problems))
-        cause = _likely_cause(state, missing, unexpected)
+        cause = _likely_cause(state, own, missing, unexpected)
         raise InputError(f"{name} does not fit this model: {differences}. Likely cause: {cause}")
     module.load_state_dict(state, strict=True)
 
@@ -212,16 +212,23 @@ def _prefix(pattern: list[str], depth: int) -> str:
     return ".".join(pattern[:depth]) + (".*" if len(pattern) > depth else "")
 
 
-def _likely_cause(state: dict[str, Tensor], missing: set[str], unexpected: set[str]) -> str:
+def _of_cosyvoice2(state: dict[str, Tensor]) -> bool:
+    rows = {name: len(tensor) for name, tensor in state.items() if tensor.dim()}
+    return any(map(COSYVOICE2_NAMES.search, state)) or bool(COSYVOICE2_ROWS.items() & rows.items())
+
+
+def _likely_cause(state: dict[str, Tensor], own: dict[str, Tensor], missing: set[str], unexpected: set[str]) -> str:
     rows = {name: len(tensor) for name, tensor in state.items() if tensor.dim()}
     if any("lora_" in name for name in unexpected):
         return "it holds LoRA adapters; give the base weights here, or merge first"
     if unexpected and {name.replace(".attn.", ".attn1.") for name in unexpected} == missing:
         return "its attention layers are named attn, not attn1; another version of the code wrote it"
-    if any(map(COSYVOICE2_NAMES.search, unexpected)) or COSYVOICE2_ROWS.items() & rows.items():
+    if _of_cosyvoice2(state) and not _of_cosyvoice2(own):
         return "it belongs to CosyVoice2; use CosyVoice-300M, -SFT or -Instruct"
+    if _of_cosyvoice2(own) and not _of_cosyvoice2(state):
+        return "it belongs to another model; use CosyVoice2-0.5B"
     if rows.get("text_embedding.weight") in TEXT_ROWS_25HZ:
         return "it belongs to CosyVoice-300M-25Hz; use the 50 Hz CosyVoice-300M, -SFT or -Instruct"
     if len(unexpected) == len(state):
         return "it holds the weights of another part of the model"
-    return "the weights and cosyvoice.yaml come from different models, or the file is incomplete"
+    return "the weights and the YAML come from different models, or the file is incomplete"

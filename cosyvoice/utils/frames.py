@@ -12,7 +12,7 @@ SPEAKER_DIMENSIONS = 192  # of a speaker vector
 
 
 class Durations(Protocol):
-    """What knows how many mel frames last as long as speech tokens: `Rates`, and every flow."""
+    """Counts of mel frames and speech tokens that last equally long: `Rates` gives them, and every flow."""
 
     def mel_frames(self, tokens: int) -> int:
         """Return how many whole mel frames fit into the duration of the tokens."""
