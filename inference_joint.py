@@ -9,12 +9,17 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from config import find_model_dir
 from cosyvoice.utils.command import run
 from utils import add_device, add_folders, add_seed, check_writable
 from voices.lines import read_lines
 from voices.options import add_voice, open_voice
+
+if TYPE_CHECKING:
+    from voices.lines import Line
+    from voices.synthesis import ReadyVoice
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,19 +28,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     from cosyvoice.cli.model import check_speed  # torch, from here on
     from voices.wav import speak_into_files
 
-    check_speed(args.speed)
+    check_speed(args.speed, args.stream)
     model_dir = find_model_dir(args.model_dir)
     check_writable(lines[0].output.parent, model_dir)
     voice, sources = open_voice(args, model_dir)
     for part, source in sources.items():
         print(f"{part:8} {source}")
     started, total = time.perf_counter(), 0.0
-    for line, seconds in speak_into_files(voice, lines, args.speed, args.seed, args.batch_size):
-        print(f"{line.output}: {seconds:.2f} s of speech", flush=True)
-        total += seconds
+    if args.stream:
+        total = sum(stream(voice, line, args.seed) for line in lines)
+    else:
+        for line, seconds in speak_into_files(voice, lines, args.speed, args.seed, args.batch_size):
+            print(f"{line.output}: {seconds:.2f} s of speech", flush=True)
+            total += seconds
     elapsed = time.perf_counter() - started
     print(f"{total:.2f} s of speech in {elapsed:.2f} s, real-time factor {elapsed / total:.2f}")
     return 0
+
+
+def stream(voice: "ReadyVoice", line: "Line", seed: int) -> float:
+    """Speak a line piece by piece, and say when the first one was there. Return its seconds of speech."""
+    from voices.wav import stream_into_files
+
+    started = time.perf_counter()
+    for number, (path, seconds) in enumerate(stream_into_files(voice, line, seed)):
+        after = f", first sound after {time.perf_counter() - started:.2f} s" if number == 0 else ""
+        print(f"{path}: {seconds:.2f} s of speech{after}", flush=True)
+    return seconds
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -46,6 +65,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_voice(parser)
     sound = parser.add_argument_group("sound")
     sound.add_argument("--output", type=Path, help="wav to write (default: result.wav in the output folder)")
+    sound.add_argument(
+        "--stream", action="store_true", help="write pieces as they are made, result.piece001.wav and so on, at speed 1"
+    )
     sound.add_argument("--speed", type=float, default=1.0, help="0.5 (slow) to 2 (fast) (default: %(default)s)")
     add_folders(parser, "model", "output")
     add_device(parser)

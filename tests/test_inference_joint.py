@@ -95,6 +95,20 @@ def test_the_newest_voice_speaks(speaker: Speaker, capsys: pytest.CaptureFixture
     assert np.array_equal(samples, speaker.speak("--seed", "7"))
 
 
+def test_a_stream_writes_each_piece_and_then_all_of_them(
+    speaker: Speaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = speaker.speak("--stream", "--seed", "7")
+    pieces = [soundfile.read(path)[0] for path in sorted(tmp_path.glob("result.piece*.wav"))]
+    assert pieces and np.array_equal(np.concatenate(pieces), whole) and np.abs(whole).max() > 0.01
+    lines = [line for line in capsys.readouterr().out.splitlines() if "s of speech" in line]
+    assert "result.piece001.wav" in lines[0] and "first sound after" in lines[0]
+    assert "result.wav" in lines[len(pieces)] and "first sound" not in lines[len(pieces)]
+    assert np.array_equal(whole, speaker.speak("--stream", "--seed", "7"))
+    with pytest.raises(InputError, match="speed 1.5 cannot be streamed"):
+        speaker.speak("--stream", "--speed", "1.5")
+
+
 def test_a_wav_that_finds_no_room_is_told(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")  # Windows has none
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

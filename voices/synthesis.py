@@ -14,6 +14,7 @@ from cosyvoice.cli.cosyvoice import AutoModel
 from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import read_state_dict
 from cosyvoice.transformer.precision import fastest_precision
+from cosyvoice.utils.command import seed_all
 from cosyvoice.utils.draws import Draws
 from lora import merged
 from voices.choice import Voice
@@ -49,6 +50,16 @@ class ReadyVoice:
                 if done == len(jobs) or jobs[done][0] is not line:
                     yield line, torch.cat(spoken, dim=1)
                     spoken = []
+
+    def stream(self, line: Line, seed: int) -> Iterator[Tensor]:
+        """Yield the speech of a line in pieces (1, samples), on the CPU, each as soon as it is made.
+
+        The draws follow from the seed and the line's number, and come from the process's own generators.
+        """
+        self.warn_of_letters([line])
+        seed_all(seed, line.number)
+        for piece in self.cosyvoice.inference_sft(line.text, VOICE_NAME, stream=True):
+            yield piece["tts_speech"]
 
     def warn_of_letters(self, lines: Sequence[Line]) -> None:
         """Say which letters nobody can expect to hear right."""

@@ -5,6 +5,7 @@ from io import BytesIO
 from pathlib import Path
 
 import soundfile
+import torch
 from torch import Tensor
 
 from cosyvoice.utils.file_utils import atomic_write
@@ -23,6 +24,23 @@ def speak_into_files(
     for line, speech in voice.speak(lines, speed, seed, together):
         write_wav(line.output, speech, rate_hz, f"seed {seed}, line {line.number}, {how}")
         yield line, speech.size(1) / rate_hz
+
+
+def stream_into_files(voice: ReadyVoice, line: Line, seed: int) -> Iterator[tuple[Path, float]]:
+    """Write each piece of a line as soon as it is made, and yield its file with its seconds of speech.
+
+    The pieces of out.wav are out.piece001.wav and so on. The last file is out.wav itself, with all of them.
+    """
+    rate_hz, pieces = voice.cosyvoice.sample_rate, []
+    comment = f"seed {seed}, line {line.number}, streamed, {voice.cosyvoice.model.precision}"
+    for number, speech in enumerate(voice.stream(line, seed), start=1):
+        pieces.append(speech)
+        path = line.output.with_suffix(f".piece{number:03d}.wav")
+        write_wav(path, speech, rate_hz, f"{comment}, piece {number}")
+        yield path, speech.size(1) / rate_hz
+    whole = torch.cat(pieces, dim=1)
+    write_wav(line.output, whole, rate_hz, comment)
+    yield line.output, whole.size(1) / rate_hz
 
 
 def write_wav(path: Path, speech: Tensor, rate_hz: int, comment: str) -> None:
