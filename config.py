@@ -53,7 +53,9 @@ JOINT_TRAINING_CONFIG: dict[str, Any] = {
     "max_epochs": 100,
     "batch_size": 1,  # clips
     "accumulate_grad_batches": 16,  # batches an optimiser step; see also PASSES_ON_GPU
-    "max_feat_len": 250,  # mel frames (2.9 s) of a clip that the flow sees at once; the LLM always hears whole clips
+    # mel frames of a clip that the flow sees at once (2.9 s of CosyVoice-300M, 5 s of CosyVoice2); the LLM always hears
+    # whole clips
+    "max_feat_len": 250,
     "recompute": False,  # compute blocks again for their gradients, slower, but in a fraction of the memory
     "precision": "16-mixed",  # 32-true, bf16-mixed or 16-mixed, for which a CPU takes one of the others
     "validation_ratio": 0.1,  # share of the clips held out to choose the best weights
@@ -68,11 +70,12 @@ PASSES_ON_GPU = {"batch_size": 4, "accumulate_grad_batches": 4}
 def settings_for(model_dir: Path) -> dict[str, Any]:
     """Return JOINT_TRAINING_CONFIG with the settings that the base model's folder asks for.
 
-    Raises InputError if one of those is not a setting, or has an impossible value.
+    Raises InputError if one of those is not a setting of this model, or has an impossible value.
     """
     folder = ModelFolder(model_dir)
-    config = copy.deepcopy(merged_settings(JOINT_TRAINING_CONFIG, folder.finetuning))
-    check_config(config, f"the finetuning entry of {folder.yaml} needs a change")
+    known = merged_settings(JOINT_TRAINING_CONFIG, folder.generation.finetuning)
+    config = copy.deepcopy(merged_settings(known, folder.finetuning))
+    check_config(config, known, f"the finetuning entry of {folder.yaml} needs a change")
     return config
 
 
@@ -128,6 +131,8 @@ _RULES = {
     "zero_embedding_ratio": _number(float, 0, 1),
     "flow_prompt_ratio": _number(float, 0, 1),
 }
+# Settings of some models only: the others do not have them.
+_RULES_OF_SOME = {"bistream_ratio": _number(float, 0, 1)}
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
@@ -141,17 +146,23 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def check_config(config: dict[str, Any], what: str = "the settings (config.py, --set) need a change") -> None:
-    """Raise one InputError that names every unknown, missing or impossible setting and the remedy."""
+def check_config(
+    config: dict[str, Any], known: dict[str, Any], what: str = "the settings (config.py, --set) need a change"
+) -> None:
+    """Raise one InputError that names every unknown, missing or impossible setting and the remedy.
+
+    known: settings of the same model. Those that only some models have must be among them.
+    """
     flat = flatten(config)
-    problems = [f"{key} is no setting" for key in flat if key not in _RULES]
-    known = f" (known: {', '.join(_RULES)})" if problems else ""
-    problems += [f"{key} is missing" for key in _RULES if key not in flat]
-    for key, (wanted, holds) in _RULES.items():
+    rules = _RULES | {key: rule for key, rule in _RULES_OF_SOME.items() if key in known}
+    problems = [f"{key} is no setting{' of this model' * (key in _RULES_OF_SOME)}" for key in flat if key not in rules]
+    known_names = f" (known: {', '.join(rules)})" if problems else ""
+    problems += [f"{key} is missing" for key in rules if key not in flat]
+    for key, (wanted, holds) in rules.items():
         if key in flat and not holds(flat[key]):
             problems.append(f"{key} must be {wanted}, not {flat[key]!r}")
     if problems:
-        raise InputError(f"{what}: " + "; ".join(problems) + known)
+        raise InputError(f"{what}: " + "; ".join(problems) + known_names)
 
 
 def with_changes(config: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
@@ -168,7 +179,7 @@ def with_changes(config: dict[str, Any], changes: Sequence[str]) -> dict[str, An
             if not isinstance(place, dict):
                 raise InputError(f"--set {key}: {name} has no settings inside; use --set {name}=VALUE")
         place[last] = _parsed(text.strip())
-    check_config(changed)
+    check_config(changed, config)
     return changed
 
 

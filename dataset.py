@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.utils.common import pad_list
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import MEL_BINS, MEL_HOP_SAMPLES, SAMPLE_RATE_HZ, TOKEN_RATE_HZ, Rates, mel_frames
+from cosyvoice.utils.frames import MEL_BINS, Durations
 
 SCHEMA = pa.schema(
     {
@@ -26,9 +26,9 @@ SCHEMA = pa.schema(
         "spk": pa.string(),  # name of the speaker
         "utt_embedding": pa.list_(pa.float32(), 192),  # the clip's speaker vector, L2 norm 1
         "spk_embedding": pa.list_(pa.float32(), 192),  # mean of all utt_embedding, L2 norm 1
-        "speech_token": pa.list_(pa.int32()),  # (N,), 50 a second
+        "speech_token": pa.list_(pa.int32()),  # (N,), at the model's rate
         "text_token": pa.list_(pa.int32()),  # (L,), of the normalised text
-        "speech_feat": pa.list_(pa.float32()),  # (T, 80) natural log-mel at 22.05 kHz, hop 256, row after row
+        "speech_feat": pa.list_(pa.float32()),  # (T, 80) natural log-mel at the model's rates, row after row
         "speech_feat_shape": pa.list_(pa.int32(), 2),  # [T, 80]
         "seconds": pa.float32(),
         "peak_dbfs": pa.float32(),  # 0 is full scale
@@ -50,14 +50,14 @@ class Clip:
     utt: str
     speaker: str
     text_token: Tensor  # (L,) int64
-    speech_token: Tensor  # (N,) int64, 50 a second
-    mel: Tensor  # (T, 80) float32 natural log-mel, T = mel_frames(N) at most
+    speech_token: Tensor  # (N,) int64
+    mel: Tensor  # (T, 80) float32 natural log-mel, T = rates.mel_frames(N) at most
     embedding: Tensor  # (192,) float32, L2-normalised
     text_place: Tensor | None = None  # (N,) int64, the text token that each speech token says, for a model that asks
 
 
 def load_clips(data_dir: Path, model_dir: Path) -> list[Clip]:
-    """All clips of a folder, in the order of their names.
+    """Return all clips of a folder, in the order of their names.
 
     Raises InputError where there is no parquet file, an unreadable one, one that something else wrote, or one that
     was prepared with the encoders of another model than this.
@@ -65,16 +65,16 @@ def load_clips(data_dir: Path, model_dir: Path) -> list[Clip]:
     files = sorted(path for path in data_dir.glob("*.parquet") if not path.name.startswith("."))  # a killed run's
     if not files:
         raise InputError(f"{data_dir} holds no parquet file; run prepare_joint_data.py first")
-    clips, made_with = [], set()
+    model, clips, made_with = ModelFolder(model_dir), [], set()
     for file in files:
         rows = read_rows(file)
         for row in rows:
             check_row(file, row)
-        clips += map(to_clip, rows)
+        clips += (to_clip(row, model.rates) for row in rows)
         made_with.update(row["encoders"] for row in rows)
     if not clips:
         raise InputError(f"the parquet files in {data_dir} hold no clip; run prepare_joint_data.py again")
-    if made_with != {ModelFolder(model_dir).encoders()}:
+    if made_with != {model.encoders()}:
         other = f"the clips in {data_dir} were prepared with another model than {model_dir}"
         raise InputError(f"{other}; run prepare_joint_data.py again, or give that model with --model-dir")
     return sorted(clips, key=lambda clip: clip.utt)
@@ -122,14 +122,16 @@ def check_row(file: Path, row: dict[str, Any]) -> None:
 
 def check_vocabularies(clips: Sequence[Clip], part: nn.Module) -> None:
     """Raise InputError if a clip has tokens for which the model's part, an LLM or a flow, has no vector."""
-    embeddings = {"text_embedding": "text", "speech_embedding": "speech", "input_embedding": "speech"}
-    for name, kind in embeddings.items():
-        if (embedding := getattr(part, name, None)) is None:
-            continue
+    sizes = {}
+    if (text_embedding := getattr(part, "text_embedding", None)) is not None:
+        sizes["text"], sizes["speech"] = text_embedding.num_embeddings, part.speech_token_size
+    elif (token_embedding := getattr(part, "input_embedding", None)) is not None:
+        sizes["speech"] = token_embedding.num_embeddings
+    for kind, size in sizes.items():
         for clip in clips:
-            if (largest := int(getattr(clip, f"{kind}_token").max())) >= embedding.num_embeddings:
+            if (largest := int(getattr(clip, f"{kind}_token").max())) >= size:
                 problem = f"the clip {clip.utt!r} has the {kind} token {largest}, and the model only those below"
-                raise InputError(f"{problem} {embedding.num_embeddings}; run prepare_joint_data.py again")
+                raise InputError(f"{problem} {size}; run prepare_joint_data.py again")
 
 
 def find_places(clips: Sequence[Clip], llm: nn.Module) -> None:
@@ -142,24 +144,19 @@ def find_places(clips: Sequence[Clip], llm: nn.Module) -> None:
         (clip.text_place,) = aligner.places(*(batch[name] for name in names))
 
 
-def to_clip(row: dict[str, Any]) -> Clip:
-    """Tokens and mel are cut to their common duration, so that both always end together."""
+def to_clip(row: dict[str, Any], rates: Durations) -> Clip:
+    """Return the clip of a row, its tokens and mel cut to the shorter of both, so that they always end together."""
     mel = torch.tensor(row["speech_feat"]).view(*row["speech_feat_shape"])
     tokens = torch.tensor(row["speech_token"])
-    count = min(len(tokens), whole_tokens(len(mel)))
+    count = min(len(tokens), rates.whole_tokens(len(mel)))
     return Clip(
         utt=row["utt"],
         speaker=row["spk"],
         text_token=torch.tensor(row["text_token"]),
         speech_token=tokens[:count],
-        mel=mel[: mel_frames(count)],
+        mel=mel[: rates.mel_frames(count)],
         embedding=torch.tensor(row["utt_embedding"], dtype=torch.float32),
     )
-
-
-def whole_tokens(frames: int) -> int:
-    """Most speech tokens whose mel frames number at most `frames`: the inverse of `mel_frames`."""
-    return Rates(SAMPLE_RATE_HZ, MEL_HOP_SAMPLES, TOKEN_RATE_HZ).whole_tokens(frames)
 
 
 def speaker_name(clips: Sequence[Clip]) -> str:
@@ -237,22 +234,24 @@ def collate(clips: list[Clip]) -> dict[str, Tensor]:
     }
 
 
-def crop_windows(batch: dict[str, Tensor], max_frames: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+def crop_windows(
+    batch: dict[str, Tensor], max_frames: int, rates: Durations
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Cut tokens and mel of every clip together, at a random place, to a window of at most `max_frames`.
 
     Yields a batch for each length of window, with the numbers of its clips: all that are long enough come together, and
     nothing is padded, which would change the flow's group norms. Draws from torch's generator.
     """
-    most = max(1, whole_tokens(max_frames))
+    most = max(1, rates.whole_tokens(max_frames))
     lengths = batch["speech_token_len"].tolist()
     counts = [min(most, length) for length in lengths]
     device = batch["speech_token"].device
     for count in sorted(set(counts)):
-        frames, tokens, mels = mel_frames(count), [], []
+        frames, tokens, mels = rates.mel_frames(count), [], []
         clips = [i for i, own in enumerate(counts) if own == count]
         for i in clips:
             start = int(torch.randint(0, lengths[i] - count + 1, ()))
-            first = mel_frames(start)
+            first = rates.mel_frames(start)
             tokens.append(batch["speech_token"][i, start : start + count])
             mels.append(batch["speech_feat"][i, first : first + frames])
         yield clips, {

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import CHECKPOINT_KEY
 from cosyvoice.flow.token_flow import MAX_PREFIX_SHARE
+from cosyvoice.llm.qwen2_encoder import Qwen2Encoder
 from cosyvoice.transformer.encoder_layer import EncoderLayer
 from cosyvoice.utils.command import VALIDATION, seed_all
 from cosyvoice.utils.errors import InputError
@@ -24,11 +25,10 @@ from lora import adapter_state, adapters, inject, load_adapters
 from matcha.models.components.decoder import ResnetBlock1D
 from matcha.models.components.transformer import BasicTransformerBlock
 
-RECOMPUTED = (EncoderLayer, ResnetBlock1D, BasicTransformerBlock)  # what LLM and Flow consist of
+RECOMPUTED = (EncoderLayer, ResnetBlock1D, BasicTransformerBlock)  # what LLM and Flow consist of, except Qwen2
 DIVERGED = "training stopped, the last good checkpoint is kept; lower --lr, or use --set precision=32-true"
 SMOOTHED_EPOCHS = 3  # whose mean training loss is compared with the threshold
 FLOW_DRAWS = 8  # of time, noise and window for each held-out clip
-HALF_TYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 @dataclass
@@ -88,6 +88,8 @@ class JointModel(pl.LightningModule):
         for name, part in parts.items():
             lora = config[f"{name}_lora"]
             inject(part, lora["target_modules"], lora["lora_r"], lora["lora_alpha"], lora["lora_dropout"])
+        if "llm" in parts and "bistream_ratio" in config:
+            parts["llm"].bistream_share = config["bistream_ratio"]
         for block in self.recomputed_blocks():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -135,22 +137,30 @@ class JointModel(pl.LightningModule):
         return result
 
     def recomputed_blocks(self) -> list[nn.Module]:
-        """The blocks that keep their input only, where the settings ask for that."""
-        return [block for block in self.parts.modules() if self.config["recompute"] and isinstance(block, RECOMPUTED)]
+        """Return the blocks that keep their input only, where the settings ask for that."""
+        if not self.config["recompute"]:
+            return []
+        blocks = [block for block in self.parts.modules() if isinstance(block, RECOMPUTED)]
+        stacks = [module for module in self.parts.modules() if isinstance(module, Qwen2Encoder)]
+        return blocks + [layer for stack in stacks for layer in stack.layers]
 
     def training_embeddings(self, size: int) -> Tensor:
         """(B, 192): the speaker's vector, or zeros for a small share of the clips while training."""
         kept = torch.rand(size, 1) >= (self.config["zero_embedding_ratio"] if self.training else 0.0)
         return self.speaker_embedding.expand(size, -1) * kept.to(self.device)
 
-    def flow_loss(self, batch: dict[str, Tensor], embedding: Tensor, times: Tensor | None = None) -> Tensor:
-        loss = torch.zeros((), device=self.device)
-        for clips, window in crop_windows(batch, self.config["max_feat_len"]):
+    def flow_loss(
+        self, batch: dict[str, Tensor], embedding: Tensor, times: Tensor | None = None, draw: int | None = None
+    ) -> Tensor:
+        """The mean over the clips' windows. draw: which one of the held-out clips' losses this is, None in training."""
+        flow, loss = self.parts["flow"], torch.zeros((), device=self.device)
+        options = flow.batch_options(draw)
+        for clips, window in crop_windows(batch, self.config["max_feat_len"], flow):
             frames = window["speech_feat"].size(1)
             prompted = torch.rand(len(clips)) < self.config["flow_prompt_ratio"]
             longest = int(MAX_PREFIX_SHARE * frames)
             prefixes = [int(torch.randint(0, longest + 1, ())) if given else 0 for given in prompted]
-            window_loss = self.parts["flow"].loss(
+            window_loss = flow.loss(
                 window["speech_token"],
                 window["speech_token_len"],
                 window["speech_feat"],
@@ -159,6 +169,7 @@ class JointModel(pl.LightningModule):
                 prefixes,
                 None if times is None else times[clips],
                 drops_conditions=self.training,
+                **options,
             )
             loss = loss + window_loss * len(clips) / len(embedding)
         return loss
@@ -229,7 +240,8 @@ class JointModel(pl.LightningModule):
         if "flow" in self.held_out:
             places = torch.arange(clips) / FLOW_DRAWS
             times = [(places + (draw + torch.rand(clips)) / FLOW_DRAWS) % 1 for draw in range(FLOW_DRAWS)]
-            losses = torch.stack([self.flow_loss(batch, embedding, of_draw) for of_draw in times])
+            draws = enumerate(times)
+            losses = torch.stack([self.flow_loss(batch, embedding, of_draw, draw) for draw, of_draw in draws])
             self.held_out["flow"].append(losses * clips)
             self.log("val_flow_loss", losses.mean(), batch_size=clips)
         self.held_out_clips += clips

@@ -94,11 +94,12 @@ def rescaled(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
 
 
 def merged(base: dict[str, Tensor], adapter: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The base weights with the updates added: W + scale B A, computed in float32, kept in the base's type.
+    """Return the base weights with the updates added: W + scale B A, computed in float32, kept in the base's type.
 
-    base: a state dict without adapters. adapter: what `adapter_state` gave. scale: alpha / rank.
+    base: a state dict without adapters, which stays as it is; weights without an update are the base's own tensors, so
+    that names that share one go on sharing it. adapter: what `adapter_state` gave. scale: alpha / rank.
     """
-    result = {name: tensor.clone() for name, tensor in base.items()}
+    result = dict(base)
     layers = sorted({name.rpartition(".")[0] for name in adapter})
     strange = [layer for layer in layers if f"{layer}.weight" not in base]
     if strange:

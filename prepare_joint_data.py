@@ -92,7 +92,10 @@ def prepare(options: argparse.Namespace, model_dir: Path, input_dir: Path) -> No
     torch.set_num_threads(1)  # the workers are the parallelism
     recordings = find_recordings(input_dir, options.speaker.strip())
     edge_seconds = None if options.edges == -1 else options.edges
-    maker = ClipMaker(model_dir, options.device, known_rows(options.data_dir), edge_seconds)
+    known = known_rows(options.data_dir)
+    maker = ClipMaker(model_dir, options.device, known, edge_seconds)
+    if others := sum(row["encoders"][0].as_py() != maker.encoders for row in known.values()):
+        print(f"{options.data_dir} has {others} clips of another model than {model_dir}. They are made again.")
     outcomes = list(make_clips(maker, recordings, options.workers, options.data_dir))
     compare(outcomes)
     write_report(outcomes, options.data_dir / "report.csv")

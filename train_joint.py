@@ -94,7 +94,9 @@ def train(args: argparse.Namespace, model_dir: Path, config: dict[str, Any]) -> 
     device = pick_device(args.device).type
     limit_threads(model_dir)
     from dataset import load_clips
-    from training import Interrupted, Listener, fit
+    from training.checkpoints import Interrupted
+    from training.listening import Listener
+    from training.trainer import fit
     from voices.run import base_fingerprints, last_checkpoint, read_run
 
     clips = load_clips(args.data_dir, model_dir)
@@ -266,7 +268,7 @@ def sets_passes(args: argparse.Namespace, model_dir: Path) -> bool:
 
 def fill_memory(model: "JointModel", clips: "list[Clip]", memory: int, device: str) -> None:
     """Give the model's settings as many clips a pass as fit; a step has as many as before."""
-    from memory import clips_a_pass
+    from training.memory import clips_a_pass
 
     config = model.config
     size = clips_a_pass(model, clips, memory, device)
@@ -302,7 +304,7 @@ def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]
     import torch
 
     from llm_flow_model import trainable_share
-    from training import compute_precision
+    from training.precision import compute_precision
 
     for name, part in model.parts.items():
         count, share = trainable_share(part)

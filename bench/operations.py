@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from measuring import Machine, add_models, add_precisions, measure_machine, precisions, sources, words
 from synthesis import SPEECH_PER_TEXT, Speaker
-from train_steps import TEXT_TOKENS, gradients, joint_model, random_clip
+from train_steps import TEXT_TOKENS, gradients, joint_model, model_folder, random_clip
 
 if TYPE_CHECKING:
     from cosyvoice.llm.llm import TransformerLM
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             with torch.inference_mode():
                 profile_speaking(machine, name, precision, source)
         for mode in TRAINED:
-            work = partial(gradients, joint_model(source, mode, args.seed), [random_clip(1)])
+            clip = random_clip(1, model_folder(source).rates)
+            work = partial(gradients, joint_model(source, mode, args.seed), [clip])
             show_shares({"model": name, "what": f"training {mode}"}, work)
     return 0
 

@@ -45,11 +45,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def random_weights(config: Path, folder: Path, seed: int) -> Path:
     """A model folder of this configuration and its lexicon, without the encoders, which speaking does not need."""
+    from cosyvoice.model_folder.folder import ModelFolder
     from tools.random_model import write_weights
 
     for path in (config, *config.parent.glob("lexicon.txt.gz")):
         shutil.copy(path, folder)
-    write_weights(folder, config, seed)
+    write_weights(ModelFolder(folder), seed)
     return folder
 
 

@@ -134,15 +134,14 @@ class Speaker:
         """Noise of these tokens' length."""
         import torch
 
-        from cosyvoice.utils.frames import MEL_BINS, mel_frames
+        from cosyvoice.utils.frames import MEL_BINS
 
-        self.model.hift.inference(torch.randn(1, MEL_BINS, mel_frames(tokens), device=self.machine.device))
+        noise = torch.randn(1, MEL_BINS, self.plain_flow.mel_frames(tokens), device=self.machine.device)
+        self.model.hift.inference(noise)
 
     def measure(self, what: str, work: Callable[[], Any], tokens: int, limit_seconds: float, **figures: float) -> None:
-        from cosyvoice.utils.frames import TOKEN_RATE_HZ
-
         seconds = repeated(work, self.repeats, self.machine.device)
-        factor = statistics.median(seconds) / (tokens / TOKEN_RATE_HZ)
+        factor = statistics.median(seconds) / (tokens / self.plain_flow.input_frame_rate)
         show(self.machine, self.labels(what, tokens), seconds, limit_seconds, real_time_factor=factor, **figures)
 
     def labels(self, what: str, tokens: int) -> dict[str, Any]:

@@ -39,8 +39,9 @@ from measuring import (
 )
 
 from config import MODES, settings_for
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
+from cosyvoice.utils.frames import SPEAKER_DIMENSIONS, Rates
 
 if TYPE_CHECKING:
     from dataset import Clip
@@ -93,7 +94,7 @@ def measure(machine: Machine, name: str, source: Path, case: tuple[str, int, int
     torch.set_num_threads(machine.threads)
     torch.manual_seed(seed)
     model = joint_model(source, mode, seed, batch_size)
-    clips = [random_clip(length)] * batch_size
+    clips = [random_clip(length, model_folder(source).rates)] * batch_size
     limit = count_flops(partial(gradients, model, clips)) / machine.flops_per_second
     seconds = time_steps(model, clips, machine.device, repeats)
     figures = {"clips_per_second": batch_size / statistics.median(seconds), "peak_gb": peak_bytes(machine.device) / 1e9}
@@ -112,18 +113,23 @@ def joint_model(source: Path, mode: str, seed: int, batch_size: int = 1) -> "Joi
     return JointModel(parts, settings_of(source) | steps, seed, torch.randn(SPEAKER_DIMENSIONS), origin={}).train()
 
 
+def model_folder(source: Path) -> ModelFolder:
+    """Return the folder of a source, which is one itself or the YAML in it."""
+    return ModelFolder(source if source.is_dir() else source.parent)
+
+
 def settings_of(source: Path) -> dict[str, Any]:
-    return settings_for(source if source.is_dir() else source.parent)
+    return settings_for(model_folder(source).path)
 
 
-def random_clip(length: int) -> "Clip":
+def random_clip(length: int, rates: Rates) -> "Clip":
     import torch
 
-    from cosyvoice.utils.frames import MEL_BINS, mel_frames
+    from cosyvoice.utils.frames import MEL_BINS
     from dataset import Clip
 
     text, speech = (torch.randint(0, IDS, (length * count,)) for count in (TEXT_TOKENS, SPEECH_TOKENS))
-    mel, embedding = torch.randn(mel_frames(len(speech)), MEL_BINS), torch.randn(SPEAKER_DIMENSIONS)
+    mel, embedding = torch.randn(rates.mel_frames(len(speech)), MEL_BINS), torch.randn(SPEAKER_DIMENSIONS)
     return Clip("clip", "speaker", text, speech, mel, embedding)
 
 
@@ -143,7 +149,7 @@ def time_steps(model: "JointModel", clips: "list[Clip]", device: str, repeats: i
     from torch.utils.data import DataLoader
 
     from dataset import collate
-    from training import half_type, precision_options
+    from training.precision import half_type, precision_options
 
     if dtype := half_type(model.config, device):
         model.keep_base_in(dtype)

@@ -14,9 +14,8 @@ from clips.store import with_column
 from cosyvoice.cli.frontend import FRONTEND_PARTS, open_front_end
 from cosyvoice.model_folder.fingerprints import fingerprint_file
 from cosyvoice.model_folder.folder import ModelFolder
-from cosyvoice.utils.audio import PROMPT_RATE_HZ, read_wav, resample
+from cosyvoice.utils.audio import PROMPT_RATE_HZ, aligned, read_wav, resample
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import TOKEN_RATE_HZ
 from dataset import SCHEMA
 from utils import decode_text
 
@@ -35,14 +34,14 @@ class ClipMaker:
     ) -> None:
         folder = ModelFolder(model_dir)
         self.frontend = open_front_end(folder, folder.parts(FRONTEND_PARTS), device)
-        self.sample_rate = self.frontend.sample_rate
+        self.generation, self.rates = folder.generation, folder.rates
         self.frontend.encode("")  # what is wrong with the folder shows here, not clip by clip
         self.frontend.speech_tokenizer.open()
         self.frontend.speaker_encoder.open()
         self.known, self.edge_seconds = known, edge_seconds
-        self._encoders = folder.encoders()
+        self.encoders = folder.encoders()
         yaml = fingerprint_file(folder.yaml)
-        how = [ROW_VERSION, edge_seconds, self.frontend.normalizer.wetext, yaml, self._encoders]
+        how = [ROW_VERSION, edge_seconds, self.frontend.normalizer.wetext, yaml, self.encoders]
         self._made_with = " ".join(map(str, how)).encode()
 
     def make(self, recording: Recording) -> Outcome:
@@ -61,7 +60,7 @@ class ClipMaker:
             names = {"utt": recording.utt, "wav": str(recording.audio)}
             row = self.known.get(content_hash)
             if row is None:
-                origin = {"audio_data": audio_data, "content_hash": content_hash, "encoders": self._encoders}
+                origin = {"audio_data": audio_data, "content_hash": content_hash, "encoders": self.encoders}
                 row = pa.Table.from_pylist([names | origin | self._columns(outcome, wav, rate, text)], SCHEMA)
             else:  # the files may have had other names
                 for name, value in names.items():
@@ -96,28 +95,45 @@ class ClipMaker:
         """What the model makes of a clip; as much of it as is known goes into the outcome, too."""
         text_token = self._text_tokens(text)
         outcome.text_tokens = len(text_token)
-        features = self._features(wav, rate)
-        outcome.speech_tokens = len(features["speech_token"])
-        _check_token_rate(outcome)
+        features = self._features(outcome, wav, rate)
         measures = {name: getattr(outcome, name) for name in ("seconds", "peak_dbfs", "silence_share")}
         return {"text": text, "text_token": text_token, **features, **measures}
 
     def _text_tokens(self, text: str) -> list[int]:
         return self.frontend.encode(self.frontend.text_normalize(text, split=False))
 
-    def _features(self, wav: Tensor, rate: int) -> dict[str, Any]:
-        """wav: (1, samples)."""
+    def _features(self, outcome: Outcome, wav: Tensor, rate: int) -> dict[str, Any]:
+        """Return the speaker vector, the speech tokens and the mel of (1, samples).
+
+        Where a token lasts a whole number of frames, both end together: zeros fill the last token, and what one has
+        beyond the other is cut off.
+        """
         wav = wav / wav.abs().max().clamp(min=1)  # decoders of lossy formats overshoot full scale
         wav_16k = resample(wav, rate, PROMPT_RATE_HZ)
         tokens = self.frontend.speech_tokenizer(wav_16k)[0]  # (N,)
+        outcome.speech_tokens = len(tokens)
+        self._check_token_rate(outcome)
         vector = self.frontend.speaker_encoder(wav_16k)[0]  # (192,)
-        mel = self.frontend.feat_extractor(resample(wav, rate, self.sample_rate))[0].T  # (80, T) -> (T, 80)
+        speech = resample(wav, rate, self.rates.sample_rate)
+        if self.rates.token_mel_ratio:
+            speech, tokens = aligned(speech, tokens, self.rates.samples_per_token)
+            outcome.speech_tokens = len(tokens)
+        mel = self.frontend.feat_extractor(speech)[0].T  # (80, T) -> (T, 80)
         return {
             "utt_embedding": torch.nn.functional.normalize(vector, dim=0).numpy(),
             "speech_token": tokens.numpy(),
             "speech_feat": mel.flatten().numpy(),
             "speech_feat_shape": list(mel.shape),
         }
+
+    def _check_token_rate(self, outcome: Outcome) -> None:
+        """Raise InputError for so many tokens that another model's tokenizer must have made them."""
+        expected = outcome.seconds * self.rates.token_rate
+        if abs(outcome.speech_tokens - expected) > 0.1 * expected + 5:
+            raise InputError(
+                f"the speech tokenizer gave {outcome.speech_tokens} tokens for {outcome.seconds:.1f} s, not "
+                f"{self.rates.token_rate} a second; use {self.generation.speech_tokenizer} of {self.generation.name}"
+            )
 
 
 def _check_complete(recording: Recording) -> None:
@@ -127,12 +143,3 @@ def _check_complete(recording: Recording) -> None:
         raise InputError(f"it has no text. Did you mean {recording.similar.name}? Rename that to {recording.utt}.txt")
     if recording.text is None:
         raise InputError("it has no text")
-
-
-def _check_token_rate(outcome: Outcome) -> None:
-    expected = outcome.seconds * TOKEN_RATE_HZ
-    if abs(outcome.speech_tokens - expected) > 0.1 * expected + 5:
-        raise InputError(
-            f"the speech tokenizer gave {outcome.speech_tokens} tokens for {outcome.seconds:.1f} s, not "
-            f"{TOKEN_RATE_HZ} a second; use speech_tokenizer_v1.onnx of CosyVoice-300M"
-        )

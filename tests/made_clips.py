@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cosyvoice.utils.frames import mel_frames
+from cosyvoice.utils.rates_300m import mel_frames
 from dataset import Clip
 
 FAST = ["batch_size=1", "accumulate_grad_batches=4", "max_feat_len=40", "learning_rate=0.01"]

@@ -38,7 +38,7 @@ BENCHES = tuple(
 # Each layer imports only from those after it; modules of one layer may use each other, scripts may not.
 SUITE_LAYERS = (
     SCRIPTS,
-    ("training", "memory"),
+    ("training",),
     ("clips", "voices"),
     ("llm_flow_model", "dataset"),
     ("lora", "utils", "config"),
@@ -52,7 +52,7 @@ COSYVOICE_LAYERS = (
     ("model_folder",),
     ("utils",),
 )
-LIGHTNING_PLACES = ("llm_flow_model.py", "train_joint.py", "training.py", "cosyvoice/bin")
+LIGHTNING_PLACES = ("llm_flow_model.py", "train_joint.py", "training/", "cosyvoice/bin")
 PACKAGES = {  # import name -> package
     "yaml": "PyYAML",
     "whisper": "openai-whisper",
@@ -67,7 +67,7 @@ def sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-SUITE_FOLDERS = ("clips", "voices")
+SUITE_FOLDERS = ("clips", "training", "voices")
 SUITE_FILES = sorted(ROOT.glob("*.py")) + sources(*SUITE_FOLDERS)
 PACKAGE_FILES = sources("cosyvoice", "matcha")
 

@@ -30,7 +30,7 @@ from dataset import load_clips, split_clips
 from llm_flow_model import JointModel
 from lora import adapters
 from tools.random_model import make_random_model
-from training import CheckpointKeeper
+from training.checkpoints import CheckpointKeeper
 from voices.run import read_run
 from voices.sidecar import read_sidecar
 

@@ -22,7 +22,7 @@ from cosyvoice.cli.prefetch import prefetch
 from cosyvoice.utils import file_utils
 from cosyvoice.utils.common import set_all_random_seed
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import MEL_HOP_SAMPLES, SAMPLE_RATE_HZ
+from cosyvoice.utils.rates_300m import MEL_HOP_SAMPLES, SAMPLE_RATE_HZ
 
 TEXT = "Hello there."
 

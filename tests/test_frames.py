@@ -8,7 +8,8 @@ from tiny2 import write_config
 
 from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import Rates, mel_frames
+from cosyvoice.utils.frames import Rates
+from cosyvoice.utils.rates_300m import mel_frames
 
 V1, V2 = Rates(22050, 256, 50), Rates(24000, 480, 25)
 

@@ -17,7 +17,7 @@ from cosyvoice.cli.cosyvoice import CosyVoice
 from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.transformer.precision import fastest_precision
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import SAMPLE_RATE_HZ
+from cosyvoice.utils.rates_300m import SAMPLE_RATE_HZ
 from llm_flow_model import JointModel
 from lora import adapters
 from utils import pick_device

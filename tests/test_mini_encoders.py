@@ -19,6 +19,7 @@ from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, WHISPER_HOP_SAMPLES, WHISPER_MELS, whisper_log_mel
 from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
+from cosyvoice.utils.frames import Rates
 from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer
 from examples.mini import (
     encoder_files,
@@ -39,6 +40,7 @@ from tools.campplus import CAMPlus
 from tools.kaldi_folder import write_table
 
 CODES = 256
+RATES = Rates(22050, 256, 50)
 STEPS = 12
 TONES_HZ = (300, 2500, 0, 900)
 SECONDS = 0.6  # of each tone
@@ -529,11 +531,11 @@ def test_crops_of_features_and_mel_are_of_the_same_moment(monkeypatch: pytest.Mo
     mel = (torch.arange(round(seconds * 22050 / 256)) * 256 / 22050).expand(2, -1)
     for seed in range(20):
         tokenizer_training.seed_all(seed)
-        tokens, known, here, elsewhere = tokenizer_training.crop(tokenizer_training.Utterance(start, start, mel))
+        tokens, known, here, elsewhere = tokenizer_training.crop(tokenizer_training.Utterance(start, start, mel), RATES)
         assert torch.equal(tokens, known)
         assert tokens.shape == (100, 3) and here.shape == elsewhere.shape == (2, 172)
         assert abs(tokens[0, 0] - here[0, 0]) < 0.03
-    padded = tokenizer_training.crop(tokenizer_training.Utterance(start[:100], start[:100], 1 + mel[:, :170]))[2]
+    padded = tokenizer_training.crop(tokenizer_training.Utterance(start[:100], start[:100], 1 + mel[:, :170]), RATES)[2]
     assert padded[:, 170:].eq(0).all() and padded[:, :170].gt(0).all()  # rounding may leave a mel short of a frame
 
 

@@ -10,7 +10,7 @@ from parity import PARITY_DIR, arrays, assert_close, cases, meta, table
 from torch import Tensor, nn
 
 from cosyvoice.cli.model import CosyVoiceModel, fade_in_out
-from cosyvoice.utils.frames import MEL_HOP_SAMPLES, mel_frames
+from cosyvoice.utils.rates_300m import MEL_HOP_SAMPLES, mel_frames
 
 WINDOW = {"atol": 1e-7}
 CACHE = {"atol": 5e-5}

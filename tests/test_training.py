@@ -28,9 +28,18 @@ from cosyvoice.utils.scheduler import learning_rate_factor
 from dataset import Clip, collate, speaker_embedding
 from llm_flow_model import FLOW_DRAWS, JointModel, clearly_less
 from lora import Dropout, LoRALinear, adapter_state, adapters, inject, merged
-from memory import ADAPTER_BYTES, PASSING_SHARE, PROCESS_BYTES, clips_a_pass, kept_bytes, saved_bytes, weight_bytes
 from tools.random_model import make_random_model
-from training import FIRST_LOSS_SCALE, CheckpointKeeper, Interrupted, LossScaler, compute_precision
+from training.checkpoints import CheckpointKeeper, Interrupted
+from training.memory import (
+    ADAPTER_BYTES,
+    PASSING_SHARE,
+    PROCESS_BYTES,
+    clips_a_pass,
+    kept_bytes,
+    saved_bytes,
+    weight_bytes,
+)
+from training.precision import FIRST_LOSS_SCALE, LossScaler, compute_precision
 from voices.lines import Line
 from voices.merge import merge_run, merged_path
 from voices.run import newest_run, read_run
@@ -224,7 +233,7 @@ def test_half_precision_takes_about_half_the_memory(model_dir: Path) -> None:
 
 def test_memory_is_judged_in_the_precision_that_will_be_used(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, made = [], clips(10)
-    monkeypatch.setattr("memory.kept_bytes", lambda model, batch, in_half: asked.append(in_half) or 10**8)
+    monkeypatch.setattr("training.memory.kept_bytes", lambda model, batch, in_half: asked.append(in_half) or 10**8)
     for has_bfloat16 in (False, True):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has_it=has_bfloat16: has_it)
         for precision in ("32-true", "16-mixed", "bf16-mixed"):
@@ -314,7 +323,7 @@ def test_a_gpu_computes_a_step_in_fewer_passes_unless_the_user_says_how_many(
         assert loaders[0].batch_size == config["batch_size"]
         raise Interrupted(tmp_path)
 
-    monkeypatch.setattr("training.fit", noted)
+    monkeypatch.setattr("training.trainer.fit", noted)
     monkeypatch.setattr("dataset.load_clips", lambda *folders: clips(10))
     monkeypatch.setattr(train_joint, "pick_device", lambda name: torch.device("cuda"))
     folders = ["--model-dir", str(model_dir), "--output-dir", str(tmp_path)]
@@ -427,7 +436,7 @@ def test_each_epoch_is_heard_as_it_will_speak(
         def silent(*request: object, trouble: Exception = trouble) -> None:
             raise trouble
 
-        monkeypatch.setattr("training.load_voice", silent)
+        monkeypatch.setattr("training.listening.load_voice", silent)
         assert train(*mode, "--listen", "Hello there.", output="still") == 0
     with pytest.raises(InputError, match="--listen has nothing to speak"):
         train("--listen", "...")
@@ -829,8 +838,8 @@ def test_training_in_float16_goes_on_after_overflows(
     train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As on a GPU, tried on the CPU."""
-    monkeypatch.setattr("training.compute_precision", lambda config, device: "16-mixed")
-    monkeypatch.setattr("training.FIRST_LOSS_SCALE", 2.0**28)
+    monkeypatch.setattr("training.precision.compute_precision", lambda config, device: "16-mixed")
+    monkeypatch.setattr("training.precision.FIRST_LOSS_SCALE", 2.0**28)
     assert train("--mode", "llm_only", "--epochs", "6") == 0
     checkpoint = tmp_path / "output/joint_llm_only_last.ckpt"
     assert all(tensor.dtype == torch.float32 for tensor in read_run(checkpoint).adapters["llm"].values())

@@ -1,14 +1,15 @@
-"""Makes a model folder in CosyVoice-300M's exact format with random weights: everything runs, and speaks noise.
+"""Makes a model folder in a public model's exact format with random weights: everything runs, and speaks noise.
 
     python tools/random_model.py --output pretrained_models/random --seed 1
 
-Classes, file names and interfaces are the real ones, and so are the text vocabulary, the 4096 speech tokens
-and the 80 mels. The same seed gives the same files.
+Classes, file names and interfaces are the real ones, and so are the speech tokens and the 80 mels. CosyVoice-300M keeps
+its text vocabulary; CosyVoice2 gets a small byte-pair tokenizer of our own. The same seed gives the same files.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,37 +19,96 @@ if TYPE_CHECKING:
     from cosyvoice.model_folder.folder import ModelFolder
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "examples" / "libritts" / "cosyvoice" / "conf" / "cosyvoice.yaml"
-# What each size changes in the 300M configuration, by the path of the key.
-SIZES: dict[str, dict[str, Any]] = {
-    "300m": {},
-    "small": {
-        "text_encoder_input_size": 32,
-        "llm_input_size": 64,
-        "llm_output_size": 64,
-        "llm.text_encoder.output_size": 64,
-        "llm.text_encoder.attention_heads": 4,
-        "llm.text_encoder.linear_units": 128,
-        "llm.text_encoder.num_blocks": 2,
-        "llm.llm.attention_heads": 4,
-        "llm.llm.linear_units": 128,
-        "llm.llm.num_blocks": 2,
-        "flow.input_size": 64,
-        "flow.encoder.input_size": 64,
-        "flow.encoder.output_size": 64,
-        "flow.encoder.attention_heads": 4,
-        "flow.encoder.linear_units": 128,
-        "flow.encoder.num_blocks": 2,
-        "flow.decoder.estimator.channels": [64, 64],
-        "flow.decoder.estimator.attention_head_dim": 16,
-        "flow.decoder.estimator.num_heads": 2,
-        "flow.decoder.estimator.n_blocks": 1,
-        "flow.decoder.estimator.num_mid_blocks": 2,
-        "hift.base_channels": 64,
-        "hift.f0_predictor.cond_channels": 32,
-    },
+CONFIGS = ROOT / "examples" / "libritts"
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of one generation."""
+
+    config: Path  # at the sizes of the public model
+    speech_tokens: int
+    changes: Mapping[str, Any] = field(default_factory=dict)  # in the configuration, by the path of the key
+    text_model: Mapping[str, Any] = field(default_factory=dict)  # the sizes of its Qwen2 model, where it has one
+
+
+COSYVOICE_300M, COSYVOICE2 = (CONFIGS / name / "conf" / f"{name}.yaml" for name in ("cosyvoice", "cosyvoice2"))
+SMALL_FLOW = {
+    "flow.decoder.estimator.attention_head_dim": 16,
+    "flow.decoder.estimator.num_heads": 2,
+    "flow.decoder.estimator.n_blocks": 1,
+    "flow.decoder.estimator.num_mid_blocks": 2,
+    "hift.f0_predictor.cond_channels": 32,
 }
-# The end token's logit at every step, where the 4096 others lie about 0: speech ends soon after its least
+QWEN2 = {"rope_theta": 1000000.0, "rms_norm_eps": 1e-06, "hidden_act": "silu", "tie_word_embeddings": True}
+SIZES = {
+    "300m": Size(COSYVOICE_300M, 4096),
+    "small": Size(
+        COSYVOICE_300M,
+        4096,
+        {
+            "text_encoder_input_size": 32,
+            "llm_input_size": 64,
+            "llm_output_size": 64,
+            "llm.text_encoder.output_size": 64,
+            "llm.text_encoder.attention_heads": 4,
+            "llm.text_encoder.linear_units": 128,
+            "llm.text_encoder.num_blocks": 2,
+            "llm.llm.attention_heads": 4,
+            "llm.llm.linear_units": 128,
+            "llm.llm.num_blocks": 2,
+            "flow.input_size": 64,
+            "flow.encoder.input_size": 64,
+            "flow.encoder.output_size": 64,
+            "flow.encoder.attention_heads": 4,
+            "flow.encoder.linear_units": 128,
+            "flow.encoder.num_blocks": 2,
+            "flow.decoder.estimator.channels": [64, 64],
+            "hift.base_channels": 64,
+            **SMALL_FLOW,
+        },
+    ),
+    "cosyvoice2-0.5b": Size(
+        COSYVOICE2,
+        6561,
+        text_model=QWEN2
+        | {
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+        },
+    ),
+    "small2": Size(
+        COSYVOICE2,
+        6561,
+        {
+            "llm_input_size": 64,
+            "llm_output_size": 64,
+            "flow.input_size": 48,
+            "flow.encoder.input_size": 48,
+            "flow.encoder.output_size": 48,
+            "flow.encoder.attention_heads": 4,
+            "flow.encoder.linear_units": 96,
+            "flow.encoder.num_blocks": 2,
+            "flow.decoder.estimator.channels": [48],
+            "hift.base_channels": 48,
+            **SMALL_FLOW,
+        },
+        QWEN2
+        | {
+            "vocab_size": 600,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+    ),
+}
+# The end token's logit at every step, where those of speech lie about 0: speech ends soon after its least
 # length, and does not run to the limit.
 END_LOGIT = 2.5
 
@@ -63,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--size",
         choices=sorted(SIZES),
         default="small",
-        help="small: trains in seconds on a CPU; 300m: the real sizes, 1.8 GB (default: small)",
+        help="of CosyVoice-300M: small trains in seconds on a CPU, 300m has the real sizes, 1.8 GB; of CosyVoice2: "
+        "small2, and cosyvoice2-0.5b, 2.6 GB (default: small)",
     )
     args = parser.parse_args(argv)
     make_random_model(args.output, args.seed, args.size)
@@ -71,25 +132,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_random_model(folder: Path, seed: int, size: str = "small") -> Path:
-    """Write the YAML, the weights of all parts and the two encoders into `folder`, and return it."""
+    """Write the YAML, the weights of all parts, the two encoders and the text model's files, and return the folder."""
     import numpy as np
 
-    from cosyvoice.model_folder.folder import COSYVOICE_300M, ModelFolder
+    from cosyvoice.model_folder.folder import ModelFolder
     from cosyvoice.utils.file_utils import atomic_write
+    from tools.random_blank_en import write_blank_en
     from tools.random_onnx import write_speaker_encoder, write_speech_tokenizer
 
-    with atomic_write(folder / COSYVOICE_300M.yaml) as temporary:
-        temporary.write_text(resized(CONFIG.read_text(encoding="utf-8"), SIZES[size]), encoding="utf-8")
+    made = SIZES[size]
+    with atomic_write(folder / made.config.name) as temporary:
+        temporary.write_text(resized(made.config.read_text(encoding="utf-8"), made.changes), encoding="utf-8")
     model = ModelFolder(folder)
+    if model.text_model:
+        write_blank_en(model.text_model, dict(made.text_model))
     write_weights(model, seed)
     random = np.random.default_rng(seed)
-    write_speech_tokenizer(model.speech_tokenizer, random)
+    write_speech_tokenizer(model.speech_tokenizer, random, model.rates.token_rate, made.speech_tokens)
     write_speaker_encoder(model.speaker_encoder, random)
     return folder
 
 
-def resized(text: str, sizes: dict[str, Any]) -> str:
-    """The configuration with other values for the keys in `sizes`, e.g. `llm.llm.num_blocks`; all else stays."""
+def resized(text: str, sizes: Mapping[str, Any]) -> str:
+    """Return the configuration with other values for the keys in `sizes`, e.g. `llm.llm.num_blocks`; all else stays."""
     lines, path, left = [], [], dict(sizes)
     for line in text.splitlines():
         content = line.lstrip()
@@ -116,13 +181,13 @@ def write_weights(model: "ModelFolder", seed: int) -> None:
         for part in ("llm", "flow", "hift"):
             module = model.parts([part])[part]
             if part == "llm":
-                set_end_logit(module.llm_decoder)
+                set_end_logit(module.llm_decoder, module.speech_token_size)
             save_tensors(module.state_dict(), model.weights(part))
 
 
-def set_end_logit(decoder: "nn.Linear") -> None:
-    decoder.weight.data[-1] = 0
-    decoder.bias.data[-1] = END_LOGIT
+def set_end_logit(decoder: "nn.Linear", end_token: int) -> None:
+    decoder.weight.data[end_token] = 0
+    decoder.bias.data[end_token] = END_LOGIT
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two small ONNX networks with random weights and the interfaces of CosyVoice-300M's."""
+"""Two small ONNX networks with random weights and the interfaces of the public models'."""
 
 from pathlib import Path
 
@@ -9,30 +9,31 @@ from onnx import TensorProto, helper, numpy_helper
 from cosyvoice.utils.audio import KALDI_MELS, WHISPER_MELS
 from cosyvoice.utils.file_utils import atomic_write
 
-SPEECH_TOKENS = 4096
 SPEAKER_SIZE = 192
+FRAME_RATE_HZ = 100  # of Whisper's log-mel
 TOKENIZER_CHANNELS = 16
 SPEAKER_CHANNELS = 64
 OPSET, IR_VERSION = 17, 8  # old enough for any onnxruntime of the last years
 
 
-def write_speech_tokenizer(path: Path, random: np.random.Generator) -> None:
-    """`feats` (1, 128, T) float32 Whisper log-mel, `feats_length` (1,) int32 -> (1, T / 2 rounded up) int32.
+def write_speech_tokenizer(path: Path, random: np.random.Generator, token_rate: int, speech_tokens: int) -> None:
+    """`feats` (1, 128, T) float32 Whisper log-mel, `feats_length` (1,) int32 -> (1, N) int32.
 
-    A random convolution of every second frame, less the mean over time; then the nearest of 4096 random
-    directions.
+    Of the 100 frames a second, `token_rate` become a token each: N is T / 2 or T / 4, rounded up. A token is made by a
+    random convolution, less the mean over time; then by the nearest of `speech_tokens` random directions.
     """
+    stride = FRAME_RATE_HZ // token_rate
     nodes = [
         helper.make_node("Slice", ["feats", "first", "feats_length", "time_axis"], ["valid"]),
         helper.make_node("ReduceMean", ["valid"], ["mean"], axes=[2]),
         helper.make_node("Sub", ["valid", "mean"], ["centred"]),
-        helper.make_node("Conv", ["centred", "kernel"], ["hidden"], strides=[2], pads=[1, 1]),
-        helper.make_node("Transpose", ["hidden"], ["rows"], perm=[0, 2, 1]),  # (1, T / 2, C)
-        helper.make_node("MatMul", ["rows", "directions"], ["scores"]),  # (1, T / 2, 4096)
+        helper.make_node("Conv", ["centred", "kernel"], ["hidden"], strides=[stride], pads=[1, 1]),
+        helper.make_node("Transpose", ["hidden"], ["rows"], perm=[0, 2, 1]),  # (1, N, C)
+        helper.make_node("MatMul", ["rows", "directions"], ["scores"]),  # (1, N, tokens)
         helper.make_node("ArgMax", ["scores"], ["nearest"], axis=2, keepdims=0),
         helper.make_node("Cast", ["nearest"], ["indices"], to=TensorProto.INT32),
     ]
-    directions = random.standard_normal((TOKENIZER_CHANNELS, SPEECH_TOKENS), dtype=np.float32)
+    directions = random.standard_normal((TOKENIZER_CHANNELS, speech_tokens), dtype=np.float32)
     constants = {
         "first": np.array([0], dtype=np.int32),
         "time_axis": np.array([2], dtype=np.int32),

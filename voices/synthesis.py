@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosyvoice.cli.cosyvoice import CosyVoice
+from cosyvoice.cli.base import FolderVoice
+from cosyvoice.cli.cosyvoice import AutoModel
 from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import read_state_dict
 from cosyvoice.transformer.precision import fastest_precision
@@ -26,7 +27,7 @@ VOICE_NAME = "voice"  # under this name the chosen speaker vector is handed to t
 class ReadyVoice:
     """A loaded voice."""
 
-    cosyvoice: CosyVoice
+    cosyvoice: FolderVoice
 
     def speak(self, lines: Sequence[Line], speed: float, seed: int, together: int) -> Iterator[tuple[Line, Tensor]]:
         """Yield each line with its speech (1, samples), on the CPU.
@@ -66,7 +67,7 @@ def load_voice(
         base = read_state_dict(ModelFolder(model_dir).weights(part))
         weights[part] = merged(base, voice.adapters.adapters[part], voice.adapters.scale(part))
     precision = precision or fastest_precision(device)
-    cosyvoice = CosyVoice(model_dir, device=str(device), weights=weights, precision=precision)
+    cosyvoice = AutoModel(model_dir, device=str(device), weights=weights, precision=precision)
     cosyvoice.frontend.spk2info[VOICE_NAME] = {"embedding": embedding}
     cosyvoice.model.llm.pace = voice.pace
     return ReadyVoice(cosyvoice)

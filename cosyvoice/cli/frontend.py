@@ -13,8 +13,9 @@ from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import load_tensors
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav, resample
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import MEL_HOP_SAMPLES, SAMPLE_RATE_HZ, TOKEN_RATE_HZ, Rates
+from cosyvoice.utils.frames import Rates
 from cosyvoice.utils.frontend_utils import has_words
+from cosyvoice.utils.rates_300m import TOKEN_RATE_HZ, rates_at
 from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer, check_prompt
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ STORED_INPUTS = {
     "prompt_speech_feat": ((1, None, None), True),
     **dict.fromkeys(("prompt_text", "llm_prompt_speech_token", "flow_prompt_speech_token"), ((1, None), False)),
 }
-COSYVOICE_300M_RATES = Rates(SAMPLE_RATE_HZ, MEL_HOP_SAMPLES, TOKEN_RATE_HZ)
+COSYVOICE_300M_RATES = rates_at(TOKEN_RATE_HZ)
 END_OF_INSTRUCTION = "<endofprompt>"  # as CosyVoice-300M-Instruct was trained; plain text to the tokenizer
 
 

@@ -16,7 +16,8 @@ from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.llm.qwen2_lm import Qwen2LM
 from cosyvoice.utils.common import fade_in_out
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import MEL_BINS, OVERLAP_TOKENS, mel_frames
+from cosyvoice.utils.frames import MEL_BINS
+from cosyvoice.utils.rates_300m import OVERLAP_TOKENS, mel_frames
 
 __all__ = ["CosyVoice2Model", "CosyVoiceModel", "check_speed", "fade_in_out"]  # servers import them from here
 

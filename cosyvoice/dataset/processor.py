@@ -152,7 +152,7 @@ def filter(
 
 
 def resample(
-    data: Iterable[Sample], resample_rate: int = 22050, min_sample_rate: int = 16000, mode: str = "train"
+    data: Iterable[Sample], resample_rate: int, min_sample_rate: int = 16000, mode: str = "train"
 ) -> Iterator[Sample]:
     """`speech` at `resample_rate` Hz, its peak at most 1; drops clips of less than `min_sample_rate` Hz."""
     for sample in data:
@@ -267,15 +267,13 @@ def compute_whisper_fbank(
 def _aligned(sample: Sample, token_samples: int | None) -> Sample:
     """Return the sample with as many speech tokens as `speech` lasts, which ends with a whole token.
 
-    `speech` gets zeros up to the end of its last token; then both are cut to the shorter. A window of a recording stays
-    as it is, since its tokens are those of the whole: zeros at its end would be sound that the vocoder learns.
+    A window of a recording stays as it is, since its tokens are those of the whole: zeros at its end would be sound
+    that the vocoder learns.
     """
     if token_samples is None or sample.get("is_window"):
         return sample
-    speech = F.pad(sample["speech"], (0, -sample["speech"].size(1) % token_samples))
-    tokens = sample["speech_token"]
-    count = min(len(tokens), speech.size(1) // token_samples)
-    return {**sample, "speech": speech[:, : count * token_samples], "speech_token": tokens[:count]}
+    speech, tokens = audio.aligned(sample["speech"], sample["speech_token"], token_samples)
+    return {**sample, "speech": speech, "speech_token": tokens}
 
 
 def compute_f0(data: Iterable[Sample], sample_rate: int, hop_size: int, mode: str = "train") -> Iterator[Sample]:

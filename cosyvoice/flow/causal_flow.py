@@ -151,6 +151,19 @@ class CausalMaskedDiffWithXvec(TokenFlow):
                 "cut both to the shorter"
             )
 
+    def mel_frames(self, tokens: int) -> int:
+        return self.token_mel_ratio * tokens
+
+    def whole_tokens(self, frames: int) -> int:
+        return frames // self.token_mel_ratio
+
+    def batch_options(self, draw: int | None = None) -> dict[str, bool]:
+        """Return whether the batch attends by chunks. Every second loss of held-out clips does.
+
+        A voice speaks whole sentences and streams, so both count when epochs are compared.
+        """
+        return {"streaming": draw_streaming() if draw is None else draw % 2 == 1}
+
     def _encode(self, token: Tensor, token_len: Tensor, context: Tensor | None, streaming: bool) -> Tensor:
         """(B, N) ids, anything at padding, and the embedded tokens behind them -> (B, token_mel_ratio N, 80)."""
         encoded, _ = self.encoder(self.embed(token, token_len), token_len, context, streaming)

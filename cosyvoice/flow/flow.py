@@ -11,7 +11,7 @@ from cosyvoice.flow.flow_matching import ConditionalCFM
 from cosyvoice.flow.length_regulator import InterpolateRegulator
 from cosyvoice.flow.mel_regressor import MelRegressor
 from cosyvoice.flow.token_flow import BATCH_NAMES, TokenFlow, draw_prefix_length
-from cosyvoice.utils.frames import TOKEN_RATE_HZ, mel_frames
+from cosyvoice.utils.rates_300m import TOKEN_RATE_HZ, rates_at
 
 
 class MaskedDiffWithXvec(TokenFlow):
@@ -31,6 +31,7 @@ class MaskedDiffWithXvec(TokenFlow):
         """options: those of TokenFlow."""
         super().__init__(decoder=decoder, input_frame_rate=input_frame_rate, **options)
         self.length_regulator = length_regulator
+        self.rates = rates_at(input_frame_rate)
 
     def forward(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """The loss of a padded batch in which about half the clips start with a random stretch of known mel.
@@ -84,7 +85,7 @@ class MaskedDiffWithXvec(TokenFlow):
         """
         self.check_inference_input(token, prompt_token, prompt_feat)
         prompt_frames = prompt_feat.shape[1]
-        target_frames = mel_frames(token.shape[1], self.input_frame_rate)
+        target_frames = self.mel_frames(token.shape[1])
         encoded = self._encode(torch.cat([prompt_token, token], dim=1), prompt_token_len + token_len)
         encoded_prompt, encoded_target = encoded.tensor_split([prompt_token.shape[1]], dim=1)
         mu, frames = self.length_regulator.inference(
@@ -100,6 +101,12 @@ class MaskedDiffWithXvec(TokenFlow):
             cache=flow_cache,
         )
         return mel[:, :, prompt_frames:], flow_cache
+
+    def mel_frames(self, tokens: int) -> int:
+        return self.rates.mel_frames(tokens)
+
+    def whole_tokens(self, frames: int) -> int:
+        return self.rates.whole_tokens(frames)
 
     def _encode(self, token: Tensor, token_len: Tensor) -> Tensor:
         """(B, N) ids, anything at padding -> (B, N, 80)."""

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from cosyvoice.transformer.precision import Convert
 from cosyvoice.utils.draws import generator
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import OVERLAP_TOKENS, mel_frames
+from cosyvoice.utils.rates_300m import OVERLAP_TOKENS, mel_frames
 from matcha.models.components.flow_matching import cosine_time_grid, integrate_euler, optimal_transport_path
 
-CACHED_TAIL_FRAMES = mel_frames(OVERLAP_TOKENS)  # what the next chunk of a stream begins with
 _making_workers = threading.Lock()
 _half_workers: dict[int, ThreadPoolExecutor] = {}  # by the number of threads
 
@@ -144,7 +143,7 @@ class ConditionalCFM(nn.Module):
             z = torch.cat([cached_z.to(z.dtype), z[:, :, cached_z.shape[2] :]], dim=2)
             mu = torch.cat([cached_mu.to(mu.dtype), mu[:, :, cached_mu.shape[2] :]], dim=2)
         start = torch.stack([z, mu.to(z.dtype)], dim=-1)  # (B, M, T, 2)
-        new_cache = torch.cat([start[:, :, :prompt_len], start[:, :, -CACHED_TAIL_FRAMES:]], dim=2)
+        new_cache = torch.cat([start[:, :, :prompt_len], start[:, :, -mel_frames(OVERLAP_TOKENS) :]], dim=2)
         t_span = cosine_time_grid(n_timesteps, mu.device)
         return self.solve_euler(z, t_span, mu, mask, spks, cond), new_cache
 

@@ -1,6 +1,7 @@
 """What the flows of both generations do alike: embed tokens and speaker, train with known mel at the start."""
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ MAX_PREFIX_SHARE = 0.3  # of the clip's frames
 BATCH_NAMES = ("speech_token", "speech_token_len", "speech_feat", "speech_feat_len", "embedding")
 
 
-class TokenFlow(nn.Module):
+class TokenFlow(nn.Module, ABC):
     """Layers around an encoder of tokens and a decoder to mel; subclasses bring the two together."""
 
     def __init__(
@@ -75,6 +76,21 @@ class TokenFlow(nn.Module):
             **options,
         )
         return loss
+
+    @abstractmethod
+    def mel_frames(self, tokens: int) -> int:
+        """Return how many mel frames are made of the tokens."""
+
+    @abstractmethod
+    def whole_tokens(self, frames: int) -> int:
+        """Return the most tokens of which at most `frames` mel frames are made."""
+
+    def batch_options(self, draw: int | None = None) -> dict[str, bool]:
+        """Return the options of `loss` that are the same for a whole batch; here there are none.
+
+        They may be drawn from Python's generator. Of held-out clips `draw` counts the losses, and nothing is drawn.
+        """
+        return {}
 
     @staticmethod
     def check_inference_input(token: Tensor, prompt_token: Tensor, prompt_feat: Tensor) -> None:

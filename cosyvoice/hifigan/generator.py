@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from cosyvoice.hifigan.resblock import ResBlock
 from cosyvoice.hifigan.source import FrameSineGen, SineGen, SourceModuleHnNSF
-from cosyvoice.utils.frames import SAMPLE_RATE_HZ
+from cosyvoice.utils.rates_300m import SAMPLE_RATE_HZ
 
 MAX_LOG_MAGNITUDE = log(100.0)  # of one spectral bin: exp() of an untrained head, and its gradient, must not overflow
 INITIAL_LOG_MAGNITUDE = -4.0  # of every bin: about the level of speech
@@ -33,7 +33,7 @@ class HiFTGenerator(nn.Module):
         in_channels: int = 80,
         base_channels: int = 512,
         nb_harmonics: int = 8,
-        sampling_rate: int = SAMPLE_RATE_HZ,
+        sampling_rate: int,
         nsf_alpha: float = 0.1,
         nsf_sigma: float = 0.003,
         nsf_voiced_threshold: float = 10,

@@ -41,6 +41,11 @@ class Qwen2Encoder(nn.Module):
         return self.embed_tokens.embedding_dim
 
     @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, the first one first."""
+        return self.model.model.layers
+
+    @property
     def embed_tokens(self) -> nn.Embedding:
         """The embedding of text tokens."""
         return self.model.model.embed_tokens
@@ -55,14 +60,13 @@ class Qwen2Encoder(nn.Module):
     @torch.no_grad()
     def prepare_decoding(self, convert: Convert) -> None:
         """Give the blocks their decoding form, in place, one after the other. `forward` works no more."""
-        layers = self.model.model.layers
-        for number in range(len(layers)):
-            layers[number] = DecodingBlock(layers[number], convert)
+        for number in range(len(self.layers)):
+            self.layers[number] = DecodingBlock(self.layers[number], convert)
 
     def new_cache(self, capacity: int = INITIAL_CACHE_FRAMES) -> list[KeyValueCache]:
         """Return an empty cache, one part a layer, for `forward_chunk` and `step_at`."""
         weight, sizes = self.embed_tokens.weight, (1, self.key_heads, capacity, self.head_size)
-        return [KeyValueCache(weight.new_zeros(sizes), weight.new_zeros(sizes)) for _ in self.model.model.layers]
+        return [KeyValueCache(weight.new_zeros(sizes), weight.new_zeros(sizes)) for _ in self.layers]
 
     def forward_chunk(self, xs: Tensor, cache: list[KeyValueCache], starts: Tensor | None = None) -> Tensor:
         """Read the next N frames of growing sequences, reusing all that `cache` holds.
@@ -88,6 +92,6 @@ class Qwen2Encoder(nn.Module):
     def read(self, x: Tensor, places: Tensor, mask: Tensor | None, keeps: list) -> Tensor:
         """Run the blocks over new frames (B, N, C) at `places` (B or 1, N); the rest as in `DecodingBlock.forward`."""
         turn = rotation(places, self.head_size, self.rotary_base)
-        for block, keep in zip(decoding_blocks(self.model.model.layers), keeps, strict=True):
+        for block, keep in zip(decoding_blocks(self.layers), keeps, strict=True):
             x = block(x, turn, mask, keep)
         return rms_norm(x, self.model.model.norm)

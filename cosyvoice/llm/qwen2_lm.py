@@ -52,9 +52,14 @@ class Qwen2LM(SpeechTokenLM):
         self.llm_decoder = nn.Linear(llm_output_size, speech_token_size + SPECIAL_TOKENS)
         self.speech_embedding = nn.Embedding(speech_token_size + SPECIAL_TOKENS, llm_input_size)
 
+    @property
+    def text_embedding(self) -> nn.Embedding:
+        """The Qwen2 model's, of the ids of its own tokenizer."""
+        return self.llm.embed_tokens
+
     def embed_text(self, text: Tensor) -> Tensor:
         """text: (B, T) ids of the model's own tokenizer. Returns (B, T, C)."""
-        return self.llm.embed_tokens(text)
+        return self.text_embedding(text)
 
     def predictions(self, batch: dict[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Of all N speech, fill and end tokens: scores (N, V), the tokens (N,), their items of the batch (N,).

@@ -13,6 +13,7 @@ from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import Rates
 
 MOST_THREADS = 1024
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")  # of a text model
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ COSYVOICE2 = Generation(
     token_rate=25,
     text_model="CosyVoice-BlankEN",
     finetuning={
+        "bistream_ratio": 0.5,  # share of the clips in which text and speech take turns, as the model was trained
         "llm_lora": {
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         },
@@ -101,6 +103,11 @@ class ModelFolder:
         """The file of the stored voices, which may be absent."""
         return self.path / "spk2info.pt"
 
+    @property
+    def text_model(self) -> Path | None:
+        """The folder of the text model that the language model goes on from, None where there is no such model."""
+        return self.path / self.generation.text_model if self.generation.text_model else None
+
     def weights(self, part: str) -> Path:
         """Return the file of a part's weights: llm, flow or hift."""
         return self.path / f"{part}.pt"
@@ -108,20 +115,26 @@ class ModelFolder:
     def encoders(self) -> str:
         """Return what tells apart models whose tokens and vectors mean different things, as a SHA-256 in hexadecimal.
 
-        It is made of both encoders and the text tokenizer. Raises InputError if the file of an encoder is missing.
+        It is made of both encoders and the text tokenizer. Raises InputError if a file of these is missing.
         """
-        files = self.speech_tokenizer, self.speaker_encoder
+        files = [self.speech_tokenizer, self.speaker_encoder]
+        if self.text_model:
+            files += [self.text_model / name for name in TOKENIZER_FILES]
         for file in files:
             if not file.is_file():
                 raise InputError(f"{file} does not exist; copy it from the {self.generation.name} download")
-        tokenizer = self.parts(["get_tokenizer"])["get_tokenizer"]
+        tokenizer = self.parts(["get_tokenizer"], text_model=Path(self.generation.text_model or ""))["get_tokenizer"]
         content = " ".join([*map(fingerprint_file, files), str(spelled(tokenizer))])
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def parts(self, names: Sequence[str], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the named entries of the YAML, built. See `load_model_yaml`."""
-        text_model = self.generation.text_model
-        overrides = {"qwen_pretrain_path": str(self.path / text_model)} if text_model else {}
+    def parts(
+        self, names: Sequence[str], defaults: Mapping[str, Any] | None = None, text_model: Path | None = None
+    ) -> dict[str, Any]:
+        """Return the named entries of the YAML, built. See `load_model_yaml`.
+
+        text_model: what is named as the folder of the text model, if not where it lies.
+        """
+        overrides = {"qwen_pretrain_path": str(text_model or self.text_model)} if self.text_model else {}
         return load_model_yaml(self.yaml, names, dict(defaults or {}), overrides)
 
     @cached_property

@@ -225,6 +225,16 @@ def load_wav(wav: str | Path | BinaryIO, target_sr: int, min_sr: int = PROMPT_RA
     return resample(waveform, rate, target_sr)
 
 
+def aligned(speech: Tensor, tokens: Tensor, token_samples: int) -> tuple[Tensor, Tensor]:
+    """Return speech (1, samples) and tokens (N,) that end together, for models whose tokens last whole mel frames.
+
+    `speech` gets zeros up to the end of its last token of `token_samples`; then both are cut to the shorter.
+    """
+    speech = F.pad(speech, (0, -speech.size(1) % token_samples))
+    count = min(len(tokens), speech.size(1) // token_samples)
+    return speech[:, : count * token_samples], tokens[:count]
+
+
 def whisper_log_mel(wav_16k: Tensor, n_mels: int = WHISPER_MELS) -> Tensor:
     """Whisper's features (1, n_mels, T), 100 frames a second, of (1, samples) at 16 kHz, not padded to 30 s.
 

@@ -1,18 +1,24 @@
-"""Sizes that all models of this generation share, and how samples, mel frames and speech tokens convert."""
+"""Sizes that all models share, and how samples, mel frames and speech tokens convert."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from cosyvoice.utils.errors import InputError
 
-SAMPLE_RATE_HZ = 22_050
-MEL_HOP_SAMPLES = 256  # one mel frame
 MEL_BINS = 80
-TOKEN_RATE_HZ = 50  # speech tokens
 SPEAKER_DIMENSIONS = 192  # of a speaker vector
-OVERLAP_TOKENS = 20  # neighbouring chunks of a stream share these
+
+
+class Durations(Protocol):
+    """What knows how many mel frames last as long as speech tokens: `Rates`, and every flow."""
+
+    def mel_frames(self, tokens: int) -> int:
+        """Return how many whole mel frames fit into the duration of the tokens."""
+
+    def whole_tokens(self, frames: int) -> int:
+        """Return the most tokens whose mel frames number at most `frames`."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,3 @@ class Rates:
 
     def frame_samples(self, frames: int) -> int:
         return frames * self.mel_hop
-
-
-def mel_frames(tokens: int, token_rate_hz: int = TOKEN_RATE_HZ) -> int:
-    """Whole mel frames that fit into the duration of the tokens, e.g. 1 for 1 token and 258 for 150."""
-    return Rates(SAMPLE_RATE_HZ, MEL_HOP_SAMPLES, token_rate_hz).mel_frames(tokens)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, is_silent, kaldi_fbank, whisper_log_mel
 from cosyvoice.utils.errors import InputError, is_memory_trouble
-from cosyvoice.utils.frames import SPEAKER_DIMENSIONS, TOKEN_RATE_HZ
+from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
+from cosyvoice.utils.rates_300m import TOKEN_RATE_HZ
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

@@ -29,13 +29,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from tqdm import tqdm
 
+    from cosyvoice.model_folder.folder import ModelFolder
     from cosyvoice.tokenizer.phones import PhoneTokenizer
     from cosyvoice.utils.errors import InputError
     from cosyvoice.utils.file_utils import atomic_write
-    from cosyvoice.utils.frames import TOKEN_RATE_HZ
     from tools.kaldi_folder import read_table
 
     tokenizer = PhoneTokenizer(options.lexicon)
+    token_rate = ModelFolder(Path(__file__).parent).rates.token_rate
     texts = {}  # by recording: two corpora may use the same name for an utterance
     for folder in options.dirs:
         said = read_table(folder / "text")
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         ends, phones = read_phones(wav.with_suffix(".phones"))
         of_phones = align(phones, tokenizer.encode_words(text))
-        centres = [(token + 0.5) / TOKEN_RATE_HZ for token in range(round(ends[-1] * TOKEN_RATE_HZ))]  # s
+        centres = [(token + 0.5) / token_rate for token in range(round(ends[-1] * token_rate))]  # s
         places = [of_phones[min(bisect_right(ends, centre), len(phones) - 1)] for centre in centres]
         with atomic_write(wav.with_suffix(".places")) as temporary:
             temporary.write_text(" ".join(f"{place:.4f}" for place in places) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,21 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.transformer.convnext import ConvNeXtBlock
 from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, WHISPER_MELS, load_wav, whisper_log_mel
 from cosyvoice.utils.command import seed_all
 from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.frames import TOKEN_RATE_HZ
+from cosyvoice.utils.frames import MEL_BINS, Rates
 from examples.mini.encoder_files import export, round_weights
 from examples.mini.encoder_training import Recording, Training, bfloat16_where_fast, draw, read_recordings
 from examples.mini.speech_tokenizer import CHANNELS, FIRST_BLOCKS, LEVELS, Encoder, TokenizerFile
 from examples.mini.whisper_encoder import BLOCKS, WIDTH, To80Bins, WhisperEncoder
-from matcha.utils.audio import mel_spectrogram
 
 CROP_TOKENS = 100  # 2 s
 BATCH = 16
 PEAK_RATE = 1.5e-3
-SAMPLE_RATE_HZ, HOP_SAMPLES, MEL_BINS = 22050, 256, 80  # of the mel that the flow makes of the tokens
 MEL_MEAN, MEL_SPREAD = -6.0, 2.3  # of log-mel, about
 SPEAKER_SIZE = 64
 TEXT_BLOCKS, MEL_BLOCKS, FEATURE_BLOCKS = 2, 5, 3
@@ -47,18 +46,24 @@ class Corpus:
 
     def __init__(self, recordings: Sequence[Recording]) -> None:
         start, whole = whisper_start(), WhisperEncoder.pretrained(BLOCKS)
-        to_80_bins = To80Bins()
+        to_80_bins, mini = To80Bins(), ModelFolder(Path(__file__).parent)
+        feat_extractor, self.rates = mini.parts(["feat_extractor"])["feat_extractor"], mini.rates
         progress = tqdm(recordings, desc="features", unit="utt", disable=None)
-        read = [(recording, listen(recording.wav, to_80_bins, start, whole)) for recording in progress]
+        read = [
+            (recording, listen(recording.wav, to_80_bins, start, whole, mini.rates, feat_extractor))
+            for recording in progress
+        ]
         long_enough = [(recording, utterance) for recording, utterance in read if len(utterance.start) >= CROP_TOKENS]
         if not long_enough:
-            raise InputError(f"no recording lasts {CROP_TOKENS / TOKEN_RATE_HZ:g} s. Give folders with longer ones")
+            least = CROP_TOKENS / self.rates.token_rate
+            raise InputError(f"no recording lasts {least:g} s. Give folders with longer ones")
         self.recordings, self.utterances = map(list, zip(*long_enough, strict=True))
 
     def draw_batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return crops: start and features (B, N, WIDTH), mel (B, 80, T), and mel of other places (B, 80, T)."""
         chosen = random.sample(self.utterances, min(BATCH, len(self.utterances)))
-        return tuple(torch.stack([part.float() for part in parts]) for parts in zip(*map(crop, chosen), strict=True))
+        crops = [crop(utterance, self.rates) for utterance in chosen]
+        return tuple(torch.stack([part.float() for part in parts]) for parts in zip(*crops, strict=True))
 
 
 def whisper_start() -> WhisperEncoder:
@@ -69,36 +74,37 @@ def whisper_start() -> WhisperEncoder:
 
 
 @torch.no_grad()
-def listen(wav: Path, to_80_bins: To80Bins, start: WhisperEncoder, whole: WhisperEncoder) -> Utterance:
-    """Return the outputs of the frozen networks for the first 30 s. Raises InputError for bad audio."""
+def listen(
+    wav: Path,
+    to_80_bins: To80Bins,
+    start: WhisperEncoder,
+    whole: WhisperEncoder,
+    rates: Rates,
+    feat_extractor: Callable[[Tensor], Tensor],
+) -> Utterance:
+    """Return the outputs of the frozen networks for the first 30 s, and the mel. Raises InputError for bad audio."""
     speech = load_wav(wav, PROMPT_RATE_HZ)[:, : MAX_PROMPT_SECONDS * PROMPT_RATE_HZ]
     log_mel = to_80_bins(whisper_log_mel(speech))
     with bfloat16_where_fast():  # what is only a target
         features = whole(log_mel)[0].half()
-    return Utterance(start(log_mel)[0].half(), features, flow_mel(wav)[0].half())
+    return Utterance(start(log_mel)[0].half(), features, flow_mel(wav, feat_extractor, rates)[0].half())
 
 
-def flow_mel(wav: Path) -> Tensor:
+def flow_mel(wav: Path, feat_extractor: Callable[[Tensor], Tensor], rates: Rates) -> Tensor:
     """Return the log-mel (1, 80, T) that the flow is to make, shifted and scaled to about unit variance."""
-    speech = load_wav(wav, SAMPLE_RATE_HZ)
-    mel = mel_spectrogram(speech, 1024, MEL_BINS, SAMPLE_RATE_HZ, HOP_SAMPLES, 1024, 0, 8000, center=False)
-    return (mel - MEL_MEAN) / MEL_SPREAD
+    return (feat_extractor(load_wav(wav, rates.sample_rate)) - MEL_MEAN) / MEL_SPREAD
 
 
-def crop(utterance: Utterance) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def crop(utterance: Utterance, rates: Rates) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the same 2 s of start, features and mel, and a mel of 2 s from anywhere in the utterance."""
-    frames = mel_frames(CROP_TOKENS)
+    frames = rates.mel_frames(CROP_TOKENS)
     first = random.randint(0, len(utterance.start) - CROP_TOKENS)
     tokens = slice(first, first + CROP_TOKENS)
     last = max(utterance.mel.shape[1] - frames, 0)
-    begin, elsewhere = min(mel_frames(first), last), random.randint(0, last)
+    begin, elsewhere = min(rates.mel_frames(first), last), random.randint(0, last)
     missing = max(frames - utterance.mel.shape[1], 0)
     mels = (F.pad(utterance.mel[:, at : at + frames], (0, missing)) for at in (begin, elsewhere))
     return utterance.start[tokens], utterance.features[tokens], *mels
-
-
-def mel_frames(tokens: int) -> int:
-    return round(tokens / TOKEN_RATE_HZ * SAMPLE_RATE_HZ / HOP_SAMPLES)
 
 
 class Model(nn.Module):

@@ -30,6 +30,7 @@ from cosyvoice.model_folder.weights import load_strict, read_state_dict
 from cosyvoice.tokenizer.phones import read_lexicon
 from cosyvoice.utils.audio import read_wav
 from cosyvoice.utils.errors import InputError
+from cosyvoice.utils.frames import Rates
 from dataset import COLUMNS, SCHEMA, check_row, collate, read_rows, to_clip
 from tools.kaldi_folder import read_numbers, read_table
 from tools.make_parquet_list import schema
@@ -198,7 +199,7 @@ def rows(good: Good, draw: random.Random) -> None:
         path.write_bytes(with_other_bytes(path.read_bytes(), draw))
     for read in read_rows(path):
         check_row(path, read)
-        collate([to_clip(read)])
+        collate([to_clip(read, Rates(22050, 256, 50))])
 
 
 def recipe_rows(good: Good, draw: random.Random) -> None:

@@ -16,9 +16,9 @@ from cosyvoice.model_folder.weights import load_part
 from dataset import collate
 from llm_flow_model import JointModel
 from lora import adapters
-from memory import PASSING_SHARE, kept_bytes
 from tools.random_model import make_random_model
-from training import CheckpointKeeper
+from training.checkpoints import CheckpointKeeper
+from training.memory import PASSING_SHARE, kept_bytes
 from voices.run import Run, read_run
 
 CERTAIN = ["llm_lora.lora_dropout=0.0", "flow_lora.lora_dropout=0.0", "zero_embedding_ratio=0.0"]

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset import Clip, collate
-from llm_flow_model import HALF_TYPES, JointModel
-from training import compute_precision, half_type
+from llm_flow_model import JointModel
+from training.precision import HALF_TYPES, compute_precision, half_type
 
 ADAPTER_BYTES = 16  # a parameter, its gradient and the optimiser's two averages, in float32
 PROCESS_BYTES = 500_000_000  # libraries, and on a GPU their workspaces

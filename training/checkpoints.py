@@ -1,0 +1,100 @@
+"""Which checkpoints a run leaves, and how it stops."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
+
+from cosyvoice.utils.file_utils import atomic_write, copy_file
+from llm_flow_model import JointModel
+from training.listening import Listener
+from voices.run import last_checkpoint
+
+KEPT_CHECKPOINTS = 3
+
+
+class Interrupted(Exception):
+    """Training was stopped by Ctrl-C, with everything saved."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(f"stopped; {checkpoint} is complete")
+
+
+class CheckpointKeeper(Checkpoint):
+    """Writes the last checkpoint after every epoch, keeps the best few beside it, and stops cleanly when asked to.
+
+    Checkpoints are written between optimiser steps only, where a resumed run can repeat an uninterrupted one.
+    """
+
+    def __init__(self, output_dir: Path, mode: str, fresh: bool, listener: Listener | None) -> None:
+        """fresh: this is a new run, or one that goes on from another checkpoint than the last in the folder.
+
+        Its first checkpoint then replaces that and the epochs from there on.
+        """
+        self.output_dir, self.mode, self.fresh, self.listener = output_dir, mode, fresh, listener
+        self.last = last_checkpoint(output_dir, mode)
+        self.interrupted = False
+
+    def on_train_start(self, trainer: pl.Trainer, model: JointModel) -> None:
+        """Make up for a run that was killed while it kept an epoch: copy that epoch, and remove the unfinished file."""
+        for unfinished in self.output_dir.glob(f".joint_{self.mode}_epoch*.part.ckpt"):
+            unfinished.unlink()
+        epochs_done = max(len(progress.history) for progress in model.progress.values())
+        if not self.fresh and not model.batches_done and all(epoch < epochs_done for _, epoch, _ in self.kept()):
+            self.keep_epoch(model, epochs_done)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, model: JointModel, *step: Any) -> None:
+        if self.interrupted and self.fresh and self.last.is_file():
+            raise KeyboardInterrupt  # less than an epoch is lost, and the earlier one's are not
+        done = step[-1] + 1  # batches of this epoch
+        between_steps = done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches
+        if self.interrupted and between_steps:
+            model.batches_done = done
+            self.save_last(trainer, model)
+            raise Interrupted(self.last)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, model: JointModel) -> None:
+        model.batches_done = 0
+        self.save_last(trainer, model)
+        self.keep_epoch(model, model.epoch_number)
+        print(f"\n{epoch_summary(model)}", flush=True)
+        if self.listener:
+            self.listener.listen(self.last, model.epoch_number, trainer.logger)
+        if self.interrupted and not trainer.should_stop:
+            raise Interrupted(self.last)
+
+    def keep_epoch(self, model: JointModel, epoch: int) -> None:
+        """Copy the last checkpoint, which ends this epoch, and keep only the best."""
+        name = f"joint_{self.mode}_epoch{epoch:04d}_loss{model.combined_loss():.4f}.ckpt"
+        copy_file(self.last, self.output_dir / name)
+        for path, _, _ in sorted(self.kept(), key=lambda kept: kept[2])[KEPT_CHECKPOINTS:]:
+            path.unlink()
+
+    def save_last(self, trainer: pl.Trainer, model: JointModel) -> None:
+        """With the first of a fresh run an earlier one's epochs go: they must not count among its best."""
+        with atomic_write(self.last) as temporary:
+            trainer.save_checkpoint(temporary)
+        if self.fresh:
+            for path, epoch, _ in self.kept():
+                if epoch >= model.epoch_number:
+                    path.unlink()
+            self.fresh = False
+
+    def kept(self) -> list[tuple[Path, int, float]]:
+        """The epoch checkpoints of this mode with their numbers and losses."""
+        pattern = re.compile(rf"joint_{self.mode}_epoch(\d+)_loss([\d.]+)\.ckpt")
+        found = ((path, pattern.fullmatch(path.name)) for path in self.output_dir.glob(f"joint_{self.mode}_epoch*"))
+        return [(path, int(match[1]), float(match[2])) for path, match in found if match]
+
+
+def epoch_summary(model: JointModel) -> str:
+    """`epoch 4: llm 2.310 (held out 2.402), flow 0.512 (held out 0.530)`."""
+    texts = []
+    for name, progress in model.progress.items():
+        entry = progress.history[-1]
+        if entry["epoch"] == model.epoch_number:
+            held_out = f" (held out {entry['val']:.3f} ± {entry['val_error']:.3f})" if "val" in entry else ""
+            texts.append(f"{name} {entry['train']:.3f}{held_out}")
+    return f"epoch {model.epoch_number}: " + ", ".join(texts)
