@@ -59,7 +59,7 @@ def prompt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_frontend(folder: Path, **options: object) -> CosyVoiceFrontEnd:
     random = np.random.default_rng(0)
     write_speaker_encoder(folder / "campplus.onnx", random)
-    write_speech_tokenizer(folder / "speech_tokenizer_v1.onnx", random)
+    write_speech_tokenizer(folder / "speech_tokenizer_v1.onnx", random, 50, 4096)
     paths = (folder / "campplus.onnx", folder / "speech_tokenizer_v1.onnx", folder / "spk2info.pt")
     return CosyVoiceFrontEnd(WHISPER, MEL, *paths, **options)
 

@@ -40,7 +40,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     shutil.copy(PARITY_DIR / "tiny.yaml", folder / "cosyvoice.yaml")
     random = np.random.default_rng(0)
-    write_speech_tokenizer(folder / "speech_tokenizer_v1.onnx", random)
+    write_speech_tokenizer(folder / "speech_tokenizer_v1.onnx", random, 50, 4096)
     write_speaker_encoder(folder / "campplus.onnx", random)
     return folder
 

@@ -46,7 +46,7 @@ prepare_data = load_prepare_data()
 def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("networks")
     random = np.random.default_rng(0)
-    write_speech_tokenizer(folder / "speech_tokenizer_v1.onnx", random)
+    write_speech_tokenizer(folder / "speech_tokenizer_v1.onnx", random, 50, 4096)
     write_speaker_encoder(folder / "campplus.onnx", random)
     return folder
 
