@@ -1,4 +1,4 @@
-"""Preparing, training and merging on a folder of CosyVoice2, as a user runs them."""
+"""The four commands on a folder of CosyVoice2, as a user runs them."""
 
 import shutil
 from collections import Counter
@@ -6,12 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import inference_joint
 import merge_joint_weights
 import prepare_joint_data
 import train_joint
@@ -339,9 +342,30 @@ def test_a_base_in_half_precision_trains_adapters_in_float32(places: dict[str, P
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=0)
 
 
+def spoken(into: list[str], *options: str) -> np.ndarray:
+    """Speak with the newest voice, and return the samples."""
+    assert inference_joint.main([*into, "--device", "cpu", "--text", "Two words.", *options]) == 0
+    samples, rate = soundfile.read(Path(into[-1]) / "result.wav")
+    assert rate == 24000 and samples.ndim == 1 and len(samples) % 480 == 0 and np.abs(samples).max() > 1e-3
+    return samples
+
+
+def test_a_trained_voice_speaks_at_once_and_in_pieces(places: dict[str, Path], train, tmp_path: Path) -> None:
+    output = train("max_epochs=1")
+    into = ["--model-dir", str(places["model"]), "--output-dir", str(output)]
+    merged = spoken(into)
+    adapted = ["--adapter", str(output / "joint_joint_last.ckpt"), "--precision", "float32"]
+    exact = ["--precision", "float32"]
+    np.testing.assert_allclose(spoken(into, *adapted), spoken(into, *exact), atol=5e-3)
+    assert len(merged) > 0
+    streamed = spoken(into, "--stream")
+    pieces = [soundfile.read(path)[0] for path in sorted(output.glob("result.piece*.wav"))]
+    assert np.array_equal(np.concatenate(pieces), streamed)
+
+
 @pytest.mark.full_size
-def test_two_steps_and_a_merge_at_full_size(tmp_path: Path) -> None:
-    """At the sizes of CosyVoice2-0.5B, with random weights."""
+def test_the_whole_job_at_full_size(tmp_path: Path) -> None:
+    """Two training steps, a merge, a sentence and a stream at the sizes of CosyVoice2-0.5B, with random weights."""
     model, raw, data, output = (tmp_path / name for name in ("model", "raw", "data", "output"))
     make_random_model(model, seed=7, size="cosyvoice2-0.5b")
     raw.mkdir()
@@ -356,3 +380,6 @@ def test_two_steps_and_a_merge_at_full_size(tmp_path: Path) -> None:
     merged = read_state_dict(output / "llm_merged_joint.pt")
     assert merged[TIED[0]].data_ptr() == merged[TIED[1]].data_ptr()
     load_strict(load_part(model, "llm"), merged, "llm_merged_joint.pt")
+    del merged
+    spoken(into)
+    spoken(into, "--stream")
