@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cosyvoice.model_folder.folder import COSYVOICE_300M, GENERATIONS, ModelFolder, is_model_folder, merged_settings
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 PROJECT_DIR = Path(__file__).resolve().parent
 DATA_DIR = Path("data")

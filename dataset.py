@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from cosyvoice.model_folder.folder import ModelFolder
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.common import pad_list
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import MEL_BINS, Durations
 
 SCHEMA = pa.schema(

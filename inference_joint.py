@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import find_model_dir
-from cosyvoice.utils.command import run
+from cosyvoice.runtime.command import run
 from utils import add_device, add_folders, add_seed, check_writable
 from voices.lines import read_lines
 from voices.options import add_voice, open_voice

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from config import CHECKPOINT_KEY
 from cosyvoice.flow.token_flow import MAX_PREFIX_SHARE
 from cosyvoice.llm.qwen2_encoder import Qwen2Encoder
+from cosyvoice.runtime.command import VALIDATION, seed_all
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.encoder_layer import EncoderLayer
-from cosyvoice.utils.command import VALIDATION, seed_all
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.scheduler import learning_rate_factor
 from dataset import crop_windows
 from lora import adapter_state, adapters, inject, load_adapters

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 ADAPTER_NAMES = ("lora_A", "lora_B")
 

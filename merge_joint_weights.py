@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import find_model_dir
-from cosyvoice.utils.command import run
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.command import run
+from cosyvoice.runtime.errors import InputError
 from utils import add_folders, check_writable
 
 

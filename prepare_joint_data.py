@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import find_input_dir, find_model_dir
-from cosyvoice.utils.command import check_least, run
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.command import check_least, run
+from cosyvoice.runtime.errors import InputError
 from utils import add_device, add_folders, check_writable, in_parallel, is_unicode, repeated
 
 if TYPE_CHECKING:

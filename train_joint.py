@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import JOINT_TRAINING_CONFIG, MODES, PASSES_ON_GPU, SEED, find_model_dir, settings_for, with_changes
-from cosyvoice.utils.command import EXIT_INTERRUPTED, run
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.command import EXIT_INTERRUPTED, run
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
 from utils import add_device, add_folders, add_seed, check_writable, limit_threads, pick_device, quoted, repeated
 
@@ -228,7 +228,7 @@ def build(
     from torch.utils.data import DataLoader
 
     from cosyvoice.model_folder.weights import load_part
-    from cosyvoice.utils.command import seed_all
+    from cosyvoice.runtime.command import seed_all
     from dataset import (
         EpochOrder,
         check_vocabularies,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import DATA_DIR, OUTPUT_DIR, SEED
 from cosyvoice.model_folder.folder import ModelFolder
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.text_files import decode_lines
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def pick_device(name: str) -> "torch.device":
     """`auto`, `cpu` or `cuda` as a torch device. Raises InputError where CUDA is asked for and cannot compute."""
     import torch
 
-    from cosyvoice.utils.device import cuda_problem, fastest_device
+    from cosyvoice.runtime.device import cuda_problem, fastest_device
 
     if name == "auto":
         return fastest_device()

@@ -166,6 +166,6 @@ def show(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

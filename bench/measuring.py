@@ -60,8 +60,8 @@ def precisions(args: argparse.Namespace) -> list[str]:
     """Those asked for, else the usual ones of this device. Raises InputError for one that it gains nothing from."""
     import torch
 
+    from cosyvoice.runtime.errors import InputError
     from cosyvoice.transformer.precision import check_precision
-    from cosyvoice.utils.errors import InputError
 
     device, found = torch.device(args.device), []
     for name in args.precisions or args.usual:

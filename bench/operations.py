@@ -98,6 +98,6 @@ def show_shares(labels: dict[str, Any], work: Callable[[], Any]) -> None:
 
 
 if __name__ == "__main__":
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

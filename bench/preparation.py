@@ -69,6 +69,6 @@ def duration(recording: Path) -> float:
 
 
 if __name__ == "__main__":
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

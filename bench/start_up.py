@@ -74,6 +74,6 @@ def inference(*options: object, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

@@ -162,6 +162,6 @@ class Speaker:
 
 
 if __name__ == "__main__":
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

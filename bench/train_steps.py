@@ -40,7 +40,7 @@ from measuring import (
 
 from config import MODES, settings_for
 from cosyvoice.model_folder.folder import ModelFolder
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.frames import SPEAKER_DIMENSIONS, Rates
 
 if TYPE_CHECKING:
@@ -187,6 +187,6 @@ def peak_bytes(device: str) -> int:
 
 
 if __name__ == "__main__":
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

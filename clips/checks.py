@@ -8,8 +8,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.audio import is_silent
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import contains_chinese, has_words
 
 MIN_SECONDS, MAX_SECONDS = 0.5, 30.0

@@ -14,8 +14,8 @@ from clips.store import with_column
 from cosyvoice.cli.frontend import FRONTEND_PARTS, open_front_end
 from cosyvoice.model_folder.fingerprints import fingerprint_file
 from cosyvoice.model_folder.folder import ModelFolder
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, aligned, read_wav, resample
-from cosyvoice.utils.errors import InputError
 from dataset import SCHEMA
 from utils import decode_text
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.audio import FFMPEG_SUFFIXES
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.text_files import decode_lines
 from utils import is_unicode
 

@@ -48,9 +48,10 @@ SUITE_LAYERS = (
 COSYVOICE_LAYERS = (
     ("cli", "bin"),
     ("llm", "flow", "hifigan", "dataset"),
-    ("transformer", "tokenizer", "text"),
+    ("transformer", "tokenizer", "speech_encoders", "text"),
     ("model_folder",),
     ("utils",),
+    ("runtime",),
 )
 LIGHTNING_PLACES = ("llm_flow_model.py", "train_joint.py", "training/", "cosyvoice/bin")
 PACKAGES = {  # import name -> package

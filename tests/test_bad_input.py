@@ -23,8 +23,8 @@ import train_joint
 from clips.recordings import find_recordings
 from clips.store import with_column
 from config import SEED
-from cosyvoice.utils.command import EXIT_INTERRUPTED, run
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.command import EXIT_INTERRUPTED, run
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.file_utils import alone_in
 from dataset import load_clips, split_clips
 from llm_flow_model import JointModel

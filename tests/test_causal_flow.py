@@ -21,8 +21,8 @@ from cosyvoice.flow.causal_flow_matching import MOST_FRAMES, CausalConditionalCF
 from cosyvoice.flow.flow import MaskedDiffWithXvec
 from cosyvoice.flow.flow_matching import TrainingDraw
 from cosyvoice.flow.mel_stream import MelStream
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.upsample_encoder import UpsampleConformerEncoder
-from cosyvoice.utils.errors import InputError
 from llm_flow_model import JointModel
 from lora import inject
 from matcha.models.components.past import Past

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cosyvoice.model_folder.fingerprints import fingerprint_file, fingerprint_weights
 from cosyvoice.model_folder.weights import load_part, load_strict, load_tensors, read_state_dict
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from cosyvoice.utils.command import EXIT_USER_ERROR, run
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.command import EXIT_USER_ERROR, run
+from cosyvoice.runtime.errors import InputError
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "1000"), ("7", "7")])

@@ -12,8 +12,8 @@ from tiny2 import tiny2_model_dir
 from torch import Tensor
 
 from cosyvoice.cli.cosyvoice import AutoModel, CosyVoice, CosyVoice2, CosyVoice3
-from cosyvoice.utils.draws import Draws
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.draws import Draws
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.file_utils import read_json_lists, read_lists
 
 TEXT = "hello, this is a test of the small voice."

@@ -23,9 +23,9 @@ from cosyvoice.flow.causal_flow import CausalMaskedDiffWithXvec
 from cosyvoice.llm.qwen2_lm import Qwen2LM
 from cosyvoice.model_folder.folder import COSYVOICE2, ModelFolder
 from cosyvoice.model_folder.weights import load_part, load_strict, read_state_dict
+from cosyvoice.runtime.command import seed_all
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.audio import load_wav
-from cosyvoice.utils.command import seed_all
-from cosyvoice.utils.errors import InputError
 from dataset import check_vocabularies, collate, load_clips, speaker_embedding
 from llm_flow_model import FLOW_DRAWS, JointModel
 from lora import LoRALinear, inject, load_adapters

@@ -19,9 +19,9 @@ from torch import Tensor
 from cosyvoice.cli.cosyvoice import AutoModel, CosyVoice
 from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.cli.prefetch import prefetch
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils import file_utils
 from cosyvoice.utils.common import set_all_random_seed
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.rates_300m import MEL_HOP_SAMPLES, SAMPLE_RATE_HZ
 
 TEXT = "Hello there."

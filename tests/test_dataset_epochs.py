@@ -11,7 +11,7 @@ from torch.multiprocessing import start_processes
 
 from cosyvoice.dataset.dataset import Dataset
 from cosyvoice.dataset.loader import EpochLoader
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 FILES = 7
 

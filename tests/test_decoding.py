@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.llm.llm import TransformerLM
+from cosyvoice.runtime.command import seed_all
+from cosyvoice.runtime.draws import Draws
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.decoding import (
     LEAST_CAPTURED_FRAMES,
     MOST_CAPTURED_FRAMES,
@@ -22,9 +25,6 @@ from cosyvoice.transformer.decoding import (
     CapturedStepsPool,
 )
 from cosyvoice.transformer.precision import LINEARS, MANY_FRAMES, check_precision, fastest_precision
-from cosyvoice.utils.command import seed_all
-from cosyvoice.utils.draws import Draws
-from cosyvoice.utils.errors import InputError
 
 CPU = torch.device("cpu")
 FRAMES = 300  # more than a cache holds at first

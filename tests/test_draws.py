@@ -8,9 +8,9 @@ import torch
 
 from cosyvoice.flow.flow_matching import ConditionalCFM
 from cosyvoice.hifigan.source import SineGen
-from cosyvoice.utils.command import seed_all
+from cosyvoice.runtime.command import seed_all
+from cosyvoice.runtime.draws import Draws, generator
 from cosyvoice.utils.common import most_probable, nucleus_sampling, random_sampling
-from cosyvoice.utils.draws import Draws, generator
 
 LOG_P = torch.zeros(1000)
 

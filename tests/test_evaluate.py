@@ -15,7 +15,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from tools import evaluate, evaluation_report, judges, listening, packages, recognisers
 from tools.campplus import CAMPlus, load_campplus
 from tools.evaluation_report import Evaluation, table

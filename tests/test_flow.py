@@ -16,8 +16,8 @@ from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
 from cosyvoice.flow.length_regulator import InterpolateRegulator
 from cosyvoice.flow.mel_regressor import MelRegressor
 from cosyvoice.flow.token_flow import draw_prefix_length
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.encoder import ConformerEncoder
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.rates_300m import OVERLAP_TOKENS, mel_frames
 from matcha.models.components.decoder import SinusoidalPosEmb
 from matcha.models.components.flow_matching import cosine_time_grid, integrate_euler, optimal_transport_path

@@ -7,7 +7,7 @@ from parity import PARITY_DIR
 from tiny2 import write_config
 
 from cosyvoice.model_folder.model_yaml import load_model_yaml
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.frames import Rates
 from cosyvoice.utils.rates_300m import mel_frames
 

@@ -19,9 +19,9 @@ import whisper.tokenizer
 
 from cosyvoice.cli.frontend import CosyVoiceFrontEnd, load_prompt, read_spk2info
 from cosyvoice.cli.text_normalizer import TextNormalizer, TextSplit
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.tokenizer.tokenizer import get_byte_tokenizer, get_tokenizer
 from cosyvoice.utils.audio import kaldi_fbank, load_wav, read_wav, resample, whisper_log_mel
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import break_long
 from matcha.utils.audio import mel_filters, mel_spectrogram
 from tools.random_onnx import write_speaker_encoder, write_speech_tokenizer

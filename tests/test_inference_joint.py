@@ -15,8 +15,8 @@ import inference_joint
 from config import JOINT_TRAINING_CONFIG, MODES, PROJECT_DIR
 from cosyvoice.cli.cosyvoice import CosyVoice
 from cosyvoice.cli.model import CosyVoiceModel
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.precision import fastest_precision
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.rates_300m import SAMPLE_RATE_HZ
 from llm_flow_model import JointModel
 from lora import adapters

@@ -18,8 +18,8 @@ import soundfile
 from onnx import TensorProto, helper
 
 from cosyvoice.dataset import processor
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.tokenizer.phones import PHONE_IDS, PhoneTokenizer, get_phone_tokenizer
-from cosyvoice.utils.errors import InputError
 from examples.mini import align_text, kokoro, make_corpus, make_lexicon, make_prompts, sentences
 from examples.mini.kokoro import Kokoro
 from examples.mini.make_corpus import Speaker, Utterance, make_utterances

@@ -16,11 +16,11 @@ import whisper.model
 from torch import Tensor, nn
 
 from cosyvoice.model_folder.model_yaml import load_model_yaml
+from cosyvoice.runtime.errors import InputError
+from cosyvoice.speech_encoders.encoders import SpeakerEncoder, SpeechTokenizer
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, WHISPER_HOP_SAMPLES, WHISPER_MELS, whisper_log_mel
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 from cosyvoice.utils.frames import Rates
-from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer
 from examples.mini import (
     encoder_files,
     encoder_training,

@@ -14,7 +14,7 @@ from config import MINI_NAME, PROJECT_DIR, find_model_dir
 from cosyvoice.bin import export_jit, export_onnx
 from cosyvoice.cli.cosyvoice import CosyVoice
 from cosyvoice.model_folder.model_yaml import load_model_yaml
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 from examples.mini import make_model_dir, resynthesise, voice_folders
 from tools.kaldi_folder import write_table

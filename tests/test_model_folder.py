@@ -10,7 +10,7 @@ from parity import V2
 import config
 from config import JOINT_TRAINING_CONFIG, PROJECT_DIR, find_model_dir, settings_for
 from cosyvoice.model_folder.folder import ModelFolder, is_model_folder
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.frames import Rates
 from utils import limit_threads
 

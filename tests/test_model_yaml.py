@@ -11,7 +11,7 @@ import pytest
 from parity import PARITY_DIR
 
 from cosyvoice.model_folder.model_yaml import load_model_yaml, spelled
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 Load = Callable[..., dict[str, Any]]
 

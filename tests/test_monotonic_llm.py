@@ -20,9 +20,9 @@ from cosyvoice.llm.aligner import monotonic_path
 from cosyvoice.llm.monotonic import LARGEST_STEP, MonotonicLM
 from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.model_folder.weights import load_strict, read_state_dict
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.encoder import ConformerEncoder, TransformerEncoder
 from cosyvoice.utils.common import ras_sampling
-from cosyvoice.utils.errors import InputError
 from dataset import Clip, collate, find_places
 from llm_flow_model import JointModel
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from cosyvoice.dataset import processor
 from cosyvoice.dataset.dataset import Dataset
 from cosyvoice.model_folder.model_yaml import load_model_yaml
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 NAMES = V2.cases("data")
 EXACT = {"atol": 0.0}

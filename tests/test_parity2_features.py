@@ -13,9 +13,9 @@ from tiny2 import write_config
 from torch import Tensor
 
 from cosyvoice.model_folder.model_yaml import load_model_yaml
+from cosyvoice.speech_encoders.encoders import SpeakerEncoder, SpeechTokenizer
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
 from cosyvoice.utils.frames import Rates
-from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer
 
 
 @cache

@@ -11,7 +11,7 @@ from cosyvoice.cli.model import fade_in_out
 from cosyvoice.hifigan.f0_predictor import ConvRNNF0Predictor
 from cosyvoice.hifigan.generator import HiFTGenerator
 from cosyvoice.hifigan.source import FrameSineGen
-from cosyvoice.utils.draws import Draws
+from cosyvoice.runtime.draws import Draws
 
 CHECKS = VocoderParity(V2, tiny_hift, "BNH", f0=3e-3, sines=3e-4, source=1e-3, wave=2e-5, chain=1e-3)
 RATE_HZ, FRAME = 24000, 480

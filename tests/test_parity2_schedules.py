@@ -10,7 +10,7 @@ from parity import V2
 from torch import nn
 
 from cosyvoice.bin import optimizers
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.scheduler import NoamHoldAnnealing
 
 CONF = {"optim": "adam", "optim_conf": {"lr": 1e-3}}

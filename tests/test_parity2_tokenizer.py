@@ -9,8 +9,8 @@ import pytest
 from parity import V2
 
 from cosyvoice.model_folder.model_yaml import load_model_yaml
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.tokenizer.qwen import QwenTokenizer, get_qwen_tokenizer
-from cosyvoice.utils.errors import InputError
 
 SIZES = ("full", "tiny")
 TINY = V2.folder / "tiny2_blanken"

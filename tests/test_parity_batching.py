@@ -14,7 +14,7 @@ import torch
 from parity import arrays, assert_close, cases, meta
 
 from cosyvoice.dataset import processor
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.scheduler import WarmupLR
 
 NAMES = cases("batching")

@@ -10,9 +10,9 @@ import pytest
 from cosyvoice.cli.text_normalizer import TextNormalizer, TextSplit
 from cosyvoice.dataset import processor
 from cosyvoice.model_folder.model_yaml import load_model_yaml
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.tokenizer.phones import PHONES, PhoneTokenizer, get_phone_tokenizer
 from cosyvoice.tokenizer.tokenizer import BYTE_IDS, get_byte_tokenizer
-from cosyvoice.utils.errors import InputError
 
 LEXICON = """the dh ax0
 a ax0

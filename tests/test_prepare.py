@@ -23,10 +23,10 @@ from clips import store
 from clips.checks import Outcome, compare, silence_share, warnings_of
 from clips.maker import ClipMaker
 from clips.recordings import find_recordings
+from cosyvoice.runtime.errors import InputError
+from cosyvoice.speech_encoders.encoders import SpeechTokenizer
 from cosyvoice.tokenizer.phones import get_phone_tokenizer
 from cosyvoice.utils.audio import load_wav
-from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.speech_encoders import SpeechTokenizer
 from dataset import load_clips
 from prepare_joint_data import main
 from tools.random_onnx import write_speaker_encoder, write_speech_tokenizer

@@ -17,12 +17,12 @@ from cosyvoice.llm import qwen2_config
 from cosyvoice.llm.qwen2_encoder import Qwen2Encoder
 from cosyvoice.llm.qwen2_lm import Qwen2LM
 from cosyvoice.model_folder.weights import NoRandomInit
+from cosyvoice.runtime.command import seed_all
+from cosyvoice.runtime.draws import Draws
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.cache import join_caches
 from cosyvoice.transformer.decoding import LEAST_CAPTURED_FRAMES, MOST_CAPTURED_FRAMES, CapturedSteps, CapturedStepsPool
-from cosyvoice.utils.command import seed_all
 from cosyvoice.utils.common import ras_sampling
-from cosyvoice.utils.draws import Draws
-from cosyvoice.utils.errors import InputError
 from lora import adapters, inject
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

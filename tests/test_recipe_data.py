@@ -19,9 +19,9 @@ import soundfile
 import torch
 
 from cosyvoice.dataset.processor import parquet_opener, parse_embedding
+from cosyvoice.runtime.errors import InputError
+from cosyvoice.speech_encoders.encoders import SpeakerEncoder, SpeechTokenizer
 from cosyvoice.utils.audio import load_wav
-from cosyvoice.utils.errors import InputError
-from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer
 from tools import extract_embedding, extract_speech_token, extraction, make_parquet_list
 from tools.kaldi_folder import read_numbers, read_table, write_table
 from tools.random_onnx import write_speaker_encoder, write_speech_tokenizer

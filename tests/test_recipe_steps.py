@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cosyvoice.bin import optimizers, recipe_models
 from cosyvoice.bin.recipe_models import SpeechModel
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
 

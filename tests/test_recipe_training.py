@@ -23,7 +23,7 @@ from cosyvoice.bin.recipe_checkpoints import LAST, STATE_KEY, CheckpointWriter, 
 from cosyvoice.bin.recipe_models import SpeechModel
 from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.model_folder.weights import load_strict, read_state_dict
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 PARTS = ("llm", "flow", "hifigan")
 

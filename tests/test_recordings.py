@@ -9,8 +9,8 @@ import soundfile
 import torch
 
 from clips.recordings import AUDIO_SUFFIXES, LIBSNDFILE_SUFFIXES, find_recordings
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.audio import FFMPEG_SUFFIXES, read_wav
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.text_files import decode_lines
 from tools.kaldi_folder import read_table
 

@@ -23,7 +23,7 @@ from cosyvoice.cli.frontend import read_spk2info
 from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.model_folder.weights import load_part, read_state_dict
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.scheduler import learning_rate_factor
 from dataset import Clip, collate, speaker_embedding
 from llm_flow_model import FLOW_DRAWS, JointModel, clearly_less

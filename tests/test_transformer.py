@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.attention import position_scores
 from cosyvoice.transformer.convnext import ConvNeXtBlock
 from cosyvoice.transformer.convolution import ConvolutionModule
 from cosyvoice.transformer.embedding import relative_positions
 from cosyvoice.transformer.encoder import BaseEncoder, ConformerEncoder, TransformerEncoder
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.mask import mask_of_new_frames, subsequent_chunk_mask
 from matcha.models.components.past import KeyValueCache
 

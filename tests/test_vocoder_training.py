@@ -16,8 +16,8 @@ from cosyvoice.hifigan.discriminator import MultipleDiscriminator, MultiResSpecD
 from cosyvoice.hifigan.hifigan import HiFiGan
 from cosyvoice.hifigan.spectral_loss import MEL_N_FFT, SpectralLoss, power
 from cosyvoice.model_folder.model_yaml import load_model_yaml
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils import losses
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.scheduler import CosineLR
 from matcha.hifigan.models import MultiPeriodDiscriminator
 

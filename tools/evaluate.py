@@ -129,6 +129,6 @@ def speak(lines: dict[int, list["Line"]], args: argparse.Namespace) -> tuple[dic
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

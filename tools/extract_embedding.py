@@ -22,9 +22,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_thread", type=int, default=8, help="utterances at a time (default: %(default)s)")
     options = parser.parse_args(argv)
 
-    from cosyvoice.utils.command import check_least
+    from cosyvoice.runtime.command import check_least
+    from cosyvoice.speech_encoders.encoders import SpeakerEncoder
     from cosyvoice.utils.file_utils import save_tensors
-    from cosyvoice.utils.speech_encoders import SpeakerEncoder
     from tools.extraction import Extraction
     from tools.kaldi_folder import read_table
 
@@ -48,6 +48,6 @@ def speaker_means(vectors: dict[str, list[float]], utt2spk: dict[str, str]) -> d
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

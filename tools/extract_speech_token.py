@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_thread", type=int, default=8, help="utterances at a time (default: %(default)s)")
     options = parser.parse_args(argv)
 
-    from cosyvoice.utils.command import check_least
-    from cosyvoice.utils.speech_encoders import SpeechTokenizer
+    from cosyvoice.runtime.command import check_least
+    from cosyvoice.speech_encoders.encoders import SpeechTokenizer
     from tools.extraction import Extraction
 
     check_least("--num_thread", options.num_thread)
@@ -33,6 +33,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

@@ -13,10 +13,10 @@ import torch
 from tqdm import tqdm
 
 from cosyvoice.model_folder.fingerprints import fingerprint_file
+from cosyvoice.runtime.errors import InputError
+from cosyvoice.speech_encoders.encoders import SpeechEncoder
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
-from cosyvoice.utils.speech_encoders import SpeechEncoder
 from tools.kaldi_folder import Numbers, file_stamp, read_numbers, read_table, report_failures, write_table
 from utils import in_parallel
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cosyvoice.model_folder.weights import load_tensors
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write
 from cosyvoice.utils.text_files import decode_lines
 

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from clips.checks import MIN_RATE_HZ
 from clips.recordings import AUDIO_SUFFIXES, find_recordings
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
 from tools.judges import Judges, SpeakerJudge
 from tools.measures import (

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from tqdm import tqdm
 
-    from cosyvoice.utils.command import check_least
+    from cosyvoice.runtime.command import check_least
     from tools.kaldi_folder import report_failures
     from utils import in_parallel
 
@@ -164,7 +164,7 @@ def is_up_to_date(shard: Shard) -> bool:
 
 
 def read_audio(row: Row) -> bytes:
-    from cosyvoice.utils.errors import InputError
+    from cosyvoice.runtime.errors import InputError
 
     try:
         return Path(row["wav"]).read_bytes()
@@ -192,6 +192,6 @@ def remove_others(shards: Sequence[Shard], des_dir: Path) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

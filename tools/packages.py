@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from importlib.metadata import distribution
 from pathlib import Path
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 OF_JUDGES = "requirements-eval.txt"
 OF_MINI = "examples/mini/requirements.txt"

@@ -192,6 +192,6 @@ def set_end_logit(decoder: "nn.Linear", end_token: int) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

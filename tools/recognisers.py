@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, whisper_log_mel
-from cosyvoice.utils.errors import InputError
 from tools.measures import Units, english_words_of, words_of
 from tools.packages import optional, packaged_file, remedy
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.audio import read_wav
-from cosyvoice.utils.errors import InputError
 from utils import pick_device
 from voices.choice import Voice
 from voices.lines import Line

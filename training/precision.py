@@ -6,7 +6,7 @@ import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor
 
-from cosyvoice.utils.device import cpu_has_bfloat16
+from cosyvoice.runtime.device import cpu_has_bfloat16
 
 HALF_TYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 # Of the loss in float16. torch's own, 65536, has room for gradients below 1 only, and each overflow costs one of a

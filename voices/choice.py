@@ -13,7 +13,7 @@ from config import PARTS
 from cosyvoice.cli.frontend import read_spk2info
 from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import DAMAGE, load_tensors
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 from voices.run import Run, base_fingerprints, check_base, read_run
 from voices.sidecar import newest_voice, read_sidecar, sidecars

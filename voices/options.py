@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import PARTS
-from cosyvoice.utils.command import check_least
+from cosyvoice.runtime.command import check_least
 from utils import limit_threads, pick_device
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from config import CHECKPOINT_KEY, MODES, PARTS
 from cosyvoice.model_folder.fingerprints import fingerprint_weights
 from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import check_fields, check_finite, load_tensors
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from utils import quoted
 
 # What a checkpoint tells beside the adapters, and what of each part.

@@ -8,7 +8,7 @@ from typing import Any
 
 from config import MODES, PARTS
 from cosyvoice.model_folder.weights import check_fields
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write
 from voices.run import PACE, Run, check_pace
 

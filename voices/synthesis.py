@@ -13,9 +13,9 @@ from cosyvoice.cli.base import FolderVoice
 from cosyvoice.cli.cosyvoice import AutoModel
 from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import read_state_dict
+from cosyvoice.runtime.command import seed_all
+from cosyvoice.runtime.draws import Draws
 from cosyvoice.transformer.precision import fastest_precision
-from cosyvoice.utils.command import seed_all
-from cosyvoice.utils.draws import Draws
 from lora import merged
 from voices.choice import Voice
 from voices.lines import Line

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # as a file, it finds the suite only so
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cosyvoice.utils.command import run
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.command import run
+from cosyvoice.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -11,7 +11,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from cosyvoice.bin.recipe_models import RecipeModel
 from cosyvoice.model_folder.weights import load_strict, load_tensors
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write, save_tensors
 
 STATE_KEY = "recipe"

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from cosyvoice.bin import optimizers
 from cosyvoice.hifigan.hifigan import HiFiGan, Losses
-from cosyvoice.utils.command import VALIDATION, seed_all
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.command import VALIDATION, seed_all
+from cosyvoice.runtime.errors import InputError
 
 
 class RecipeModel(pl.LightningModule):

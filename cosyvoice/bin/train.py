@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # as a file, it finds the suite only so
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cosyvoice.utils.command import check_least, run
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.command import check_least, run
+from cosyvoice.runtime.errors import InputError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -168,7 +168,7 @@ def refuse_used_folder(model_dir: Path) -> None:
 def build_model(args: argparse.Namespace, train_conf: dict[str, Any]) -> "RecipeModel":
     from cosyvoice.bin.recipe_models import SpeechModel, VocoderModel
     from cosyvoice.model_folder.model_yaml import load_model_yaml
-    from cosyvoice.utils.command import seed_all
+    from cosyvoice.runtime.command import seed_all
 
     seed_all(args.seed)
     part = load_model_yaml(args.config, parts=(args.model,))[args.model]
@@ -196,7 +196,7 @@ def load_weights(part: "nn.Module", path: Path) -> None:
 def build_loaders(args: argparse.Namespace, steps: list[Any]) -> "tuple[EpochLoader, EpochLoader]":
     from cosyvoice.dataset.dataset import Dataset
     from cosyvoice.dataset.loader import EpochLoader
-    from cosyvoice.utils.device import cuda_problem
+    from cosyvoice.runtime.device import cuda_problem
 
     gan = args.model == "hifigan"
     train = Dataset(args.train_data, steps, gan=gan, seed=args.seed)
@@ -229,7 +229,7 @@ def build_trainer(args: argparse.Namespace, train_conf: dict[str, Any], keeper: 
     from pytorch_lightning.loggers import TensorBoardLogger
 
     from cosyvoice.bin.recipe_checkpoints import CheckpointWriter
-    from cosyvoice.utils.device import fastest_device
+    from cosyvoice.runtime.device import fastest_device
 
     for package in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
@@ -277,7 +277,7 @@ def precision(args: argparse.Namespace, gpu: bool) -> str:
     """The vocoder's Fourier transforms have no half precision, and most CPUs gain nothing from it."""
     import torch
 
-    from cosyvoice.utils.device import cpu_has_bfloat16
+    from cosyvoice.runtime.device import cpu_has_bfloat16
 
     if not args.use_amp or args.model == "hifigan":
         return "32-true"

@@ -12,8 +12,8 @@ from cosyvoice.cli.frontend import FRONTEND_PARTS, CosyVoiceFrontEnd, Prompt, op
 from cosyvoice.cli.speech_model import MODEL_PARTS, SpeechModel, Weights, check_speed
 from cosyvoice.model_folder.folder import Generation, ModelFolder
 from cosyvoice.model_folder.weights import NoRandomInit
-from cosyvoice.utils.draws import Draws
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.draws import Draws
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 from cosyvoice.utils.frontend_utils import has_words
 

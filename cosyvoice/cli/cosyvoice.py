@@ -11,7 +11,7 @@ from cosyvoice.cli.frontend import CosyVoiceFrontEnd, Prompt
 from cosyvoice.cli.model import CosyVoice2Model, CosyVoiceModel
 from cosyvoice.cli.speech_model import Weights
 from cosyvoice.model_folder.folder import COSYVOICE2, COSYVOICE_300M, ModelFolder
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 
 class CosyVoice(FolderVoice):

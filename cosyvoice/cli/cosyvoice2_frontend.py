@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from cosyvoice.cli.frontend import CosyVoiceFrontEnd, Prompt, with_length
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.frames import Rates
 
 END_OF_INSTRUCTION = "<|endofprompt|>"  # a token of its own

@@ -11,12 +11,12 @@ from torch import Tensor
 from cosyvoice.cli.text_normalizer import TextNormalizer, TextSplit
 from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import load_tensors
+from cosyvoice.runtime.errors import InputError
+from cosyvoice.speech_encoders.encoders import SpeakerEncoder, SpeechTokenizer, check_prompt
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav, resample
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import Rates
 from cosyvoice.utils.frontend_utils import has_words
 from cosyvoice.utils.rates_300m import TOKEN_RATE_HZ, rates_at
-from cosyvoice.utils.speech_encoders import SpeakerEncoder, SpeechTokenizer, check_prompt
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

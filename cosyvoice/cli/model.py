@@ -14,8 +14,8 @@ from cosyvoice.flow.mel_stream import MelStream
 from cosyvoice.hifigan.generator import HiFTGenerator
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.llm.qwen2_lm import Qwen2LM
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.common import fade_in_out
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import MEL_BINS
 from cosyvoice.utils.rates_300m import OVERLAP_TOKENS, mel_frames
 

@@ -17,11 +17,11 @@ from cosyvoice.flow.token_flow import TokenFlow
 from cosyvoice.hifigan.generator import HiFTGenerator
 from cosyvoice.llm.speech_token_lm import SpeechTokenLM
 from cosyvoice.model_folder.weights import TRAINING_COUNTERS, current_name, load_strict, read_state_dict
+from cosyvoice.runtime.device import fastest_device
+from cosyvoice.runtime.draws import Draws
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.precision import check_precision
 from cosyvoice.utils.common import fade_in_out
-from cosyvoice.utils.device import fastest_device
-from cosyvoice.utils.draws import Draws
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import MEL_BINS
 
 MOST_FFT_PLANS = 16  # kept on a GPU

@@ -8,8 +8,8 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.text.written_forms import chinese_words, cleaned, english_words
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frontend_utils import (
     break_long,
     contains_chinese,

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from cosyvoice.dataset.parquet import readable_parquet
 from cosyvoice.dataset.processor import preferences
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.text_files import decode_lines
 
 Batch = dict[str, Any]

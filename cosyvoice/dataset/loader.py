@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from cosyvoice.dataset.dataset import Batch, Dataset
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 
 class EpochLoader:

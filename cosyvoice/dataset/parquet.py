@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 ROWS_AT_ONCE = 64
 VECTORS = ("utt_embedding", "spk_embedding")

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from cosyvoice.dataset.batching import Sample, frame_count, padded, runs, runs_of_frames, token_tensors
 from cosyvoice.dataset.parquet import VECTORS, is_intact, rows
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.tokenizer.phones import PhoneTokenizer
 from cosyvoice.tokenizer.tokenizer import ByteTokenizer
 from cosyvoice.utils import audio
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.pitch import pitch_track
 
 FRAMES_PER_SECOND = 100  # the frames of 10 ms that `filter` counts in

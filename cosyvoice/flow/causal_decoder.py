@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from cosyvoice.flow.decoder import ConditionalDecoder
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.mask import add_optional_chunk_mask, mask_of_new_frames
 from matcha.models.components.causal import CausalBlock1D, CausalConv1d
 from matcha.models.components.past import Past

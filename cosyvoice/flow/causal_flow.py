@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from cosyvoice.flow.causal_flow_matching import CausalConditionalCFM, check_frames
 from cosyvoice.flow.mel_stream import MelStream
 from cosyvoice.flow.token_flow import BATCH_NAMES, TokenFlow, draw_prefix_length
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.upsample_encoder import UpsampleConformerEncoder
-from cosyvoice.utils.errors import InputError
 
 STREAMING_PROBABILITY = 0.5  # of a training batch
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cosyvoice.flow.flow_matching import ConditionalCFM, for_halves
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from matcha.models.components.flow_matching import cosine_time_grid
 from matcha.models.components.past import Past
 

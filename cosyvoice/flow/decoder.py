@@ -8,8 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.precision import Convert, stacked
-from cosyvoice.utils.errors import InputError
 from matcha.models.components.decoder import (
     Block1D,
     Downsample1D,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cosyvoice.runtime.draws import generator
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.precision import Convert
-from cosyvoice.utils.draws import generator
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.rates_300m import OVERLAP_TOKENS, mel_frames
 from matcha.models.components.flow_matching import cosine_time_grid, integrate_euler, optimal_transport_path
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.mask import make_pad_mask
 from cosyvoice.utils.rates_300m import OVERLAP_TOKENS, TOKEN_RATE_HZ, mel_frames
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from cosyvoice.flow.causal_flow import CausalMaskedDiffWithXvec

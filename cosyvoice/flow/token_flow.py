@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.precision import MANY_FRAMES, conversion
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.mask import make_pad_mask
 
 NO_PREFIX_PROBABILITY = 0.5

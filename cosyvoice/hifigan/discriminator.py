@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 LRELU_SLOPE = 0.1
 MAGNITUDE_FLOOR = 1e-7  # of the power, so that the root has a gradient at silence

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 NUM_LAYERS = 5
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.losses import discriminator_loss, feature_loss, generator_loss, mel_loss, pitch_loss, tpr_loss
 
 Losses = dict[str, Tensor]  # `loss`, which is minimised, and its terms, all 0-d

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosyvoice.utils.draws import generator
+from cosyvoice.runtime.draws import generator
 
 
 class SineGen(nn.Module):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from cosyvoice.llm.aligner import Aligner
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.llm.speech_token_lm import MAX_TOKEN_TEXT_RATIO, MIN_TOKEN_TEXT_RATIO
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.cache import join_caches
 from cosyvoice.utils.common import IGNORE_ID, pad_list, th_accuracy
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.mask import make_pad_mask
 
 MOST_TOKENS_PER_UNIT, MOST_BESIDE = 6, 25  # twice what is usual; a word that no one can read ends there

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cosyvoice.model_folder.argument_types import MOST_ANYTHING
 from cosyvoice.model_folder.blank_en import REMEDY, read_json
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import Qwen2Config

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from cosyvoice.llm.qwen2_config import read_qwen2_config
 from cosyvoice.llm.qwen2_decoding import DecodingBlock, decoding_blocks, rms_norm, rotation
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.cache import INITIAL_CACHE_FRAMES, visible_rows
 from cosyvoice.transformer.precision import Convert
-from cosyvoice.utils.errors import InputError
 from matcha.models.components.past import KeyValueCache
 
 

@@ -9,9 +9,9 @@ from cosyvoice.llm.bistream import Interleaving
 from cosyvoice.llm.layouts import Marks, Turns, laid_out
 from cosyvoice.llm.qwen2_encoder import Qwen2Encoder
 from cosyvoice.llm.speech_token_lm import MAX_TOKEN_TEXT_RATIO, MIN_TOKEN_TEXT_RATIO, Sampler, SpeechTokenLM
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.precision import Convert
 from cosyvoice.utils.common import IGNORE_ID, pad_list
-from cosyvoice.utils.errors import InputError
 
 SPECIAL_TOKENS = 3  # after those of speech: end, one that nothing uses, fill
 BISTREAM_SHARE = 0.5  # of the clips, as CosyVoice2 was trained

@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.cache import join_caches
 from cosyvoice.transformer.decoding import MOST_CAPTURED_FRAMES, CapturedStepsPool
 from cosyvoice.transformer.label_smoothing_loss import LabelSmoothingLoss
 from cosyvoice.transformer.precision import Convert, conversion
 from cosyvoice.utils.common import IGNORE_ID, th_accuracy
-from cosyvoice.utils.errors import InputError
 from matcha.models.components.past import KeyValueCache
 
 Sampler = Callable[[Tensor, Sequence[int], int], int]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 REMEDY = "copy the folder CosyVoice-BlankEN again from the model's download"
 

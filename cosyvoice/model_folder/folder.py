@@ -9,7 +9,7 @@ from typing import Any
 
 from cosyvoice.model_folder.fingerprints import fingerprint_file
 from cosyvoice.model_folder.model_yaml import load_model_yaml, spelled
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.frames import Rates
 
 MOST_THREADS = 1024

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from cosyvoice.model_folder.argument_types import misfits
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 TARGETS = frozenset(
     {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cosyvoice.model_folder.folder import ModelFolder
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 # Integers that training checkpoints of this format carry among the weights.
 TRAINING_COUNTERS = ("epoch", "step")

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.tokenizer.tokenizer import BYTES, ByteTokenizer
-from cosyvoice.utils.errors import InputError
 
 # ARPAbet as Festival's lexicons write it. A vowel carries the stress of its syllable, and "ax" never has any.
 VOWELS = ("aa", "ae", "ah", "ao", "aw", "ay", "eh", "er", "ey", "ih", "iy", "ow", "oy", "uh", "uw")

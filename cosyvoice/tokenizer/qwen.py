@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosyvoice.model_folder.blank_en import REMEDY, read_json, read_text
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

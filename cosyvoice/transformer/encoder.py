@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.attention import AttentionCache, RelPositionMultiHeadedAttention
 from cosyvoice.transformer.cache import INITIAL_CACHE_FRAMES, visible_rows
 from cosyvoice.transformer.convolution import ConvolutionModule
 from cosyvoice.transformer.embedding import relative_positions
 from cosyvoice.transformer.encoder_layer import EncoderLayer, PositionwiseFeedForward
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.mask import add_optional_chunk_mask, make_pad_mask
 
 

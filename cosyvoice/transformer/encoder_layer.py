@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.attention import AttentionCache, RelPositionMultiHeadedAttention
 from cosyvoice.transformer.convolution import ConvolutionModule
-from cosyvoice.utils.errors import InputError
 
 
 class PositionwiseFeedForward(nn.Module):

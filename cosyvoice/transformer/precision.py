@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from cosyvoice.utils.device import cpu_has_bfloat16
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.device import cpu_has_bfloat16
+from cosyvoice.runtime.errors import InputError
 
 INT8_MAX = 127
 REDUCE_RANGE = True

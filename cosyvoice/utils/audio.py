@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from matcha.utils.audio import mel_filters
 
 PROMPT_RATE_HZ = 16_000  # what the speech tokenizer and the speaker encoder listen to

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosyvoice.utils.draws import generator
+from cosyvoice.runtime.draws import generator
 
 IGNORE_ID = -1  # a target that no loss and no accuracy counts
 

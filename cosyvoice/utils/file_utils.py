@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from cosyvoice.runtime.errors import DISK_TROUBLE, InputError
 from cosyvoice.utils.audio import load_wav
-from cosyvoice.utils.errors import DISK_TROUBLE, InputError
 from cosyvoice.utils.text_files import decode_lines
 
 # load_wav, logging: servers and notebooks import them from here

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 
 def make_pad_mask(lengths: Tensor, max_len: int = 0) -> Tensor:

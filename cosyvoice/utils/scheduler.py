@@ -5,7 +5,7 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 
 class WarmupLR(LRScheduler):

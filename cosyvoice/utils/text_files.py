@@ -1,6 +1,6 @@
 """Reading text files: the one place that knows what encodings are wrong."""
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 
 
 def decode_lines(data: bytes, name: str) -> list[str]:

@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     from cosyvoice.model_folder.folder import ModelFolder
+    from cosyvoice.runtime.errors import InputError
     from cosyvoice.tokenizer.phones import PhoneTokenizer
-    from cosyvoice.utils.errors import InputError
     from cosyvoice.utils.file_utils import atomic_write
     from tools.kaldi_folder import read_table
 
@@ -61,7 +61,7 @@ def read_phones(path: Path) -> tuple[list[float], list[str]]:
 
     Raises InputError for a missing or empty file, and a line that is not "end_seconds phone".
     """
-    from cosyvoice.utils.errors import InputError
+    from cosyvoice.runtime.errors import InputError
 
     if not path.is_file():
         raise InputError(f"{path} does not exist. Run make_corpus.py again, with voices that tell their phones")
@@ -134,6 +134,6 @@ def difference(spoken: str, said: str) -> float:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cosyvoice.model_folder.weights import load_tensors
-from cosyvoice.utils.command import seed_all
-from cosyvoice.utils.device import cpu_has_bfloat16
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.command import seed_all
+from cosyvoice.runtime.device import cpu_has_bfloat16
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
 from tools.kaldi_folder import file_stamp, read_table
 

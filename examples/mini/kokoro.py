@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.tokenizer.phones import PHONE_IDS
 from cosyvoice.tokenizer.tokenizer import BYTES
-from cosyvoice.utils.errors import InputError
 from examples.mini.voices import Voice, write_phones
 from tools.packages import OF_MINI, packaged_file, remedy
 

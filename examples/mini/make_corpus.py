@@ -59,8 +59,8 @@ class Utterance:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    from cosyvoice.runtime.command import check_least
     from cosyvoice.tokenizer.phones import PhoneTokenizer
-    from cosyvoice.utils.command import check_least
     from utils import add_seed
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,7 +111,7 @@ def find_voice(name: str) -> "Voice":
     """Return an engine's voice, one of Kokoro's, or mix1, mix2, ... Raises InputError for other names."""
     import re
 
-    from cosyvoice.utils.errors import InputError
+    from cosyvoice.runtime.errors import InputError
     from examples.mini.kokoro import NAMES, Kokoro
     from examples.mini.voices import VOICES
 
@@ -211,6 +211,6 @@ def write_split(utterances: Sequence[Utterance], failures: dict[str, str], folde
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

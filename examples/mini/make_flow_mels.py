@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from cosyvoice.model_folder.model_yaml import load_model_yaml
     from cosyvoice.model_folder.weights import load_strict, read_state_dict
-    from cosyvoice.utils.errors import InputError
+    from cosyvoice.runtime.errors import InputError
     from cosyvoice.utils.file_utils import atomic_write
     from tools.kaldi_folder import read_numbers, read_table
 
@@ -65,6 +65,6 @@ def predict_mel(flow: "nn.Module", tokens: "Numbers", vector: "Numbers") -> "Ten
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from cosyvoice.utils.command import seed_all
+    from cosyvoice.runtime.command import seed_all
     from utils import add_seed
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -45,7 +45,7 @@ def token_vectors(tokens: int, size: int) -> "Tensor":
     """Return (tokens, size) vectors of about unit spread. Raises InputError if there are more or fewer codes."""
     import torch
 
-    from cosyvoice.utils.errors import InputError
+    from cosyvoice.runtime.errors import InputError
     from examples.mini.speech_tokenizer import ScalarQuantiser
 
     quantiser = ScalarQuantiser()
@@ -60,6 +60,6 @@ def token_vectors(tokens: int, size: int) -> "Tensor":
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="file to write: lexicon.txt.gz")
     options = parser.parse_args(argv)
 
-    from cosyvoice.utils.errors import InputError
+    from cosyvoice.runtime.errors import InputError
     from cosyvoice.utils.file_utils import atomic_write
 
     if not DICTIONARY.is_file():
@@ -147,6 +147,6 @@ def phones_of(syllables: str) -> str:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from cosyvoice.model_folder.fingerprints import fingerprint_file
     from cosyvoice.model_folder.weights import read_state_dict
-    from cosyvoice.utils.errors import InputError
+    from cosyvoice.runtime.errors import InputError
     from cosyvoice.utils.file_utils import atomic_write, copy_file, save_tensors
 
     results, folder = options.work_dir, options.model_dir
@@ -53,7 +53,7 @@ def read_voices(corpus: Path, names: Sequence[str]) -> dict:
     """Return {speaker: {"embedding": (1, 192)}}, the mean vectors of speakers' recordings, as spk2info.pt has them."""
     import torch
 
-    from cosyvoice.utils.errors import InputError
+    from cosyvoice.runtime.errors import InputError
     from tools.kaldi_folder import read_numbers
 
     vectors = read_numbers(corpus / "spk2embedding.pt")
@@ -64,6 +64,6 @@ def read_voices(corpus: Path, names: Sequence[str]) -> dict:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

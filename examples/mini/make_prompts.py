@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
 
-    from cosyvoice.utils.command import check_least
+    from cosyvoice.runtime.command import check_least
     from examples.mini.voices import check_program
     from utils import check_writable
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def make_corpus(folder: Path, num_processes: int) -> None:
     """Write the prompts of SPEAKERS, decoded, and their tables, split into train and dev."""
-    from cosyvoice.utils.errors import InputError
+    from cosyvoice.runtime.errors import InputError
     from tools.kaldi_folder import write_tables
     from utils import in_parallel
 
@@ -82,7 +82,7 @@ def make_corpus(folder: Path, num_processes: int) -> None:
 
 def make_judging_clips(folder: Path) -> None:
     """Write NAME.wav and NAME.txt of JUDGING_COUNT prompts, spread evenly over those that are sentences."""
-    from cosyvoice.utils.errors import InputError
+    from cosyvoice.runtime.errors import InputError
     from cosyvoice.utils.file_utils import atomic_write
 
     sounds = SOUNDS / JUDGING_FOLDER
@@ -118,6 +118,6 @@ def decode(source: Path, wav: Path) -> float:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

@@ -42,6 +42,6 @@ def example_inputs(frames: int) -> "dict[str, Tensor]":
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

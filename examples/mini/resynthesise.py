@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def main(argv: Sequence[str] | None = None) -> None:
     from config import find_model_dir
-    from cosyvoice.utils.command import seed_all
+    from cosyvoice.runtime.command import seed_all
     from utils import add_folders, add_seed, limit_threads
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,6 +75,6 @@ def from_tokens(cosyvoice: "CosyVoice", audio: Path) -> "Tensor":
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosyvoice.utils.errors import InputError
+from cosyvoice.runtime.errors import InputError
 from examples.mini.voices import PACKAGES
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cosyvoice.model_folder.folder import ModelFolder
+from cosyvoice.runtime.command import seed_all
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.convnext import ConvNeXtBlock
 from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, WHISPER_MELS, load_wav, whisper_log_mel
-from cosyvoice.utils.command import seed_all
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import MEL_BINS, Rates
 from examples.mini.encoder_files import export, round_weights
 from examples.mini.encoder_training import Recording, Training, bfloat16_where_fast, draw, read_recordings

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--des_dir", type=Path, required=True, help="gets SPEAKER/UTT.wav and SPEAKER/UTT.txt")
     options = parser.parse_args(argv)
 
-    from cosyvoice.utils.errors import InputError
+    from cosyvoice.runtime.errors import InputError
     from cosyvoice.utils.file_utils import atomic_write, copy_file
     from tools.kaldi_folder import read_table
 
@@ -37,6 +37,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

@@ -27,9 +27,9 @@ from config import JOINT_TRAINING_CONFIG, MODES
 from cosyvoice.cli.frontend import read_spk2info
 from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.model_folder.weights import load_strict, read_state_dict
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.tokenizer.phones import read_lexicon
 from cosyvoice.utils.audio import read_wav
-from cosyvoice.utils.errors import InputError
 from cosyvoice.utils.frames import Rates
 from dataset import COLUMNS, SCHEMA, check_row, collate, read_rows, to_clip
 from tools.kaldi_folder import read_numbers, read_table

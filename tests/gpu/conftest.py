@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cosyvoice.utils.device import cuda_problem
+from cosyvoice.runtime.device import cuda_problem
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,8 +15,8 @@ from config import MINI_NAME, PROJECT_DIR
 from cosyvoice.cli.cosyvoice import CosyVoice
 from cosyvoice.cli.model import CosyVoiceModel
 from cosyvoice.llm.llm import TransformerLM
+from cosyvoice.runtime.draws import Draws
 from cosyvoice.transformer.decoding import CapturedSteps
-from cosyvoice.utils.draws import Draws
 
 TOKENS = 200
 PREFIX = 100  # so that the tokens pass the end of the first graph, at 256

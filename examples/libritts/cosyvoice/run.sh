@@ -112,7 +112,7 @@ if asks_for 5; then
     join_lists "${train_sets[@]}" >data/train.data.list
     join_lists "${dev_sets[@]}" >data/dev.data.list
     num_gpus=$(python -c "import torch
-from cosyvoice.utils.device import fastest_device
+from cosyvoice.runtime.device import fastest_device
 print(torch.cuda.device_count() if fastest_device().type == 'cuda' else 0)")
     if [ "$num_gpus" -gt 0 ]; then
         # a port that is free: another run may be at work on other GPUs

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def find_recordings(folder: Path) -> dict[str, Path]:
     """{utterance: wav file}, by name. Raises InputError where there is none, or a name cannot be used."""
-    from cosyvoice.utils.errors import InputError
+    from cosyvoice.runtime.errors import InputError
 
     recordings: dict[str, Path] = {}
     for wav in (path for layout in LAYOUTS for path in folder.glob(layout) if not path.name.startswith(".")):
@@ -52,7 +52,7 @@ def find_recordings(folder: Path) -> dict[str, Path]:
 
 def read_texts(recordings: dict[str, Path]) -> tuple[dict[str, str], dict[str, str]]:
     """{utterance: its text}, and {utterance: why it has none}."""
-    from cosyvoice.utils.errors import InputError
+    from cosyvoice.runtime.errors import InputError
     from cosyvoice.utils.frontend_utils import has_words
     from utils import decode_text
 
@@ -78,6 +78,6 @@ def speaker_of(utt: str, folder: str) -> str:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from cosyvoice.utils.command import run
+    from cosyvoice.runtime.command import run
 
     run(main)

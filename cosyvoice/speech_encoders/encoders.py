@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cosyvoice.runtime.errors import InputError, is_memory_trouble
 from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, is_silent, kaldi_fbank, whisper_log_mel
-from cosyvoice.utils.errors import InputError, is_memory_trouble
 from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 from cosyvoice.utils.rates_300m import TOKEN_RATE_HZ
 

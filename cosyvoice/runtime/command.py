@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cosyvoice.utils.errors import DISK_TROUBLE, GONE, NO_PERMISSION, InputError, is_memory_trouble
+from cosyvoice.runtime.errors import DISK_TROUBLE, GONE, NO_PERMISSION, InputError, is_memory_trouble
 
 PLACE_TROUBLE = (*DISK_TROUBLE, *NO_PERMISSION, *GONE)
 EXIT_USER_ERROR = 2

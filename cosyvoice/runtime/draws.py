@@ -4,7 +4,7 @@ from contextvars import ContextVar, Token
 
 import torch
 
-from cosyvoice.utils.command import one_seed
+from cosyvoice.runtime.command import one_seed
 
 _current: ContextVar[torch.Generator | None] = ContextVar("generator", default=None)
 
