@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = repeated(lambda: inference("--help", threads=args.threads), args.repeats)
     show(machine, {"bench": "start_up", "what": "inference_joint.py --help"}, seconds, None)
     for name, source in sources(args).items():
-        with TemporaryDirectory() as temporary:
-            folder = source if source.is_dir() else random_weights(source, Path(temporary), args.seed)
-            first_wav(machine, name, folder, Path(temporary) / "speech.wav", args)
+        with TemporaryDirectory() as weights, TemporaryDirectory() as output:  # nothing is written to a model's folder
+            folder = source if source.is_dir() else random_weights(source, Path(weights), args.seed)
+            first_wav(machine, name, folder, Path(output) / "speech.wav", args)
     return 0
 
 

@@ -172,6 +172,11 @@ def test_start_up_is_measured_to_the_first_wav(model_dir: Path, bench: Any) -> N
     assert wav_row.keys() == LIMITED | {"speech_seconds"} and wav_row["speech_seconds"] > 0
 
 
+def test_start_up_is_measured_with_random_weights(bench: Any) -> None:
+    *_, row = bench("start_up", "--sizes", "mini")
+    assert (row["model"], row["what"]) == ("random mini", "first wav")
+
+
 def test_operations_are_shown_by_their_share(model_dir: Path, bench: Any) -> None:
     machine, *rows = bench("operations", "--model-dir", model_dir, "--precisions", "int8", once=())
     check_limits(machine)
