@@ -45,12 +45,15 @@ bench: venv
 	$(PY) bench/decode.py
 	$(PY) bench/synthesis.py --sizes 300m
 	$(PY) bench/synthesis.py --sizes mini --threads 1
+	$(PY) bench/synthesis.py --sizes cosyvoice2
 	$(PY) bench/train_steps.py --sizes 300m
 	$(PY) bench/train_steps.py --sizes mini --threads 1
+	$(PY) bench/train_steps.py --sizes cosyvoice2
 	$(PY) bench/operations.py
 	$(PY) bench/preparation.py
 	$(PY) bench/start_up.py --sizes 300m
 	$(PY) bench/start_up.py --sizes mini --threads 1
+	$(PY) bench/start_up.py --sizes cosyvoice2
 
 $(JUDGES): requirements-eval.txt $(INSTALLED)
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-eval.txt

@@ -2,11 +2,12 @@
 
     python bench/decode.py
 
-At the sizes of CosyVoice-300M with random weights; `--model-dir` measures a model of your own. A step reads each weight
-once, whatever its place; only the cached keys, values and positions grow. Before each step the machine's reading is
-measured, and all precisions and places take turns, so that other load falls on all alike. `of limit` is the time in
-which the machine reads the weights of blocks and head, over the time taken at the first place. The error is that of
-log-probabilities along a sentence that float32 wrote, fed token by token. Each row follows as a line of JSON.
+At the sizes of CosyVoice-300M and CosyVoice2 with random weights; `--model-dir` measures a model of your own. A step
+reads each weight once, whatever its place; only the cached keys, values and positions grow. Before each step the
+machine's reading is measured, and all precisions and places take turns, so that other load falls on all alike. `of
+limit` is the time in which the machine reads the weights of blocks and head, over the time taken at the first place.
+The error is that of log-probabilities along a sentence that float32 wrote, fed token by token. Each row follows as a
+line of JSON.
 
 On CUDA a step is captured when it is first needed, also where a sequence grows beyond the graphs that are there. That
 shows in the most milliseconds, not in the median.
@@ -22,14 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 from measuring import (
     BYTES_PER_FLOAT32,
-    CONFIGS,
     READ_BYTES,
     add_device,
     add_measuring,
+    add_models,
     add_precisions,
     build,
     positive,
     precisions,
+    sources,
     step_weights,
     timed,
 )
@@ -37,8 +39,9 @@ from measuring import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cosyvoice.llm.llm import TransformerLM
+    from cosyvoice.llm.speech_token_lm import SpeechTokenLM
 
+SIZES = ("300m", "cosyvoice2")  # a small model's step is not the reading of its weights
 BYTES_PER_WEIGHT = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 WARM_UP = 2  # rounds that are not counted
 
@@ -51,30 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = pick_device(args.device).type
     torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    plain = build(args.model_dir or CONFIGS["300m"], "llm").to(device)
-    with torch.inference_mode():
-        weights = step_weights(plain)
-        prefix, tokens = sentence(plain, args.compared)
-        models = {name: prepared(plain, name) for name in precisions(args)}
-        seconds, read_seconds = time_steps(models, args.tokens, args.repeats, device)
-        bytes_per_second = READ_BYTES / statistics.median(read_seconds)
-        place = {"model": args.model_dir.name if args.model_dir else "random 300m"}
-        place |= {"device": device, "threads": args.threads}
-        reading = f"reading at {bytes_per_second / 1e9:.1f} GB/s"
-        print(f"{device}, {args.threads} threads, {weights:,} weights a step, {reading}")
-        expected = log_probabilities(plain, prefix, tokens)
-        for name, model in models.items():
-            limit = weights * BYTES_PER_WEIGHT[name] / bytes_per_second
-            errors = compare(log_probabilities(model, prefix, tokens), expected)
-            show({"precision": name, **place, **figures(seconds[name], limit), **errors})
+    for name, source in sources(args).items():
+        torch.manual_seed(args.seed)
+        with torch.inference_mode():
+            measure(name, source, args, device)
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     places = (50, 500, 1000)
-    parser.add_argument("--model-dir", type=Path, help="model folder (default: random weights, 300M sizes)")
+    add_models(parser, SIZES)
     add_precisions(parser, ("float32", "float16", "int8"))
     parser.add_argument("--tokens", type=positive, nargs="+", default=places, metavar="N",
                         help="places compared (default: 50 500 1000)")  # fmt: skip
@@ -85,29 +75,47 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepared(plain: "TransformerLM", precision: str) -> "TransformerLM":
-    """Return a copy that decodes in this precision; it has no text encoder, which decoding does not need."""
-    from torch import nn
+def measure(model_name: str, source: Path, args: argparse.Namespace, device: str) -> None:
+    """Show a row for each precision of one model."""
+    plain = build(source, "llm").to(device)
+    weights = step_weights(plain)
+    prefix, tokens = sentence(plain, args.compared)
+    models = {name: prepared(plain, name) for name in precisions(args)}
+    seconds, read_seconds = time_steps(models, args.tokens, args.repeats, device)
+    bytes_per_second = READ_BYTES / statistics.median(read_seconds)
+    reading = f"reading at {bytes_per_second / 1e9:.1f} GB/s"
+    print(f"{model_name}: {device}, {args.threads} threads, {weights:,} weights a step, {reading}")
+    place = {"model": model_name, "device": device, "threads": args.threads}
+    expected = log_probabilities(plain, prefix, tokens)
+    for name, model in models.items():
+        limit = weights * BYTES_PER_WEIGHT[name] / bytes_per_second
+        errors = compare(log_probabilities(model, prefix, tokens), expected)
+        show({"precision": name, **place, **figures(seconds[name], limit), **errors})
 
-    model = copy.deepcopy(plain, memo={id(plain.text_encoder): nn.Identity()})
+
+def prepared(plain: "SpeechTokenLM", precision: str) -> "SpeechTokenLM":
+    """Return a copy that decodes in this precision, and shares nothing."""
+    model = copy.deepcopy(plain)
     model.prepare_decoding(precision)
     return model
 
 
-def sentence(llm: "TransformerLM", count: int) -> "tuple[Tensor, list[int]]":
+def sentence(llm: "SpeechTokenLM", count: int) -> "tuple[Tensor, list[int]]":
     """What is read first, (1, L, C), and the tokens that follow by the model's own sampling."""
     import torch
 
+    from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
+
     device = llm.llm_embedding.weight.device
     text = torch.randint(0, llm.text_embedding.num_embeddings, (1, 20)).to(device)
-    none, speaker = text[:, :0], torch.randn(1, llm.spk_embed_affine_layer.in_features).to(device)
+    none, speaker = text[:, :0], torch.randn(1, SPEAKER_DIMENSIONS).to(device)
     length, zero = torch.tensor([[text.size(1)], [0]], device=device)
     ratio = count / text.size(1)  # the least tokens and the most
     tokens = llm.inference(text, length, none, zero, none, zero, speaker, 25, ratio, ratio)
     return llm.inference_prefix(text, none, none, speaker), list(tokens)
 
 
-def log_probabilities(llm: "TransformerLM", prefix: "Tensor", tokens: list[int]) -> "Tensor":
+def log_probabilities(llm: "SpeechTokenLM", prefix: "Tensor", tokens: list[int]) -> "Tensor":
     """(N + 1, V): of the token after the prefix and after each of the N tokens."""
     import torch
 
@@ -121,7 +129,7 @@ def compare(found: "Tensor", expected: "Tensor") -> dict[str, float]:
 
 
 def time_steps(
-    models: "dict[str, TransformerLM]", places: Sequence[int], repeats: int, device: str
+    models: "dict[str, SpeechTokenLM]", places: Sequence[int], repeats: int, device: str
 ) -> tuple[dict[str, dict[int, list[float]]], list[float]]:
     """Seconds of single steps by precision and frames cached, and of reading `READ_BYTES`, in turns."""
     import torch

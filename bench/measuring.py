@@ -2,24 +2,28 @@
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from cosyvoice.llm.llm import TransformerLM
+    from cosyvoice.llm.speech_token_lm import SpeechTokenLM
+    from cosyvoice.model_folder.folder import ModelFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 CONFIGS = {
     "300m": ROOT / "examples" / "libritts" / "cosyvoice" / "conf" / "cosyvoice.yaml",
     "mini": ROOT / "pretrained_models" / "CosyVoice-mini" / "cosyvoice.yaml",
+    "cosyvoice2": ROOT / "examples" / "libritts" / "cosyvoice2" / "conf" / "cosyvoice2.yaml",
 }
 BYTES_PER_FLOAT32 = 4
 READ_BYTES = 2**27  # more than any cache holds
@@ -41,12 +45,12 @@ class Machine:
 # Options
 
 
-def add_models(parser: argparse.ArgumentParser) -> None:
-    """Add what `sources` reads."""
+def add_models(parser: argparse.ArgumentParser, sizes: Sequence[str] = tuple(CONFIGS)) -> None:
+    """Add what `sources` reads. sizes: those that can be asked for."""
     group = parser.add_argument_group("model")
     group.add_argument("--model-dir", type=Path, help="model folder (default: random weights)")
-    group.add_argument("--sizes", nargs="+", default=list(CONFIGS), choices=CONFIGS, metavar="NAME",
-                       help=f"of random weights: {', '.join(CONFIGS)} (default: all)")  # fmt: skip
+    group.add_argument("--sizes", nargs="+", default=list(sizes), choices=sizes, metavar="NAME",
+                       help=f"of random weights: {', '.join(sizes)} (default: all)")  # fmt: skip
 
 
 def add_precisions(parser: argparse.ArgumentParser, usual: Sequence[str] = ("float32", "int8")) -> None:
@@ -109,15 +113,40 @@ def sources(args: argparse.Namespace) -> dict[str, Path]:
 
 def build(source: Path, part: str) -> "nn.Module":
     """`llm`, `flow` or `hift` of a model folder, or with random weights in the sizes of a .yaml file, in eval mode."""
-    from cosyvoice.model_folder.model_yaml import load_model_yaml
     from cosyvoice.model_folder.weights import load_part
 
-    return load_part(source, part) if source.is_dir() else load_model_yaml(source, parts=(part,))[part].eval()
+    if source.is_dir():
+        return load_part(source, part)
+    with TemporaryDirectory() as folder:
+        return with_config(Path(folder), source).parts([part])[part].eval()
 
 
-def step_weights(llm: "TransformerLM") -> int:
+def model_folder(source: Path) -> "ModelFolder":
+    """The folder of a source, which is one itself or the YAML in it."""
+    from cosyvoice.model_folder.folder import ModelFolder
+
+    return ModelFolder(source if source.is_dir() else source.parent)
+
+
+def with_config(folder: Path, config: Path) -> "ModelFolder":
+    """Make `folder` a model folder of a .yaml file, its lexicon and its text model, without weights and encoders."""
+    from tools.random_blank_en import write_blank_en
+    from tools.random_model import SIZES
+
+    for path in (config, *config.parent.glob("lexicon.txt.gz")):
+        shutil.copy(path, folder)
+    model = model_folder(folder)
+    if model.text_model:
+        write_blank_en(model.text_model, dict(SIZES["cosyvoice2-0.5b"].text_model))
+    return model
+
+
+def step_weights(llm: "SpeechTokenLM") -> int:
     """How many weights of blocks and head one step reads: all linear ones but those that project distances."""
-    named = [*llm.llm.encoders.named_parameters(), *llm.llm_decoder.named_parameters()]
+    from cosyvoice.llm.qwen2_encoder import Qwen2Encoder
+
+    blocks = llm.llm.layers if isinstance(llm.llm, Qwen2Encoder) else llm.llm.encoders
+    named = [*blocks.named_parameters(), *llm.llm_decoder.named_parameters()]
     return sum(weight.numel() for name, weight in named if weight.dim() == 2 and "pos" not in name)
 
 
@@ -156,20 +185,29 @@ def count_flops(work: Callable[[], Any]) -> int:
     from torch.ops import aten
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    # torch knows the fused attention of GPUs only. After the shapes come options that change no number.
-    forward, backward = (lambda *x, **_: sdpa_flop_count(*x[:3])), (lambda *x, **_: sdpa_backward_flop_count(*x[:4]))
-    fused_on_cpu = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
+    # torch counts no fused attention of CPUs, and none whose heads share keys. After the shapes come options that
+    # change no number.
+    names = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    fused: dict[Any, Callable[..., int]] = {}
+    for name in names:
+        operation = f"_scaled_dot_product_{name}"
+        fused[getattr(aten, operation)] = lambda *x, **_: sdpa_flop_count(*keys_of_each_head(*x[:3]))
+        fused[getattr(aten, f"{operation}_backward")] = lambda grad, *x, **_: sdpa_backward_flop_count(
+            grad, *keys_of_each_head(*x[:3])
+        )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # what the flow does in others would not be counted
     try:
-        with FlopCounterMode(display=False, custom_mapping=fused_on_cpu) as counter:
+        with FlopCounterMode(display=False, custom_mapping=fused) as counter:
             work()
     finally:
         torch.set_num_threads(threads)
     return counter.get_total_flops()
+
+
+def keys_of_each_head(query: Sequence[int], *shared: Sequence[int]) -> list[Sequence[int]]:
+    """Shapes (B, H, T, D) of attention whose keys and values (B, H or fewer, T, D) may be shared by several heads."""
+    return [query, *((shape[0], query[1], *shape[2:]) for shape in shared)]
 
 
 # Times

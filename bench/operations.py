@@ -2,9 +2,9 @@
 
     python bench/operations.py
 
-At the sizes of CosyVoice-300M and CosyVoice-mini with random weights; `--model-dir` profiles a model of your own. A
-share is that of an operation's own time in the time of all operations, on the CPU with one thread: several also wait
-for each other, which would count as work. Each row follows as a line of JSON.
+At the sizes of CosyVoice-300M, CosyVoice-mini and CosyVoice2 with random weights; `--model-dir` profiles a model of
+your own. A share is that of an operation's own time in the time of all operations, on the CPU with one thread: several
+also wait for each other, which would count as work. Each row follows as a line of JSON.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from measuring import Machine, add_models, add_precisions, measure_machine, precisions, sources, words
-from synthesis import SPEECH_PER_TEXT, Speaker
-from train_steps import TEXT_TOKENS, gradients, joint_model, model_folder, random_clip
+from synthesis import Speaker
+from train_steps import TEXT_TOKENS, gradients, joint_model, random_clip
 
 if TYPE_CHECKING:
-    from cosyvoice.llm.llm import TransformerLM
+    from cosyvoice.llm.speech_token_lm import SpeechTokenLM
 
 STEPS_BEFORE, STEPS = 50, 20  # of decoding: not profiled, profiled
 LEAST_SHARE = 0.02  # what takes less is not shown
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with torch.inference_mode():
                 profile_speaking(machine, name, precision, source)
         for mode in TRAINED:
-            clip = random_clip(1, model_folder(source).rates)
+            clip = random_clip(source, 1)
             work = partial(gradients, joint_model(source, mode, args.seed), [clip])
             show_shares({"model": name, "what": f"training {mode}"}, work)
     return 0
@@ -57,17 +57,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def profile_speaking(machine: Machine, name: str, precision: str, source: Path) -> None:
     """Decoding steps, and flow and vocoder of the speech of a training clip's text."""
-    speaker, tokens = Speaker(machine, name, precision, source, repeats=1), SPEECH_PER_TEXT * TEXT_TOKENS
+    speaker = Speaker(machine, name, precision, source, repeats=1)
+    tokens = speaker.speech_tokens(TEXT_TOKENS)
     parts = {
         "decoding": decoding(speaker.model.llm),
-        "flow": partial(speaker.flow_mel, speaker.model.flow, tokens),
+        "flow": partial(speaker.flow_mel, speaker.model, tokens),
         "vocoder": partial(speaker.vocode, tokens),
     }
     for what, work in parts.items():
         show_shares({"model": name, "what": what, "precision": precision}, work)
 
 
-def decoding(llm: "TransformerLM") -> Callable[[], None]:
+def decoding(llm: "SpeechTokenLM") -> Callable[[], None]:
     """Work that writes `STEPS` tokens more of a sentence."""
     import torch
 

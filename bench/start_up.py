@@ -2,22 +2,32 @@
 
     python bench/start_up.py
 
-Each run is a fresh Python. The wav is one short word, spoken with random weights in the sizes of CosyVoice-300M and
-CosyVoice-mini; `--model-dir` takes a model of your own. The weights have just been written, so the system still holds
-them in memory. A share of the limit is the time in which the machine reads the weights once, over the time taken. Each
-row follows as a line of JSON.
+Each run is a fresh Python. The wav is one short word, spoken with random weights in the sizes of CosyVoice-300M,
+CosyVoice-mini and CosyVoice2; `--model-dir` takes a model of your own. The weights have just been written, so the
+system still holds them in memory. A share of the limit is the time in which the machine reads the weights once, over
+the time taken. Each row follows as a line of JSON.
 """
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from measuring import ROOT, Machine, add_device, add_measuring, add_models, measure_machine, repeated, show, sources
+from measuring import (
+    ROOT,
+    Machine,
+    add_device,
+    add_measuring,
+    add_models,
+    measure_machine,
+    repeated,
+    show,
+    sources,
+    with_config,
+)
 
 TEXT = "Hello."
 
@@ -29,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = repeated(lambda: inference("--help", threads=args.threads), args.repeats)
     show(machine, {"bench": "start_up", "what": "inference_joint.py --help"}, seconds, None)
     for name, source in sources(args).items():
-        with TemporaryDirectory() as temporary:
-            folder = source if source.is_dir() else random_weights(source, Path(temporary), args.seed)
-            first_wav(machine, name, folder, Path(temporary) / "speech.wav", args)
+        with TemporaryDirectory() as weights, TemporaryDirectory() as output:  # nothing is written to a model's folder
+            folder = source if source.is_dir() else random_weights(source, Path(weights), args.seed)
+            first_wav(machine, name, folder, Path(output) / "speech.wav", args)
     return 0
 
 
@@ -44,13 +54,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def random_weights(config: Path, folder: Path, seed: int) -> Path:
-    """A model folder of this configuration and its lexicon, without the encoders, which speaking does not need."""
-    from cosyvoice.model_folder.folder import ModelFolder
+    """A model folder of this configuration, without the encoders, which speaking does not need."""
     from tools.random_model import write_weights
 
-    for path in (config, *config.parent.glob("lexicon.txt.gz")):
-        shutil.copy(path, folder)
-    write_weights(ModelFolder(folder), seed)
+    write_weights(with_config(folder, config), seed)
     return folder
 
 

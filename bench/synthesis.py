@@ -1,14 +1,16 @@
-"""Time from tokens to speech: flow, vocoder, a whole sentence, and the first sound of a stream.
+"""Time from tokens to speech: flow, vocoder, a whole sentence, the first sound of a stream, and its later chunks.
 
     python bench/synthesis.py
 
-At the sizes of CosyVoice-300M and CosyVoice-mini with random weights; `--model-dir` measures a model of your own. The
-language model writes five speech tokens for each text token and never ends by itself, so that sentences of one length
-are the same work. A share of the limit is the least time over the time taken. The least time of flow and vocoder is
-that of their floating-point operations at the speed of a large float32 matrix product; that of the language model is
-the time in which the machine reads its weights in float32, once for each speech token; a sentence's is the sum. (A
-cache that holds all weights of a small model is faster than that, and fewer bits may be.) The flow's mel error is the
-mean absolute difference to float32. Each row follows as a line of JSON.
+At the sizes of CosyVoice-300M, CosyVoice-mini and CosyVoice2 with random weights; `--model-dir` measures a model of
+your own. The language model writes a tenth of a second of speech for each text token and never ends by itself, so that
+sentences of one length are the same work. A share of the limit is the least time over the time taken. The least time of
+flow and vocoder is that of their floating-point operations at the speed of a large float32 matrix product; that of the
+language model is the time in which the machine reads its weights in float32, once for each speech token; a sentence's
+is the sum. (A cache that holds all weights of a small model is faster than that, and fewer bits may be.) The flow's mel
+error is the mean absolute difference to float32. A chunk is the one in which some second of a stream is first heard:
+flow and vocoder alone. Its growth is its time a token over that of the first such chunk, and should stay near 1. Each
+row follows as a line of JSON.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,18 +33,22 @@ from measuring import (
     build,
     count_flops,
     measure_machine,
+    model_folder,
     positive,
     precisions,
     repeated,
     show,
     sources,
     step_weights,
+    timed,
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-SPEECH_PER_TEXT = 5  # tokens, about as many as in read English
+    from cosyvoice.cli.speech_model import Session, SpeechModel
+
+TEXT_RATE = 10  # tokens a second, of each model the same
 STREAMED_TEXT = 60  # tokens: the language model still writes while the first chunk becomes sound
 
 
@@ -57,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for text_tokens in args.text_tokens:
                 speaker.measure_sentence(text_tokens)
             speaker.measure_first_sound()
+            speaker.measure_stream(args.stream_seconds)
     return 0
 
 
@@ -66,6 +74,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_precisions(parser)
     parser.add_argument("--text-tokens", type=positive, nargs="+", default=(30, 60), metavar="N",
                         help="lengths of the sentences; 30 are 3 s of speech (default: 30 60)")  # fmt: skip
+    parser.add_argument("--stream-seconds", type=positive, nargs="+", default=(5, 10, 20), metavar="N",
+                        help="where in a stream a chunk is timed (default: 5 10 20)")  # fmt: skip
     add_device(parser)
     add_measuring(parser, 3)
     return parser.parse_args(argv)
@@ -77,24 +87,27 @@ class Speaker:
     def __init__(self, machine: Machine, name: str, precision: str, source: Path, repeats: int) -> None:
         import torch
 
-        from cosyvoice.cli.model import CosyVoiceModel
-        from cosyvoice.cli.speech_model import MODEL_PARTS
+        from cosyvoice.cli.cosyvoice import kind_of
+        from cosyvoice.cli.speech_model import MODEL_PARTS, NO_MEL, NO_TOKENS
         from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 
         self.machine, self.name, self.precision, self.repeats = machine, name, precision, repeats
         llm, flow, hift = (build(source, part) for part in MODEL_PARTS)
-        self.plain_flow = copy.deepcopy(flow).to(machine.device)
         self.text_size, self.speech_size = llm.text_embedding.num_embeddings, llm.speech_token_size
         self.step_seconds = BYTES_PER_FLOAT32 * step_weights(llm) / machine.bytes_per_second
-        self.model = CosyVoiceModel(llm, flow, hift, device=machine.device, precision=precision)
+        self.rates = model_folder(source).rates
+        model_class = kind_of(model_folder(source)).model_class
+        self.plain = model_class(llm, copy.deepcopy(flow), hift, device=machine.device)  # whose operations count
+        self.model = model_class(llm, flow, hift, device=machine.device, precision=precision)
         self.model.load(llm.state_dict(), flow.state_dict(), hift.state_dict())  # their own, in the form that speaks
-        llm.bounds = lambda text, *_ratios: 2 * (SPEECH_PER_TEXT * text.size(1),)
+        llm.bounds = lambda text, *_ratios: 2 * (self.speech_tokens(text.size(1)),)
         self.embedding = torch.randn(1, SPEAKER_DIMENSIONS, device=machine.device)
+        self.no_prompt = [x.to(machine.device) for x in (NO_TOKENS, NO_MEL)]
 
     def measure_sentence(self, text_tokens: int) -> None:
         """Flow and vocoder by themselves, then all three parts."""
-        tokens = SPEECH_PER_TEXT * text_tokens
-        flow, plain_flow = (partial(self.flow_mel, module, tokens) for module in (self.model.flow, self.plain_flow))
+        tokens = self.speech_tokens(text_tokens)
+        flow, plain_flow = (partial(self.flow_mel, model, tokens) for model in (self.model, self.plain))
         vocoder = partial(self.vocode, tokens)
         mel_error = (flow() - plain_flow()).abs().mean().item()  # warms up, as counting does
         flow_limit, vocoder_limit = self.least_seconds(plain_flow), self.least_seconds(vocoder)
@@ -105,30 +118,55 @@ class Speaker:
 
     def measure_first_sound(self) -> None:
         """From the text to the first piece of a stream: the language model writes one chunk, which becomes sound."""
-        heard = self.model.token_min_hop_len
-        tokens = heard + self.model.token_overlap_len
-        limit = self.least_seconds(partial(self.flow_mel, self.plain_flow, tokens))
-        limit += self.least_seconds(partial(self.vocode, heard))
+        chunk, _ = next(self.model.chunks(repeat(0), 0))
+        limit = self.least_seconds(partial(self.sound, self.plain, chunk, self.plain.new_session()))
+        limit += len(chunk) * self.step_seconds
 
         def first_sound() -> None:
             with closing(self.tts(STREAMED_TEXT, stream=True)) as pieces:
                 next(pieces)
 
         seconds = repeated(first_sound, self.repeats, self.machine.device)
-        show(self.machine, self.labels("first sound", tokens), seconds, tokens * self.step_seconds + limit)
+        show(self.machine, self.labels("first sound", len(chunk)), seconds, limit)
 
-    def flow_mel(self, flow: "nn.Module", tokens: int) -> "Tensor":
+    def measure_stream(self, places: Sequence[int]) -> None:
+        """Flow and vocoder of the chunks in which these seconds of a stream are first heard."""
+        taken: dict[int, list[float]] = {place: [] for place in sorted(places)}
+        tokens: dict[int, int] = {}
+        repeated(partial(self.stream, taken, tokens), self.repeats)
+        a_token = {place: statistics.median(seconds) / tokens[place] for place, seconds in taken.items()}
+        for place, seconds in taken.items():
+            labels = self.labels(f"chunk at {place} s", tokens[place])
+            show(self.machine, labels, seconds, None, growth=a_token[place] / a_token[min(taken)])
+
+    def stream(self, taken: dict[int, list[float]], tokens: dict[int, int]) -> None:
+        """Speak a stream as far as its last place, and note the seconds and the tokens of the chunk at each."""
+        session, heard, last = self.model.new_session(), 0.0, max(taken)
+        for chunk, _ in self.model.chunks(repeat(0), 0):
+            pieces: list[Tensor] = []
+            seconds = timed(lambda: pieces.append(self.sound(self.model, chunk, session)), self.machine.device)  # noqa: B023
+            before, heard = heard, heard + pieces[0].size(1) / self.rates.sample_rate
+            for place in taken:
+                if before <= place < heard:
+                    taken[place].append(seconds)
+                    tokens[place] = len(chunk)
+            if heard > last:
+                return
+
+    def sound(self, model: "SpeechModel", chunk: list[int], session: "Session") -> "Tensor":
+        """(1, samples) of a chunk of a stream that goes on."""
+        import torch
+
+        token = torch.tensor([chunk], device=self.machine.device)
+        return model.token2wav(token, *self.no_prompt, self.embedding, session)
+
+    def flow_mel(self, model: "SpeechModel", tokens: int) -> "Tensor":
         """(1, 80, T) of random tokens, from the same random numbers each time."""
         import torch
 
-        from cosyvoice.cli.speech_model import NO_MEL, NO_TOKENS
-
-        device = self.machine.device
         torch.manual_seed(0)
-        speech = torch.randint(0, self.speech_size, (1, tokens), device=device)
-        count, zero = torch.tensor([[tokens], [0]], device=device)
-        no_prompt = (NO_TOKENS.to(device), zero, NO_MEL.to(device), zero)
-        return flow.inference(speech, count, *no_prompt, self.embedding, None)[0]
+        speech = torch.randint(0, self.speech_size, (1, tokens), device=self.machine.device)
+        return model.next_mel(speech, *self.no_prompt, self.embedding, model.new_session(), finalize=True)
 
     def vocode(self, tokens: int) -> None:
         """Noise of these tokens' length."""
@@ -136,13 +174,16 @@ class Speaker:
 
         from cosyvoice.utils.frames import MEL_BINS
 
-        noise = torch.randn(1, MEL_BINS, self.plain_flow.mel_frames(tokens), device=self.machine.device)
+        noise = torch.randn(1, MEL_BINS, self.model.flow.mel_frames(tokens), device=self.machine.device)
         self.model.hift.inference(noise)
 
     def measure(self, what: str, work: Callable[[], Any], tokens: int, limit_seconds: float, **figures: float) -> None:
         seconds = repeated(work, self.repeats, self.machine.device)
-        factor = statistics.median(seconds) / (tokens / self.plain_flow.input_frame_rate)
+        factor = statistics.median(seconds) / (tokens / self.rates.token_rate)
         show(self.machine, self.labels(what, tokens), seconds, limit_seconds, real_time_factor=factor, **figures)
+
+    def speech_tokens(self, text_tokens: int) -> int:
+        return text_tokens * self.rates.token_rate // TEXT_RATE
 
     def labels(self, what: str, tokens: int) -> dict[str, Any]:
         return {

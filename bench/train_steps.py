@@ -2,13 +2,14 @@
 
     python bench/train_steps.py
 
-At the sizes of CosyVoice-300M and CosyVoice-mini with random weights; `--model-dir` measures a model of your own. A
-step is one batch through the trainer, with the adapters and the precision of config.py: losses, gradients, their
-clipping, and the optimiser. A clip has 30 text tokens and 145 speech tokens, or some times as many, of which the flow
-sees a window of `max_feat_len` frames. A share of the limit is the time that the floating-point operations of losses
-and gradients take at the speed of a large float32 matrix product, over the time taken; a GPU, which trains in half
-precision, may pass it. Each measurement has a process of its own, and with it a peak of memory of its own: on a CPU
-that of the process, on CUDA that of its tensors. Each row follows as a line of JSON.
+At the sizes of CosyVoice-300M, CosyVoice-mini and CosyVoice2 with random weights; `--model-dir` measures a model of
+your own. A step is one batch through the trainer, with the adapters and the precision of config.py: losses, gradients,
+their clipping, and the optimiser. A clip has 30 text tokens and the speech tokens of the flow's window of
+`max_feat_len` frames (145, CosyVoice2's 125), or some times as many, of which the flow sees one window. A share of the
+limit is the time that the floating-point operations of losses and gradients take at the speed of a large float32 matrix
+product, over the time taken; a GPU, which trains in half precision, may pass it. Each measurement has a process of its
+own, and with it a peak of memory of its own: on a CPU that of the process, on CUDA that of its tensors. Each row
+follows as a line of JSON.
 """
 
 import argparse
@@ -33,21 +34,21 @@ from measuring import (
     clock,
     count_flops,
     measure_machine,
+    model_folder,
     positive,
     show,
     sources,
 )
 
 from config import MODES, settings_for
-from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.runtime.errors import InputError
-from cosyvoice.utils.frames import SPEAKER_DIMENSIONS, Rates
+from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 
 if TYPE_CHECKING:
     from dataset import Clip
     from llm_flow_model import JointModel
 
-TEXT_TOKENS, SPEECH_TOKENS = 30, 145  # 2.9 s: exactly the flow's window
+TEXT_TOKENS = 30
 IDS = 256  # of text and speech tokens: every model has that many
 
 
@@ -69,7 +70,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 2], metavar="N",
                         help="clips a step; all but the first only in the first mode (default: 1 2)")  # fmt: skip
     parser.add_argument("--lengths", type=positive, nargs="+", default=[1, 2], metavar="N",
-                        help="of clips, in 2.9 s; all but the first only in the first mode (default: 1 2)")  # fmt: skip
+                        help="of clips, in windows of the flow; all but the first only in the first mode "
+                        "(default: 1 2)")  # fmt: skip
     add_device(parser)
     add_measuring(parser, 3, "steps timed")
     return parser.parse_args(argv)
@@ -94,7 +96,7 @@ def measure(machine: Machine, name: str, source: Path, case: tuple[str, int, int
     torch.set_num_threads(machine.threads)
     torch.manual_seed(seed)
     model = joint_model(source, mode, seed, batch_size)
-    clips = [random_clip(length, model_folder(source).rates)] * batch_size
+    clips = [random_clip(source, length)] * batch_size
     limit = count_flops(partial(gradients, model, clips)) / machine.flops_per_second
     seconds = time_steps(model, clips, machine.device, repeats)
     figures = {"clips_per_second": batch_size / statistics.median(seconds), "peak_gb": peak_bytes(machine.device) / 1e9}
@@ -113,22 +115,20 @@ def joint_model(source: Path, mode: str, seed: int, batch_size: int = 1) -> "Joi
     return JointModel(parts, settings_of(source) | steps, seed, torch.randn(SPEAKER_DIMENSIONS), origin={}).train()
 
 
-def model_folder(source: Path) -> ModelFolder:
-    """Return the folder of a source, which is one itself or the YAML in it."""
-    return ModelFolder(source if source.is_dir() else source.parent)
-
-
 def settings_of(source: Path) -> dict[str, Any]:
     return settings_for(model_folder(source).path)
 
 
-def random_clip(length: int, rates: Rates) -> "Clip":
+def random_clip(source: Path, length: int) -> "Clip":
+    """A clip of `length` windows of the flow."""
     import torch
 
     from cosyvoice.utils.frames import MEL_BINS
     from dataset import Clip
 
-    text, speech = (torch.randint(0, IDS, (length * count,)) for count in (TEXT_TOKENS, SPEECH_TOKENS))
+    rates = model_folder(source).rates
+    speech_tokens = rates.whole_tokens(settings_of(source)["max_feat_len"])
+    text, speech = (torch.randint(0, IDS, (length * count,)) for count in (TEXT_TOKENS, speech_tokens))
     mel, embedding = torch.randn(rates.mel_frames(len(speech)), MEL_BINS), torch.randn(SPEAKER_DIMENSIONS)
     return Clip("clip", "speaker", text, speech, mel, embedding)
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from models import tiny_model_dir
 
+from tools.random_model import make_random_model
+
 ROOT = Path(__file__).parents[1]
 ONCE = ("--repeats", "1", "--threads", "1")
 MEASURED = {"bench", "what", "device", "threads", "runs", "seconds"}
@@ -34,13 +36,23 @@ def bench(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
     return run
 
 
+@pytest.fixture(scope="module")
+def cosyvoice2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_random_model(tmp_path_factory.mktemp("cosyvoice2"), seed=1, size="small2")
+
+
+@pytest.fixture(params=["cosyvoice-300m", "cosyvoice2"])
+def model_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A small model folder of each generation."""
+    return request.getfixturevalue("cosyvoice2") if request.param == "cosyvoice2" else tiny_model_dir(tmp_path)
+
+
 def check_limits(machine: dict[str, Any]) -> None:
     assert machine["bench"] == "machine" and machine["gb_per_second"] > 0 and machine["gflop_per_second"] > 0
 
 
-def test_decoding_is_measured_in_each_precision(tmp_path: Path, bench: Any) -> None:
-    options = ["--tokens", 5, 9, "--compared", 8]
-    rows = bench("decode", "--model-dir", tiny_model_dir(tmp_path), *options)
+def test_decoding_is_measured_in_each_precision(model_dir: Path, bench: Any) -> None:
+    rows = bench("decode", "--model-dir", model_dir, "--tokens", 5, 9, "--compared", 8)
     assert [row["precision"] for row in rows] == ["float32", "float16", "int8"]
     exact, half, bits8 = (row["mean_log_p_error"] for row in rows)
     assert exact < 1e-5 < half < bits8 < 0.5
@@ -77,30 +89,54 @@ def test_the_mini_is_trained_with_its_own_settings(bench: Any) -> None:
         assert settings["flow_lora"]["lora_r"] == rank
 
 
+def test_the_weights_that_a_step_reads_are_counted(bench: Any, cosyvoice2: Path) -> None:
+    import measuring
+
+    width, inner, keys, layers, scores = 64, 128, 2 * 16, 2, 6561 + 3
+    layer = 2 * width * width + 2 * width * keys + 3 * width * inner  # query and output, key and value, gate, up, down
+    assert measuring.step_weights(measuring.build(cosyvoice2, "llm")) == layers * layer + width * scores
+
+
+def test_public_sizes_have_folders_without_weights(tmp_path: Path, bench: Any) -> None:
+    import measuring
+
+    from cosyvoice.llm.qwen2_config import read_qwen2_config
+
+    folder = measuring.with_config(tmp_path, measuring.CONFIGS["cosyvoice2"])
+    assert folder.rates.token_rate == 25 and read_qwen2_config(folder.text_model).hidden_size == 896
+
+
+# By generation: speech tokens of both sentences, of the first chunk, and of those in which seconds 1 and 3 are heard.
+LENGTHS = {"cosyvoice.yaml": (20, 40, 120, 120, 120), "cosyvoice2.yaml": (10, 20, 28, 50, 100)}
+
+
 def test_synthesis_is_measured_by_part_and_as_a_whole(
-    tmp_path: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import synthesis
 
     monkeypatch.setattr(synthesis, "STREAMED_TEXT", 25)
-    machine, *rows = bench("synthesis", "--model-dir", tiny_model_dir(tmp_path), "--text-tokens", 4, 8)
+    options = ["--text-tokens", 4, 8, "--stream-seconds", 1, 3]
+    machine, *rows = bench("synthesis", "--model-dir", model_dir, *options)
     check_limits(machine)
     parts = ("flow", "vocoder", "sentence")
+    short_text, long_text, *chunks = next(LENGTHS[path.name] for path in model_dir.glob("*.yaml"))
     lengths = [(row["what"], row["speech_tokens"]) for row in rows]
-    assert lengths == 2 * ([(part, tokens) for tokens in (20, 40) for part in parts] + [("first sound", 120)])
+    streamed = list(zip(("first sound", "chunk at 1 s", "chunk at 3 s"), chunks, strict=True))
+    assert lengths == 2 * ([(part, tokens) for tokens in (short_text, long_text) for part in parts] + streamed)
+    assert all(row["growth"] > 0 for row in rows if row["what"].startswith("chunk"))
     sentence = LIMITED | {"speech_tokens", "precision", "real_time_factor"}
     assert all(row.keys() == sentence | ({"mel_error"} if row["what"] == "flow" else set()) for row in rows[:6])
-    exact, bits8 = (row["mel_error"] for row in rows if row["what"] == "flow" and row["speech_tokens"] == 20)
+    exact, bits8 = (row["mel_error"] for row in rows if row["what"] == "flow" and row["speech_tokens"] == short_text)
     assert exact < 1e-5 < bits8 < 0.5
-    assert all(row["limit_seconds"] > 0 for row in rows)
+    assert all(row["limit_seconds"] > 0 for row in rows[:7])
     short, long = (rows[i]["limit_seconds"] for i in (1, 4))
     assert long == pytest.approx(2 * short, rel=0.1), "the vocoder's work grows with the frames"
 
 
-def test_a_training_step_is_measured_in_its_own_process(tmp_path: Path, bench: Any) -> None:
-    machine, row = bench(
-        "train_steps", "--model-dir", tiny_model_dir(tmp_path), "--modes", "joint", "--batch-sizes", 2, "--lengths", 1
-    )
+def test_a_training_step_is_measured_in_its_own_process(model_dir: Path, bench: Any) -> None:
+    options = ["--modes", "joint", "--batch-sizes", 2, "--lengths", 1]
+    machine, row = bench("train_steps", "--model-dir", model_dir, *options)
     check_limits(machine)
     assert row.keys() == LIMITED | {"clips", "speech_tokens", "clips_per_second", "peak_gb"}
     assert row["clips"] == 2 and row["limit_seconds"] > 0
@@ -129,15 +165,20 @@ def test_preparation_is_measured_with_random_encoders(
     assert (row["model"], row["clips"]) == ("random encoders", 2)
 
 
-def test_start_up_is_measured_to_the_first_wav(tmp_path: Path, bench: Any) -> None:
-    machine, help_row, wav_row = bench("start_up", "--model-dir", tiny_model_dir(tmp_path))
+def test_start_up_is_measured_to_the_first_wav(model_dir: Path, bench: Any) -> None:
+    machine, help_row, wav_row = bench("start_up", "--model-dir", model_dir)
     check_limits(machine)
     assert help_row.keys() == MEASURED
     assert wav_row.keys() == LIMITED | {"speech_seconds"} and wav_row["speech_seconds"] > 0
 
 
-def test_operations_are_shown_by_their_share(tmp_path: Path, bench: Any) -> None:
-    machine, *rows = bench("operations", "--model-dir", tiny_model_dir(tmp_path), "--precisions", "int8", once=())
+def test_start_up_is_measured_with_random_weights(bench: Any) -> None:
+    *_, row = bench("start_up", "--sizes", "mini")
+    assert (row["model"], row["what"]) == ("random mini", "first wav")
+
+
+def test_operations_are_shown_by_their_share(model_dir: Path, bench: Any) -> None:
+    machine, *rows = bench("operations", "--model-dir", model_dir, "--precisions", "int8", once=())
     check_limits(machine)
     assert [row["what"] for row in rows] == ["decoding", "flow", "vocoder", "training llm_only", "training flow_only"]
     assert all(0 < sum(row["shares"].values()) < 1.01 for row in rows)
@@ -154,6 +195,8 @@ def test_operations_are_counted_where_attention_is_fused(bench: Any) -> None:
     attend = torch.nn.functional.scaled_dot_product_attention
     assert count_flops(lambda: attend(x, x, x)) == 2 * product
     assert count_flops(lambda: attend(x, x, x).sum().backward()) == 7 * product, "backward makes the scores again"
+    shared = x[:, :1]  # keys and values of both heads
+    assert count_flops(lambda: attend(x, shared, shared, enable_gqa=True).sum().backward()) == 7 * product
     linear = torch.nn.Linear(size, 3)
     with torch.inference_mode():
         assert count_flops(lambda: linear(x.detach())) == 2 * (2 * frames) * size * 3

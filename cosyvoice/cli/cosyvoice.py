@@ -135,7 +135,11 @@ class CosyVoice3:
 KINDS = (CosyVoice, CosyVoice2)
 
 
+def kind_of(folder: ModelFolder) -> type[FolderVoice]:
+    """Return the class that the folder's YAML belongs to."""
+    return next(kind for kind in KINDS if kind.generation is folder.generation)
+
+
 def AutoModel(model_dir: str | Path, **options: Any) -> FolderVoice:
     """Return the model of a folder, of the class that its YAML belongs to. options: those of that class."""
-    generation = ModelFolder(model_dir).generation
-    return next(kind for kind in KINDS if kind.generation is generation)(model_dir, **options)
+    return kind_of(ModelFolder(model_dir))(model_dir, **options)
