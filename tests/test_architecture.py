@@ -26,7 +26,6 @@ RECIPE_SCRIPTS = (
     "examples/mini/train_tokenizer",
     "examples/mini/make_speaker_encoder",
     "examples/mini/make_flow_start",
-    "examples/mini/make_flow_mels",
     "examples/mini/make_prompts",
     "examples/mini/make_model_dir",
     "examples/mini/voice_folders",

@@ -19,12 +19,10 @@ from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.speech_encoders.encoders import SpeakerEncoder, SpeechTokenizer
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, WHISPER_HOP_SAMPLES, WHISPER_MELS, whisper_log_mel
-from cosyvoice.utils.file_utils import save_tensors
 from cosyvoice.utils.frames import Rates
 from examples.mini import (
     encoder_files,
     encoder_training,
-    make_flow_mels,
     make_flow_start,
     make_speaker_encoder,
     tokenizer_training,
@@ -96,31 +94,6 @@ def test_the_flow_starts_from_vectors_that_are_alike_where_the_codes_numbers_are
     near = (numbers[rows] - numbers[columns]).norm(dim=1), (vectors[rows] - vectors[columns]).norm(dim=1)
     assert torch.corrcoef(torch.stack(near))[0, 1] > 0.8  # of random vectors it would be 0
     assert all(torch.equal(value, state[name]) for name, value in torch.load(tmp_path / "again.pt").items())
-
-
-def test_a_corpus_gets_the_mels_of_a_flow(tmp_path: Path) -> None:
-    config = Path(make_flow_start.__file__).with_name("cosyvoice.yaml")
-    make_flow_start.main(["--config", str(config), "--output", str(tmp_path / "flow.pt")])
-    flow = load_model_yaml(config, parts=("flow",))["flow"].eval()
-    flow.load_state_dict(torch.load(tmp_path / "flow.pt"))
-    tokens, vector = {"a": [3, 1, 200] * 7, "b": [5] * 10}, [0.1] * 192
-    write_table({utt: str(tmp_path / f"{utt}.wav") for utt in tokens}, tmp_path / "wav.scp")
-    save_tensors(tokens, tmp_path / "utt2speech_token.pt")
-    save_tensors(dict.fromkeys(tokens, vector), tmp_path / "utt2embedding.pt")
-    options = ["--dir", str(tmp_path), "--config", str(config), "--flow", str(tmp_path / "flow.pt")]
-    make_flow_mels.main(options)
-    for utt, numbers in tokens.items():
-        mel = np.load(tmp_path / f"{utt}.mel.npy")
-        assert mel.shape == (len(numbers) * 22050 // (50 * 256), 80) and mel.dtype == np.float16
-        expected = make_flow_mels.predict_mel(flow, numbers, vector)
-        torch.testing.assert_close(torch.from_numpy(mel).float(), expected, atol=0.01, rtol=0)
-    (tmp_path / "b.mel.npy").unlink()
-    save_tensors({"a": tokens["a"]}, tmp_path / "utt2speech_token.pt")
-    make_flow_mels.main(options)
-    assert not (tmp_path / "b.mel.npy").exists(), "a recording that the tokenizer refused has none"
-    save_tensors({"c": tokens["a"]}, tmp_path / "utt2speech_token.pt")
-    with pytest.raises(InputError, match="has no tokens and vectors of its recordings. Run stage 2"):
-        make_flow_mels.main(options)
 
 
 def test_a_flow_of_another_tokenizer_is_refused() -> None:

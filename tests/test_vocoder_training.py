@@ -1,10 +1,7 @@
 """What teaches the vocoder: the pitch of recordings, the discriminators, and the losses."""
 
 import math
-import random
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from models import tiny
@@ -184,35 +181,6 @@ def test_equalize_colours_for_training_only() -> None:
     assert gain.std() > 0.3 and gain.diff().abs().max() < 1  # dB; a curve without jumps
     (flat,) = processor.equalize([{"speech": noise}], sample_rate=RATE_HZ, spread_db=0.0)
     torch.testing.assert_close(flat["speech"], noise, atol=1e-6, rtol=0)
-
-
-def test_mels_of_a_flow_stay_in_step_with_their_recording(tmp_path: Path) -> None:
-    """Each sample and each mel frame hold the number of their frame, so that a window shows where it was cut."""
-    mel = torch.arange(40.0)[:, None].expand(40, 80)
-    np.save(tmp_path / "a.mel.npy", mel.half().numpy())
-    speech = torch.arange(42).repeat_interleave(HOP)[None] / 64  # the recording is two frames longer
-    sample = {"wav": str(tmp_path / "a.wav"), "speech": speech}
-    options = {"hop_size": HOP, "least_samples": 8 * HOP}
-    random.seed(1)
-    starts = set()
-    for _ in range(20):
-        (read,) = processor.read_mel([sample], share=1, **options)
-        (window,) = processor.truncate([read], truncate_length=8 * HOP)
-        (window,) = processor.equalize([window], sample_rate=RATE_HZ)
-        (window,) = processor.compute_fbank([window], feat_extractor=pytest.fail)
-        assert torch.equal(window["speech_feat"][:, 0], window["speech"][0, ::HOP] * 64)
-        assert window["speech"].shape == (1, 8 * HOP) and window["speech_feat"].shape == (8, 80)
-        starts.add(window["speech_feat"][0, 0].item())
-    assert min(starts) < 5 and max(starts) > 28 and max(starts) <= 32
-    shared = list(processor.read_mel([sample] * 200, share=0.25, **options))
-    assert 30 < sum("speech_feat" in found for found in shared) < 70
-    assert not any("speech_feat" in found for found in processor.read_mel([sample] * 20, mode="dev", **options))
-    short = {"hop_size": HOP, "least_samples": 41 * HOP}
-    assert list(processor.read_mel([sample], share=1, **short)) == [sample], "too short for a window: as it was"
-    for content in (b"junk", b"", None):
-        (tmp_path / "a.mel.npy").unlink() if content is None else (tmp_path / "a.mel.npy").write_bytes(content)
-        with pytest.raises(InputError, match="a.mel.npy holds no mel: .*. Make it with make_flow_mels.py"):
-            list(processor.read_mel([sample], share=1, **options))
 
 
 def test_the_cosine_schedule() -> None:

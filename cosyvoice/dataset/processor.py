@@ -163,47 +163,17 @@ def resample(
         yield {**sample, "speech": speech, "sample_rate": resample_rate}
 
 
-def read_mel(
-    data: Iterable[Sample], hop_size: int, least_samples: int, share: float = 0.5, mode: str = "train"
-) -> Iterator[Sample]:
-    """Give a share of the training clips the mel that a flow makes of them, so that a vocoder learns from those, too.
-
-    Adds `speech_feat` (T, M), which lies beside the recording as .mel.npy, and cuts `speech` to T hops. Clips that
-    have fewer than `least_samples` samples then stay as they are.
-
-    Raises InputError if the file is missing or holds something else.
-    """
-    for sample in data:
-        if mode == "train" and random.random() < share:
-            path = Path(sample["wav"]).with_suffix(".mel.npy")
-            try:
-                mel = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))  # (T, M)
-            except (OSError, ValueError, EOFError) as error:
-                raise InputError(f"{path} holds no mel: {error}. Make it with make_flow_mels.py") from None
-            frames = min(len(mel), sample["speech"].size(1) // hop_size)
-            if frames * hop_size >= least_samples:
-                speech = sample["speech"][:, : frames * hop_size]
-                sample = {**sample, "speech": speech, "speech_feat": mel[:frames]}
-        yield sample
-
-
 def truncate(data: Iterable[Sample], truncate_length: int = 24576, mode: str = "train") -> Iterator[Sample]:
     """A random window of `truncate_length` samples of `speech`; shorter clips get zeros at the end.
 
-    Clips that have `speech_feat` by `read_mel` keep the same window of that. `is_window` says that `speech_token` is of
-    the whole recording and `speech` is not.
+    `is_window` says that `speech_token` is of the whole recording and `speech` is not.
     """
     for sample in data:
         speech = sample["speech"]  # (1, samples)
-        spare = max(0, speech.size(1) - truncate_length)
-        if "speech_feat" in sample:
-            hop = speech.size(1) // len(sample["speech_feat"])
-            first, frames = random.randint(0, spare // hop), truncate_length // hop
-            sample = {**sample, "speech_feat": sample["speech_feat"][first : first + frames]}
-            start = first * hop
-        else:
-            start = random.randint(0, spare) if spare else 0
-        speech = speech[:, start : start + truncate_length]
+        spare = speech.size(1) - truncate_length
+        if spare > 0:
+            start = random.randint(0, spare)
+            speech = speech[:, start : start + truncate_length]
         yield {**sample, "speech": F.pad(speech, (0, truncate_length - speech.size(1))), "is_window": True}
 
 
@@ -213,10 +183,10 @@ def equalize(
     """Colours `speech` by a random smooth curve, for training only: other rooms, microphones and throats.
 
     The curve goes through `bands` points, evenly spaced in octaves from 100 Hz to half the rate, each drawn from a
-    normal distribution of `spread_db`. Clips that have a mel already stay as they are.
+    normal distribution of `spread_db`.
     """
     for sample in data:
-        if mode == "train" and "speech_feat" not in sample:
+        if mode == "train":
             gains = np.array([random.gauss(0, spread_db) for _ in range(bands)])
             speech = _coloured(sample["speech"], sample_rate, gains)
             sample = {**sample, "speech": speech / speech.abs().max().clamp(min=1)}
@@ -238,16 +208,14 @@ def compute_fbank(
     num_frames: int | None = None,
     mode: str = "train",
 ) -> Iterator[Sample]:
-    """Adds `speech_feat` (T, M), the log-mel of `speech`, unless it is there.
+    """Adds `speech_feat` (T, M), the log-mel of `speech`.
 
     num_frames: samples of a speech token, for models whose tokens and mel frames must fit together, see `_aligned`.
     """
     for sample in data:
         sample = _aligned(sample, num_frames)
-        if "speech_feat" not in sample:
-            mel = feat_extractor(sample["speech"])  # (1, M, T)
-            sample = {**sample, "speech_feat": mel.squeeze(0).transpose(0, 1)}  # (1, M, T) -> (T, M)
-        yield sample
+        mel = feat_extractor(sample["speech"])  # (1, M, T)
+        yield {**sample, "speech_feat": mel.squeeze(0).transpose(0, 1)}  # (1, M, T) -> (T, M)
 
 
 def compute_whisper_fbank(

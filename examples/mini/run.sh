@@ -68,11 +68,6 @@ train() { # the name of the run, the network, options
         --model_dir "$work_dir/exp/$1" --tensorboard_dir "$work_dir/tensorboard/$1" --ddp.dist_backend gloo --use_amp "${@:3}"
 }
 
-average() { # a network
-    python cosyvoice/bin/average_model.py --dst_model "$work_dir/exp/$1/$1.pt" \
-        --src_path "$work_dir/exp/$1" --num "${averaged[$1]}" --val_best
-}
-
 make_corpus() { # the name of the corpus, options
     python examples/mini/make_corpus.py --des_dir "$work_dir/$1" --lexicon "$lexicon" --num_processes "$num_jobs" "${@:2}"
 }
@@ -115,18 +110,13 @@ for corpus in "${corpora[@]}"; do
 done
 
 if asks_for 5; then
-    echo "Stage 5: train the language model, and beside it the flow and then, from mels of its own too, the vocoder"
+    echo "Stage 5: train the language model, and beside it the flow and then the vocoder"
     write_lists
     python examples/mini/make_flow_start.py --config $config --output "$work_dir/exp/flow_start.pt" --seed "$seed"
     set -m # process groups of their own, so that each is stopped whole
     train llm llm &
     (
         train flow flow --checkpoint "$work_dir/exp/flow_start.pt"
-        average flow
-        for corpus in $(printf '%s\n' ${trained_on[hifigan]} | sort -u); do
-            python examples/mini/make_flow_mels.py --dir "$work_dir/$corpus/train" --config $config \
-                --flow "$work_dir/exp/flow/flow.pt"
-        done
         train hifigan hifigan
     ) &
     set +m
@@ -139,7 +129,8 @@ fi
 if asks_for 6; then
     echo "Stage 6: average"
     for model in llm flow hifigan; do
-        average $model
+        python cosyvoice/bin/average_model.py --dst_model "$work_dir/exp/$model/$model.pt" \
+            --src_path "$work_dir/exp/$model" --num "${averaged[$model]}" --val_best
     done
 fi
 
