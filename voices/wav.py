@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 
 import soundfile
@@ -29,18 +30,26 @@ def speak_into_files(
 def stream_into_files(voice: ReadyVoice, line: Line, seed: int) -> Iterator[tuple[Path, float]]:
     """Write each piece of a line as soon as it is made, and yield its file with its seconds of speech.
 
-    The pieces of out.wav are out.piece001.wav and so on. The last file is out.wav itself, with all of them.
+    The pieces of out.wav are out.piece001.wav and so on; those of an earlier, longer speech are removed. The last file
+    is out.wav itself, with all of them.
     """
     rate_hz, pieces = voice.cosyvoice.sample_rate, []
     comment = f"seed {seed}, line {line.number}, streamed, {voice.cosyvoice.model.precision}"
     for number, speech in enumerate(voice.stream(line, seed), start=1):
         pieces.append(speech)
-        path = line.output.with_suffix(f".piece{number:03d}.wav")
-        write_wav(path, speech, rate_hz, f"{comment}, piece {number}")
-        yield path, speech.size(1) / rate_hz
+        write_wav(piece_path(line, number), speech, rate_hz, f"{comment}, piece {number}")
+        yield piece_path(line, number), speech.size(1) / rate_hz
+    for number in count(len(pieces) + 1):
+        if not piece_path(line, number).exists():
+            break
+        piece_path(line, number).unlink()
     whole = torch.cat(pieces, dim=1)
     write_wav(line.output, whole, rate_hz, comment)
     yield line.output, whole.size(1) / rate_hz
+
+
+def piece_path(line: Line, number: int) -> Path:
+    return line.output.with_suffix(f".piece{number:03d}.wav")
 
 
 def write_wav(path: Path, speech: Tensor, rate_hz: int, comment: str) -> None:
