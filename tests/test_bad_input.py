@@ -313,7 +313,7 @@ def test_a_full_memory_is_one_line(
     with pytest.raises(SystemExit) as left:
         run(fill)
     (line,) = capsys.readouterr().err.splitlines()
-    assert left.value.code == 2 and "2.00 GiB. See 'Out of memory' in README.md" in line
+    assert left.value.code == 2 and "2.00 GiB. See 'Out of memory' in docs/settings.md" in line
 
 
 def test_a_folder_that_is_deleted_during_the_run_is_one_line(

@@ -2,12 +2,16 @@
 
 import errno
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from cosyvoice.runtime.command import EXIT_USER_ERROR, run
 from cosyvoice.runtime.errors import InputError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "1000"), ("7", "7")])
@@ -46,3 +50,14 @@ def test_a_full_disk_is_one_line_and_code_2(monkeypatch: pytest.MonkeyPatch, cap
         run(main)
     assert left.value.code == EXIT_USER_ERROR
     assert capsys.readouterr().err.startswith("train.py: No space left on device (logs/events); make room")
+
+
+def test_an_interrupt_while_python_clears_up_leaves_no_traceback() -> None:
+    code = (
+        "import atexit, os, signal\n"
+        "from cosyvoice.runtime.command import run\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"  # before, as libraries do
+        "run(lambda argv: 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

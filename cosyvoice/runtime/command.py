@@ -1,7 +1,9 @@
 """What every command needs: the one way errors end, threads that wait politely, and random draws made again."""
 
+import atexit
 import io
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -40,11 +42,12 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         if not is_memory_trouble(error):
             raise
         told = str(error).splitlines()[0] if str(error) else "the memory is full."
-        reason = f"{told} See 'Out of memory' in README.md."
+        reason = f"{told} See 'Out of memory' in docs/settings.md."
     except KeyboardInterrupt:
         code, reason = EXIT_INTERRUPTED, "interrupted; what was finished is kept"
     if reason:
         print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the first to be called: nothing is left to stop
     sys.exit(code)
 
 
