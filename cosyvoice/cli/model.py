@@ -94,14 +94,14 @@ class CausalSession(Session):
 
 
 class CosyVoice2Model(SpeechModel):
-    """CosyVoice2: each chunk of a stream goes on exactly where the one before ended, at a cost that does not grow.
+    """CosyVoice2: each chunk of a stream goes on exactly where the one before ended, and computes new frames only.
 
-    The last chunk does so, too: what was heard and what comes last belong to one course of the flow, and the wait for
-    the last chunk does not grow with the length of the speech. The public code instead computes the whole utterance
-    once more for the last chunk, with attention of all to all, and keeps its end. On the recorded streams that moves
-    the last chunk's mel by up to 0.7, and the frames that were heard before would move by up to 2.2. With
-    `last_chunk_sees_all` = True the last chunk is the public code's. A stream that ends within its first chunk has
-    nothing to go on from, and equals speech in one piece.
+    The last chunk does so, too: what was heard and what comes last belong to one course of the flow, and nothing is
+    computed twice. Only the attention to earlier frames makes later chunks dearer (docs/performance.md). The public
+    code instead computes the whole utterance once more for the last chunk, with attention of all to all, and keeps its
+    end. On the recorded streams that moves the last chunk's mel by up to 0.7, and the frames that were heard before
+    would move by up to 2.2. With `last_chunk_sees_all` = True the last chunk is the public code's. A stream that ends
+    within its first chunk has nothing to go on from, and equals speech in one piece.
     """
 
     mel_cache_len = 8

@@ -135,7 +135,7 @@ class CausalMaskedDiffWithXvec(TokenFlow):
         return mel[:, :, prompt_frames:], None
 
     def stream(self, prompt_token: Tensor, prompt_feat: Tensor, embedding: Tensor, n_timesteps: int = 10) -> MelStream:
-        """Return a stream that speaks tokens as they come, at a cost that does not grow with those before.
+        """Return a stream that speaks tokens as they come, and computes each final frame once.
 
         Arguments as in `inference`. Raises InputError for a prompt that does not fit, and for a model without chunks.
         """
