@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dataset import Clip
     from llm_flow_model import JointModel
     from voices.run import Run
+    from voices.run_state import Origin
 
 
 # What a resumed run may do otherwise: when it ends, and what a step costs in memory.
@@ -93,26 +94,28 @@ def train(args: argparse.Namespace, model_dir: Path, config: dict[str, Any]) -> 
     """Train, or continue, and say what came out of it. Returns the exit code."""
     device = pick_device(args.device).type
     limit_threads(model_dir)
-    from dataset import load_clips
+    from dataset import load_clips, speaker_name
     from training.checkpoints import Interrupted
     from training.listening import Listener
     from training.trainer import fit
     from voices.run import base_fingerprints, last_checkpoint, read_run
+    from voices.run_state import Origin
 
     clips = load_clips(args.data_dir, model_dir)
-    origin = {
-        "mode": config["training_mode"],
-        "run": uuid.uuid4().hex,
-        "base": base_fingerprints(model_dir),
-        "data": data_fingerprint(clips),
-    }
+    origin = Origin(
+        mode=config["training_mode"],
+        run=uuid.uuid4().hex,
+        base=base_fingerprints(model_dir),
+        data=data_fingerprint(clips),
+        speaker=speaker_name(clips),
+    )
     resumed = find_resumed(args, origin, model_dir)
     if resumed:
         config = with_changes(resumed.config, changes(args))
         check_kept(resumed, config, args)
-        origin["run"], args.seed = resumed.state["run"], resumed.state["seed"]
+        origin, args.seed = replace(origin, run=resumed.state.origin.run), resumed.state.seed
     if resumed and finished(resumed, config):
-        trained = replace(resumed, config=config)
+        trained = replace(resumed, state=replace(resumed.state, config=config))
     else:
         if device == "cuda" and not resumed and not sets_passes(args, model_dir):
             config |= PASSES_ON_GPU
@@ -120,17 +123,17 @@ def train(args: argparse.Namespace, model_dir: Path, config: dict[str, Any]) -> 
             print(f"on a GPU: {chosen}; --batch-size 1 computes clip by clip, in less memory")
         model, loaders = build(args, config, model_dir, clips, origin, device)
         if resumed:
-            loaders[0].sampler.skip = resumed.state["batches_done"] * resumed.config["batch_size"]
+            loaders[0].sampler.skip = resumed.state.batches_done * resumed.config["batch_size"]
         describe(model, loaders, device)
         try:
             listener = Listener(args.listen, model_dir, device, args.seed) if args.listen else None
-            fit(model, loaders, args.output_dir, device, resumed and resumed.path, listener)
+            fit(model, loaders, args.output_dir, device, resumed, listener)
         except Interrupted as stop:
-            options = f"--mode {origin['mode']} --resume auto{repeated(args, 'model', 'data', 'output')}"
+            options = f"--mode {origin.mode} --resume auto{repeated(args, 'model', 'data', 'output')}"
             options += f" --listen {quoted(args.listen)}" if args.listen else ""
             print(f"{stop}; go on with: python train_joint.py {options}")
             return EXIT_INTERRUPTED
-        trained = read_run(last_checkpoint(args.output_dir, origin["mode"]))
+        trained = read_run(last_checkpoint(args.output_dir, origin.mode))
     conclude(trained, args.output_dir, model_dir)
     options = repeated(args, "model", "output") + both_files(trained, args.output_dir)
     print(f'next: python inference_joint.py{options} --text "..."')
@@ -140,14 +143,14 @@ def train(args: argparse.Namespace, model_dir: Path, config: dict[str, Any]) -> 
 # Continuing
 
 
-def find_resumed(args: argparse.Namespace, origin: dict[str, Any], model_dir: Path) -> "Run | None":
+def find_resumed(args: argparse.Namespace, origin: "Origin", model_dir: Path) -> "Run | None":
     """The run to continue, if one is asked for; `auto` without a checkpoint starts anew.
 
     Raises InputError unless mode, base model and data are those of that run, and the folder holds no other one.
     """
     from voices.run import last_checkpoint, read_run
 
-    last = last_checkpoint(args.output_dir, origin["mode"])
+    last = last_checkpoint(args.output_dir, origin.mode)
     if args.resume is None:
         if last.is_file():
             print(f"the end of the first epoch will replace {last} and its epochs (--resume auto continues that run)")
@@ -156,15 +159,15 @@ def find_resumed(args: argparse.Namespace, origin: dict[str, Any], model_dir: Pa
         print(f"there is no {last} yet: starting from the beginning")
         return None
     run = read_run(last if args.resume == "auto" else Path(args.resume))
-    if run.mode != origin["mode"]:
-        raise InputError(f"{run.path} is a run of --mode {run.mode}, not {origin['mode']}; give that, or use --init")
-    run.check_base(origin["base"], model_dir)
-    if run.state["data"] != origin["data"]:
+    if run.mode != origin.mode:
+        raise InputError(f"{run.path} is a run of --mode {run.mode}, not {origin.mode}; give that, or use --init")
+    run.check_base(origin.base, model_dir)
+    if run.state.origin.data != origin.data:
         raise InputError(f"the data has changed since {run.path}; use --init {quoted(run.path)} instead of --resume")
     if run.path.resolve() != last.resolve() and last.is_file():
         check_replaced(last, run)
         print(f"the end of this epoch will replace {last} and the epochs from there on")
-    print(f"continuing {run.path} ({run.state['epochs']} epochs done)")
+    print(f"continuing {run.path} ({run.state.epochs} epochs done)")
     return run
 
 
@@ -173,7 +176,7 @@ def check_replaced(last: Path, run: "Run") -> None:
     from voices.run import read_run
 
     try:
-        same = read_run(last).state["run"] == run.state["run"]
+        same = read_run(last).state.origin.run == run.state.origin.run
     except InputError:  # a damaged one is no loss
         return
     if not same:
@@ -187,18 +190,18 @@ def check_kept(run: "Run", config: dict[str, Any], args: argparse.Namespace) -> 
         raise InputError(f"--resume keeps the {' and '.join(changed)} of {run.path}; leave that as it was")
     if args.memory:
         raise InputError(f"--resume keeps the batch_size of {run.path}; leave --memory out")
-    if args.seed not in (SEED, run.state["seed"]):
-        raise InputError(f"--resume keeps the seed {run.state['seed']} of {run.path}; leave --seed out")
+    if args.seed not in (SEED, run.state.seed):
+        raise InputError(f"--resume keeps the seed {run.state.seed} of {run.path}; leave --seed out")
 
 
 def finished(run: "Run", config: dict[str, Any]) -> bool:
     """Whether nothing is left to train; says why."""
-    stopped = [part["stopped"] for part in run.state["progress"].values()]
+    stopped = [part.stopped for part in run.state.progress.values()]
     if all(stopped):
         print("every part had already stopped; --init starts a new run from its weights")
         return True
-    if run.state["epochs"] >= config["max_epochs"]:
-        print(f"{run.state['epochs']} epochs are done already; more --epochs go on")
+    if run.state.epochs >= config["max_epochs"]:
+        print(f"{run.state.epochs} epochs are done already; more --epochs go on")
         return True
     return False
 
@@ -221,7 +224,7 @@ def build(
     config: dict[str, Any],
     model_dir: Path,
     clips: "list[Clip]",
-    origin: dict[str, Any],
+    origin: "Origin",
     device: str,
 ) -> "tuple[JointModel, tuple[DataLoader, DataLoader | None]]":
     """The model with new adapters (or those of `--init`), and the loaders of training and held-out clips."""
@@ -236,7 +239,6 @@ def build(
         find_places,
         slowest_pace,
         speaker_embedding,
-        speaker_name,
         split_clips,
     )
     from llm_flow_model import JointModel
@@ -247,7 +249,7 @@ def build(
     for part in parts.values():
         check_vocabularies(clips, part)
         find_places(clips, part)
-    origin = origin | {"speaker": speaker_name(clips), "pace": slowest_pace(train)}
+    origin = replace(origin, pace=slowest_pace(train))
     model = JointModel(parts, config, args.seed, speaker_embedding(train), origin)
     if args.init:
         start_from(args.init, model, model_dir)
@@ -289,14 +291,14 @@ def start_from(checkpoint: Path, model: "JointModel", model_dir: Path) -> None:
     shared = [part for part in run.parts if part in model.parts]
     if not shared:
         raise InputError(f"{checkpoint} (--mode {run.mode}) shares no part with this mode; leave --init out")
-    run.check_base(model.origin["base"], model_dir)
+    run.check_base(model.origin.base, model_dir)
     is_last = checkpoint.name == last_checkpoint(checkpoint.parent, run.mode).name
     for part in shared:
         change = run.scale(part) / scale_of(model.config[f"{part}_lora"])  # 1, unless lora_alpha is another now
-        progress = run.state["progress"][part]
-        chosen = is_last and progress["best"]  # there is no best one where the first epoch was interrupted
+        progress = run.state.progress[part]
+        chosen = is_last and progress.best  # there is no best one where the first epoch was interrupted
         load_adapters(model.parts[part], rescaled(chosen or run.adapters[part], change))
-        print(f"{part}: starting from {checkpoint}" + (f", epoch {progress['best_epoch']}" if chosen else ""))
+        print(f"{part}: starting from {checkpoint}" + (f", epoch {progress.best_epoch}" if chosen else ""))
 
 
 def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]", device: str) -> None:
@@ -331,9 +333,9 @@ def conclude(run: "Run", output_dir: Path, model_dir: Path) -> None:
     from voices.merge import merge_run, merged_path
 
     for part in run.parts:
-        progress = run.state["progress"][part]
-        why = progress["stopped"] or f"max_epochs ({run.config['max_epochs']}) reached"
-        print(f"{part} stopped: {why}; best loss {progress['best_loss']:.3f} in epoch {progress['best_epoch']}")
+        progress = run.state.progress[part]
+        why = progress.stopped or f"max_epochs ({run.config['max_epochs']}) reached"
+        print(f"{part} stopped: {why}; best loss {progress.best_loss:.3f} in epoch {progress.best_epoch}")
     targets = {part: merged_path(output_dir, part, run.mode) for part in run.parts}
     for path in merge_run(run, model_dir, output_dir, targets, use_best=True):
         print(f"wrote {path}")
@@ -346,8 +348,8 @@ def both_files(run: "Run", output_dir: Path) -> str:
 
     own = {part: merged_path(output_dir, part, run.mode) for part in run.parts}
     for voice in map(read_sidecar, sidecars(output_dir)):
-        earlier = {part: output_dir / file for part, file in voice["files"].items() if part not in own}
-        if earlier and voice["base"] == run.state["base"]:
+        earlier = {part: file for part, file in voice.files.items() if part not in own}
+        if earlier and voice.base == run.state.origin.base:
             files = own | earlier
             return "".join(f" --{part} {quoted(files[part])}" for part in MODES["joint"])
     return ""

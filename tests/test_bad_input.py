@@ -464,4 +464,4 @@ def test_a_damaged_sidecar_is_written_anew(scratch: dict[str, Path]) -> None:
     sidecar = scratch["output"] / "voice_flow_only.json"
     sidecar.write_text('{"files"')
     assert command("merge", "", scratch) == 0
-    assert read_sidecar(sidecar)["files"] == {"flow": "flow_merged_flow_only.pt"}
+    assert read_sidecar(sidecar).files == {"flow": scratch["output"] / "flow_merged_flow_only.pt"}

@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from models import ORIGIN
 from torch import Tensor, nn
 
 import inference_joint
@@ -75,7 +76,7 @@ def joint_model(places: dict[str, Path], *changes: str) -> JointModel:
     config = with_changes(settings_for(places["model"]), [*FAST, *changes])
     parts = {part: load_part(places["model"], part) for part in MODES[config["training_mode"]]}
     torch.manual_seed(3)
-    return JointModel(parts, config, 0, speaker_embedding(load_clips(places["data"], places["model"])), {}).train()
+    return JointModel(parts, config, 0, speaker_embedding(load_clips(places["data"], places["model"])), ORIGIN).train()
 
 
 # Preparing
@@ -224,7 +225,7 @@ def first_epoch(output: Path) -> Path:
 
 def assert_same(one: Any, other: Any) -> None:
     for part in one.parts:
-        assert one.state["progress"][part]["history"] == other.state["progress"][part]["history"]
+        assert one.state.progress[part].history == other.state.progress[part].history
         for name, tensor in one.adapters[part].items():
             assert torch.equal(tensor, other.adapters[part][name]), name
 

@@ -24,6 +24,7 @@ from utils import pick_device
 from voices.lines import read_lines
 from voices.merge import merge_run, merged_path
 from voices.run import base_fingerprints, last_checkpoint, read_run
+from voices.run_state import Origin
 from voices.wav import write_wav
 
 MODE = "joint"
@@ -52,7 +53,7 @@ def output_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def write_checkpoint(path: Path, model_dir: Path) -> None:
-    origin = {"mode": MODE, "run": "1", "speaker": SPEAKER, "base": base_fingerprints(model_dir), "data": ""}
+    origin = Origin(MODE, run="1", base=base_fingerprints(model_dir), data="", speaker=SPEAKER)
     embedding = torch.nn.functional.normalize(torch.randn(192), dim=0)
     model = JointModel({part: tiny(part) for part in MODES[MODE]}, JOINT_TRAINING_CONFIG, 0, embedding, origin)
     for layer in adapters(model):

@@ -14,7 +14,7 @@ from llm_flow_model import JointModel
 from training.checkpoints import CheckpointKeeper
 from training.listening import Listener
 from training.precision import half_type, precision_options
-from voices.run import last_checkpoint
+from voices.run import Run, last_checkpoint
 
 
 def fit(
@@ -22,15 +22,20 @@ def fit(
     loaders: tuple[DataLoader, DataLoader | None],
     output_dir: Path,
     device: str,
-    resume: Path | None,
+    resumed: Run | None,
     listener: Listener | None = None,
 ) -> None:
-    """Train until every part has stopped, at most `max_epochs`. Raises Interrupted after Ctrl-C."""
+    """Train until every part has stopped, at most `max_epochs`, from where `resumed` ends if it is given.
+
+    Raises Interrupted after Ctrl-C.
+    """
     config = model.config
     if dtype := half_type(config, device):
         model.keep_base_in(dtype)
     mode = config["training_mode"]
-    fresh = resume is None or resume.resolve() != last_checkpoint(output_dir, mode).resolve()
+    fresh = resumed is None or resumed.path.resolve() != last_checkpoint(output_dir, mode).resolve()
+    if resumed:
+        model.go_on_from(resumed.state)
     keeper = CheckpointKeeper(output_dir, mode, fresh, listener)
     trainer = quiet_trainer(
         device,
@@ -45,7 +50,7 @@ def fit(
     )
     model.train()
     with stopping_on_interrupt(keeper):
-        fit_quietly(trainer, model, *loaders, resume)
+        fit_quietly(trainer, model, *loaders, resumed and resumed.path)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from cosyvoice.model_folder.weights import DAMAGE, load_tensors
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 from voices.run import Run, base_fingerprints, check_base, read_run
-from voices.sidecar import newest_voice, read_sidecar, sidecars
+from voices.sidecar import Sidecar, newest_voice, read_sidecar, sidecars
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Voice:
     @classmethod
     def of_run(cls, run: Run, weights: dict[str, Path] | None = None) -> "Voice":
         """Return the voice of a checkpoint's adapters, beside merged files of other parts."""
-        return cls(weights or {}, run, run.state["speaker"], run.pace)
+        return cls(weights or {}, run, run.state.origin.speaker, run.pace)
 
 
 def choose_voice(weights: dict[str, Path], checkpoint: Path | None, output_dir: Path, model_dir: Path) -> Voice:
@@ -49,24 +48,22 @@ def choose_voice(weights: dict[str, Path], checkpoint: Path | None, output_dir: 
         run.check_base(base_fingerprints(model_dir), model_dir)
         return Voice.of_run(run, weights)
     sidecar = find_sidecar(weights, output_dir) if weights else newest_voice(output_dir)
-    if sidecar:
-        trained, parts = f"the voice {sidecar['speaker']!r}", sidecar["files"]  # other parts are the base's own
-        check_base(trained, sidecar["base"], parts, base_fingerprints(model_dir), model_dir)
-    files = weights or sidecar["files"]
-    speaks_at_it = "llm" in files and "llm" in sidecar.get("files", {})  # a base LLM has a pace of its own
-    return Voice(files, speaker=sidecar.get("speaker"), pace=sidecar.get("pace") if speaks_at_it else None)
+    if sidecar is None:
+        return Voice(weights)
+    files = weights or sidecar.files  # other parts are the base's own
+    check_base(f"the voice {sidecar.speaker!r}", sidecar.base, sidecar.files, base_fingerprints(model_dir), model_dir)
+    speaks_at_it = "llm" in files and "llm" in sidecar.files  # a base LLM has a pace of its own
+    return Voice(files, speaker=sidecar.speaker, pace=sidecar.pace if speaks_at_it else None)
 
 
-def find_sidecar(weights: dict[str, Path], output_dir: Path) -> dict[str, Any]:
-    """What was written about merged files, beside them or in the output folder; empty for files of other origin."""
-
+def find_sidecar(weights: dict[str, Path], output_dir: Path) -> Sidecar | None:
+    """Return what was written about merged files, beside them or in the output folder; None for other files."""
     for part, path in weights.items():
         for folder in (path.parent, output_dir):
-            for sidecar in sidecars(folder):
-                content = read_sidecar(sidecar)
-                if part in content["files"] and (folder / content["files"][part]).resolve() == path.resolve():
-                    return content
-    return {}
+            for sidecar in map(read_sidecar, sidecars(folder)):
+                if part in sidecar.files and sidecar.files[part].resolve() == path.resolve():
+                    return sidecar
+    return None
 
 
 def speaker_vector(
@@ -101,9 +98,6 @@ def known_speakers(voice: Voice, output_dir: Path, model_dir: Path) -> dict[str,
 
 def read_vector(path: Path) -> Tensor:
     """A (1, 192) speaker vector from a .pt tensor or a .npy array."""
-    import torch
-
-
     if path.suffix not in (".pt", ".npy") or not path.is_file():
         raise InputError(f"--embedding takes mean, zero, or an existing .pt or .npy file, not {path}")
     if path.suffix == ".pt":

@@ -30,8 +30,8 @@ def merge_run(run: Run, model_dir: Path, output_dir: Path, targets: dict[str, Pa
                 base = read_state_dict(ModelFolder(model_dir).weights(part))
                 adapters = run.best(part) if use_best else run.adapters[part]
                 save_tensors(merged(base, adapters, run.scale(part)), renaming.enter_context(atomic_write(target)))
-                progress = run.state["progress"][part]
-                epochs[part] = progress["best_epoch"] if use_best else len(progress["history"])
+                progress = run.state.progress[part]
+                epochs[part] = progress.best_epoch if use_best else len(progress.history)
         speaker = write_speaker(run, speakers, output_dir)
         return [*targets.values(), speaker, write_sidecar(run, targets, epochs, output_dir)]
 
@@ -44,6 +44,6 @@ def stored_speakers(output_dir: Path, model_dir: Path) -> dict[str, Any]:
 def write_speaker(run: Run, known: dict[str, Any], output_dir: Path) -> Path:
     """Write `spk2info.pt`: the voice, beside the speakers already known."""
     target = output_dir / "spk2info.pt"
-    voice = {"embedding": run.state["embedding"].view(1, -1).float()}
-    save_tensors(known | {run.state["speaker"]: voice}, target)
+    voice = {"embedding": run.embedding.float()}
+    save_tensors(known | {run.state.origin.speaker: voice}, target)
     return target
