@@ -118,7 +118,7 @@ def joint_model(source: Path, mode: str, seed: int, batch_size: int = 1) -> "Joi
 
 
 def settings_of(source: Path) -> dict[str, Any]:
-    return settings_for(model_folder(source).path)
+    return settings_for(model_folder(source))
 
 
 def random_clip(source: Path, length: int) -> "Clip":

@@ -23,6 +23,7 @@ from config import JOINT_TRAINING_CONFIG, with_changes
 from cosyvoice.cli.frontend import read_spk2info
 from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
 from cosyvoice.llm.llm import TransformerLM
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import load_part, read_state_dict
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.scheduler import learning_rate_factor
@@ -110,7 +111,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("part", "expected"), [("llm", 4 * 6), ("flow", 2 * 6 + 6 * 6)])
 def test_adapters_sit_where_they_should(model_dir: Path, part: str, expected: int) -> None:
     """Small model: LLM 2 + 2 attention blocks of six layers; Flow 2 blocks and 6 estimator blocks of six layers."""
-    module = load_part(model_dir, part)
+    module = load_part(ModelFolder(model_dir), part)
     lora = JOINT_TRAINING_CONFIG[f"{part}_lora"]
     names = inject(module, lora["target_modules"], 2, 4, 0.0)
     assert len(names) == expected
@@ -175,7 +176,7 @@ def test_the_pace_of_the_speaker_is_kept_with_an_llm_that_has_learned_it(
     del older["voice"]["pace"]
     torch.save(older, output / "joint_joint_last.ckpt")
     assert pace("--adapter", str(output / "joint_joint_last.ckpt")) is None
-    merge_run(read_run(output / "joint_joint_last.ckpt"), model_dir, output, {}, use_best=True)
+    merge_run(read_run(output / "joint_joint_last.ckpt"), ModelFolder(model_dir), output, {}, use_best=True)
     assert "pace" not in json.loads((output / "voice_joint.json").read_text())
 
 
@@ -193,7 +194,7 @@ def test_no_memory_size(train, text: str, capsys: pytest.CaptureFixture[str]) ->
 
 def joint_model(model_dir: Path, *changes: str) -> JointModel:
     config = with_changes(JOINT_TRAINING_CONFIG, [*FAST, "batch_size=2", "accumulate_grad_batches=6", *changes])
-    parts = {part: load_part(model_dir, part) for part in ("llm", "flow")}
+    parts = {part: load_part(ModelFolder(model_dir), part) for part in ("llm", "flow")}
     return JointModel(parts, config, 0, torch.randn(192), ORIGIN)
 
 
@@ -583,7 +584,7 @@ def test_merging_part_by_part_names_both_and_keeps_other_speakers(train, model_d
     torch.save({"base": others["bob"]}, own / "spk2info.pt")
     run = read_run(output / "joint_joint_last.ckpt")
     for part in ("llm", "flow"):
-        merge_run(run, own, output, {part: merged_path(output, part, "joint")}, use_best=True)
+        merge_run(run, ModelFolder(own), output, {part: merged_path(output, part, "joint")}, use_best=True)
     assert newest_voice(output).files.keys() == {"llm", "flow"}
     speakers = read_spk2info(output / "spk2info.pt")
     assert speakers.keys() == {"ann", "bob", "base"}
@@ -600,7 +601,7 @@ def test_a_merge_that_fails_halfway_leaves_the_earlier_voice(train, model_dir: P
     run.adapters["flow"] = {"no_layer.lora_A": torch.zeros(1)}
     targets = {part: merged_path(output, part, "joint") for part in ("llm", "flow")}
     with pytest.raises(InputError, match="it has no layer no_layer"):
-        merge_run(run, model_dir, output, targets, use_best=False)
+        merge_run(run, ModelFolder(model_dir), output, targets, use_best=False)
     assert {path: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
 
 
@@ -682,7 +683,7 @@ def test_a_half_precision_base_gives_nearly_the_same_losses(model_dir: Path, dty
     losses, gradients = {}, {}
     for base in (torch.float32, dtype):
         torch.manual_seed(0)
-        parts = {part: load_part(model_dir, part) for part in ("llm", "flow")}
+        parts = {part: load_part(ModelFolder(model_dir), part) for part in ("llm", "flow")}
         model = JointModel(parts, JOINT_TRAINING_CONFIG, 0, speaker_embedding(clips(2)), {})
         if base != torch.float32:
             model.keep_base_in(base)
@@ -712,7 +713,7 @@ def test_clips_computed_together_weigh_as_each_alone(model_dir: Path, monkeypatc
     """The gradients of one batch are the means of those of its clips, of equal lengths or not, in both parts."""
     without_dropout = {name: JOINT_TRAINING_CONFIG[name] | {"lora_dropout": 0.0} for name in ("llm_lora", "flow_lora")}
     config = JOINT_TRAINING_CONFIG | without_dropout | {"zero_embedding_ratio": 0.0}
-    parts = {part: load_part(model_dir, part) for part in ("llm", "flow")}
+    parts = {part: load_part(ModelFolder(model_dir), part) for part in ("llm", "flow")}
     model = JointModel(parts, config, 0, torch.ones(192), {}).train()
 
     def draw(decoder: ConditionalCFM, x1: Tensor) -> TrainingDraw:

@@ -28,9 +28,9 @@ def newest_run(output_dir: Path) -> Path:
     return found[-1]
 
 
-def base_fingerprints(model_dir: Path) -> dict[str, str]:
-    """What tells the base weights from others, by part. Raises InputError where a file is missing."""
-    files = {part: ModelFolder(model_dir).weights(part) for part in PARTS}
+def base_fingerprints(folder: ModelFolder) -> dict[str, str]:
+    """Return what tells the base weights from others, by part. Raises InputError where a file is missing."""
+    files = {part: folder.weights(part) for part in PARTS}
     for file in files.values():
         if not file.is_file():
             raise InputError(f"{file} does not exist; check the folder, or download the model again")
@@ -78,18 +78,17 @@ class Run:
             raise InputError(f"no epoch of {self.path} is finished; go on with {command}")
         return best
 
-    def check_base(self, fingerprints: dict[str, str], model_dir: Path) -> None:
-        """Raises InputError unless the parts were trained on the base weights of this folder."""
-        check_base(str(self.path), self.state.origin.base, self.parts, fingerprints, model_dir)
+    def check_base(self, folder: ModelFolder) -> None:
+        """Raise InputError unless the parts were trained on the base weights of this folder."""
+        check_base(str(self.path), self.state.origin.base, self.parts, folder)
 
 
-def check_base(
-    trained: str, base: dict[str, str], parts: Iterable[str], fingerprints: dict[str, str], model_dir: Path
-) -> None:
-    """Raises InputError unless the parts of what is called `trained` have their base weights in this folder."""
+def check_base(trained: str, base: dict[str, str], parts: Iterable[str], folder: ModelFolder) -> None:
+    """Raise InputError unless the parts of what is called `trained` have their base weights in this folder."""
+    fingerprints = base_fingerprints(folder)
     for part in parts:
         if base[part] != fingerprints[part]:
-            other = f"{trained} was trained on another base model than {ModelFolder(model_dir).weights(part)}"
+            other = f"{trained} was trained on another base model than {folder.weights(part)}"
             raise InputError(f"{other}; give the folder it was trained on with --model-dir")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cosyvoice.cli.frontend import FRONTEND_PARTS, CosyVoiceFrontEnd, Prompt, open_front_end
 from cosyvoice.cli.speech_model import MODEL_PARTS, SpeechModel, Weights, check_speed
-from cosyvoice.model_folder.folder import Generation, ModelFolder
+from cosyvoice.model_folder.folder import Generation, ModelFolder, as_folder
 from cosyvoice.model_folder.weights import NoRandomInit
 from cosyvoice.runtime.draws import Draws
 from cosyvoice.runtime.errors import InputError
@@ -41,7 +41,7 @@ class FolderVoice:
 
     def __init__(
         self,
-        model_dir: str | Path,
+        model_dir: str | Path | ModelFolder,
         accelerators: Mapping[str, bool],
         fp16: bool,
         device: str | None,
@@ -49,8 +49,8 @@ class FolderVoice:
         precision: str,
     ) -> None:
         """Open the folder. accelerators: by their names, whether the caller asks for them. The rest as in CosyVoice."""
-        self.model_dir = str(model_dir)  # which programs put before "/spk2info.pt"
-        folder = ModelFolder(model_dir)
+        folder = as_folder(model_dir)
+        self.model_dir = str(folder.path)  # which programs put before "/spk2info.pt"
         self._check_generation(folder)
         for name in (name for name, wanted in accelerators.items() if wanted):
             logger.warning("%s is not supported here; going on without it", name)

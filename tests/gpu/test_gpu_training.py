@@ -13,6 +13,7 @@ from torch import Tensor
 import train_joint
 from config import JOINT_TRAINING_CONFIG, PROJECT_DIR, with_changes
 from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import load_part
 from dataset import collate
 from llm_flow_model import JointModel
@@ -47,7 +48,7 @@ def draws_from_the_mel(monkeypatch: pytest.MonkeyPatch) -> None:
 def joint_model(model_dir: Path, device: torch.device, *changes: str) -> JointModel:
     torch.manual_seed(0)
     config = with_changes(JOINT_TRAINING_CONFIG, [*FAST, *CERTAIN, *changes])
-    parts = {part: load_part(model_dir, part) for part in ("llm", "flow")}
+    parts = {part: load_part(ModelFolder(model_dir), part) for part in ("llm", "flow")}
     model = JointModel(parts, config, 0, torch.ones(192), ORIGIN)
     for layer in adapters(model):
         torch.nn.init.normal_(layer.lora_B, std=0.1)
