@@ -30,7 +30,7 @@ JOINT_TRAINING_CONFIG: dict[str, Any] = {
     # a part stops when its training loss, the mean of three epochs, falls to this; far below, the voice talks on
     "llm_loss_threshold": 1.5,  # nats per speech token
     "flow_loss_threshold": 0.3,  # mean squared error
-    "early_stopping_patience": 10,  # epochs without improvement, for each part by itself
+    "early_stopping_patience": 10,  # epochs without improvement, however few steps they have; each part by itself
     "llm_lora": {
         "lora_r": 8,
         "lora_alpha": 16,  # the update is scaled by lora_alpha / lora_r
@@ -67,12 +67,11 @@ JOINT_TRAINING_CONFIG: dict[str, Any] = {
 PASSES_ON_GPU = {"batch_size": 4, "accumulate_grad_batches": 4}
 
 
-def settings_for(model_dir: Path) -> dict[str, Any]:
+def settings_for(folder: ModelFolder) -> dict[str, Any]:
     """Return JOINT_TRAINING_CONFIG with the settings that the base model's folder asks for.
 
     Raises InputError if one of those is not a setting of this model, or has an impossible value.
     """
-    folder = ModelFolder(model_dir)
     known = merged_settings(JOINT_TRAINING_CONFIG, folder.generation.finetuning)
     config = copy.deepcopy(merged_settings(known, folder.finetuning))
     check_config(config, known, f"the finetuning entry of {folder.yaml} needs a change")
@@ -191,19 +190,18 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def find_model_dir(given: str | Path | None) -> Path:
+def find_model_dir(given: str | Path | None) -> ModelFolder:
     """Return the model folder: the one given, else one of a public model under `pretrained_models/`.
 
     It is looked for here, in the project and one level up, CosyVoice-300M first; where there are several, a line says
     which is used. Where there is none, the small model that ships with the suite is used, and a line says so.
     """
     if given is not None:
-        folder = Path(given)
-        if folder.is_dir():
-            ModelFolder(folder)  # says what is wrong with one that the suite cannot use
-        if not is_model_folder(folder):
+        path = Path(given)
+        folder = ModelFolder(path) if path.is_dir() else None  # says what is wrong with one that the suite cannot use
+        if folder is None or not folder.yaml.is_file():
             yamls = " or ".join(generation.yaml for generation in GENERATIONS)
-            raise InputError(f"{folder} is no model folder: it holds no {yamls}; {_DOWNLOAD}")
+            raise InputError(f"{path} is no model folder: it holds no {yamls}; {_DOWNLOAD}")
         return folder
     names = [name for generation in GENERATIONS for name in generation.models]
     places = [parent / "pretrained_models" / name for parent in _search_roots() for name in names]
@@ -212,12 +210,12 @@ def find_model_dir(given: str | Path | None) -> Path:
         others = dict.fromkeys(folder.name for folder in found if folder.name != found[0].name)
         if others:
             print(f"using {found[0]}; --model-dir chooses {' or '.join(others)} instead")
-        return found[0]
+        return ModelFolder(found[0])
     mini = PROJECT_DIR / "pretrained_models" / MINI_NAME
     if is_model_folder(mini):
         small = "a small English model to try things out with (docs/mini.md)"
         print(f"no {COSYVOICE_300M.name} found: using {MINI_NAME}, {small}")
-        return mini
+        return ModelFolder(mini)
     looked = ", ".join(str(parent / "pretrained_models") for parent in _search_roots())
     raise InputError(f"no model folder {COSYVOICE_300M.name} in {looked}; name one with --model-dir, or {_DOWNLOAD}")
 

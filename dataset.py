@@ -56,7 +56,7 @@ class Clip:
     text_place: Tensor | None = None  # (N,) int64, the text token that each speech token says, for a model that asks
 
 
-def load_clips(data_dir: Path, model_dir: Path) -> list[Clip]:
+def load_clips(data_dir: Path, folder: ModelFolder) -> list[Clip]:
     """Return all clips of a folder, in the order of their names.
 
     Raises InputError where there is no parquet file, an unreadable one, one that something else wrote, or one that
@@ -65,17 +65,17 @@ def load_clips(data_dir: Path, model_dir: Path) -> list[Clip]:
     files = sorted(path for path in data_dir.glob("*.parquet") if not path.name.startswith("."))  # a killed run's
     if not files:
         raise InputError(f"{data_dir} holds no parquet file; run prepare_joint_data.py first")
-    model, clips, made_with = ModelFolder(model_dir), [], set()
+    clips, made_with = [], set()
     for file in files:
         rows = read_rows(file)
         for row in rows:
             check_row(file, row)
-        clips += (to_clip(row, model.rates) for row in rows)
+        clips += (to_clip(row, folder.rates) for row in rows)
         made_with.update(row["encoders"] for row in rows)
     if not clips:
         raise InputError(f"the parquet files in {data_dir} hold no clip; run prepare_joint_data.py again")
-    if made_with != {model.encoders()}:
-        other = f"the clips in {data_dir} were prepared with another model than {model_dir}"
+    if made_with != {folder.encoders()}:
+        other = f"the clips in {data_dir} were prepared with another model than {folder.path}"
         raise InputError(f"{other}; run prepare_joint_data.py again, or give that model with --model-dir")
     return sorted(clips, key=lambda clip: clip.utt)
 

@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from voices.wav import speak_into_files
 
     check_speed(args.speed, args.stream)
-    model_dir = find_model_dir(args.model_dir)
-    check_writable(lines[0].output.parent, model_dir)
-    voice, sources = open_voice(args, model_dir)
+    folder = find_model_dir(args.model_dir)
+    check_writable(lines[0].output.parent, folder.path)
+    voice, sources = open_voice(args, folder)
     for part, source in sources.items():
         print(f"{part:8} {source}")
     started, total = time.perf_counter(), 0.0

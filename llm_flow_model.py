@@ -1,10 +1,7 @@
-"""The joint model: LoRA adapters in LLM and Flow, their losses, and when each of the two has learned enough."""
+"""The joint model: LoRA adapters in LLM and Flow, their losses, and the hooks of the trainer."""
 
 import math
 import random
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,37 +21,12 @@ from dataset import crop_windows
 from lora import adapter_state, adapters, inject, load_adapters
 from matcha.models.components.decoder import ResnetBlock1D
 from matcha.models.components.transformer import BasicTransformerBlock
+from voices.progress import PartProgress
+from voices.run_state import Origin, RunState
 
 RECOMPUTED = (EncoderLayer, ResnetBlock1D, BasicTransformerBlock)  # what LLM and Flow consist of, except Qwen2
 DIVERGED = "training stopped, the last good checkpoint is kept; lower --lr, or use --set precision=32-true"
-SMOOTHED_EPOCHS = 3  # whose mean training loss is compared with the threshold
 FLOW_DRAWS = 8  # of time, noise and window for each held-out clip
-
-
-@dataclass
-class PartProgress:
-    """How far the training of one part has come. `best` holds the adapters of the best epoch."""
-
-    best_loss: float = math.inf
-    best_epoch: int = 0
-    epochs_without_gain: int = 0
-    stopped: str = ""  # why, once it has
-    loss_sum: float = 0.0  # over the clips of the epoch so far
-    clips: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)  # one entry an epoch
-    best: dict[str, Tensor] = field(default_factory=dict)
-    best_held_out: list[float] = field(default_factory=list)  # the losses whose mean best_loss is
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent values; zero for a single one, of which nothing is known."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
-def clearly_less(losses: Sequence[float], than: Sequence[float]) -> bool:
-    """Whether the mean of losses is below that of the same clips and draws before, by more than its standard error."""
-    gains = [before - now for before, now in zip(than, losses, strict=True)]
-    return statistics.fmean(gains) > standard_error(gains)
 
 
 def trainable_share(module: nn.Module) -> tuple[int, float]:
@@ -67,17 +39,17 @@ class JointModel(pl.LightningModule):
     """Trains the adapters of `llm`, `flow` or both; every base weight stays frozen and its dropout off.
 
     All random draws of a batch follow from (seed, epoch, batch), so a resumed run repeats an uninterrupted one.
-    Checkpoints hold adapters only, and what `voice_state` adds.
+    Checkpoints hold adapters only, and `run_state`.
     """
 
     strict_loading = False  # base weights are not in our checkpoints; `on_load_checkpoint` checks the names instead
 
     def __init__(
-        self, parts: dict[str, nn.Module], config: dict[str, Any], seed: int, embedding: Tensor, origin: dict[str, Any]
+        self, parts: dict[str, nn.Module], config: dict[str, Any], seed: int, embedding: Tensor, origin: Origin
     ) -> None:
         """parts: `llm` and/or `flow`. embedding: (192,), the speaker vector of training and inference.
 
-        origin: what checkpoints shall tell of where they come from (mode, speaker, base and data fingerprints).
+        origin: where the run comes from, for its checkpoints.
         """
         super().__init__()
         self.config, self.seed, self.origin = config, seed, origin
@@ -190,8 +162,7 @@ class JointModel(pl.LightningModule):
         losses = self.losses(batch, self.active(), self.spread_times(clips, batch_idx))
         total = sum(self.config[f"{name}_loss_weight"] * losses[f"{name}_loss"] for name in self.active())
         for name in self.active():
-            self.progress[name].loss_sum += self.finite(name, losses[f"{name}_loss"]) * clips
-            self.progress[name].clips += clips
+            self.progress[name].add(self.finite(name, losses[f"{name}_loss"]), clips)
         self.log_dict(losses, on_step=True, on_epoch=True, batch_size=clips)
         self.log("train_loss", total, on_step=True, on_epoch=True, prog_bar=True, batch_size=clips)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=clips)
@@ -256,45 +227,24 @@ class JointModel(pl.LightningModule):
         return losses.tolist()
 
     def on_train_epoch_end(self) -> None:
-        """Judge every part by its held-out loss (by its training loss where nothing is held out)."""
         for name in self.active():
-            progress = self.progress[name]
-            entry = {"epoch": self.epoch_number, "train": progress.loss_sum / progress.clips}
-            if losses := self.held_out_losses(name):
-                entry |= {"val": statistics.fmean(losses), "val_error": standard_error(losses)}
-            progress.history.append(entry)
-            progress.loss_sum, progress.clips = 0.0, 0
-            self.judge(name, losses or [entry["train"]])
+            self.judge(name, self.held_out_losses(name))
         if not self.active():
             self.trainer.should_stop = True
 
-    def judge(self, name: str, losses: list[float]) -> None:
-        """losses: what `held_out_losses` gives, or the training loss alone."""
-        progress = self.progress[name]
-        if not progress.best_held_out or clearly_less(losses, progress.best_held_out):
-            progress.best_loss, progress.best_held_out = statistics.fmean(losses), losses
-            progress.best_epoch, progress.epochs_without_gain = self.epoch_number, 0
+    def judge(self, name: str, held_out: list[float]) -> None:
+        """End a part's epoch: keep its adapters if it is the best so far, and freeze them if the part stops."""
+        progress, config = self.progress[name], self.config
+        threshold, patience = config[f"{name}_loss_threshold"], config["early_stopping_patience"]
+        if progress.end_epoch(self.epoch_number, held_out, threshold, patience):
             progress.best = adapter_state(self.parts[name])
-        else:
-            progress.epochs_without_gain += 1
-        recent = statistics.fmean(entry["train"] for entry in progress.history[-SMOOTHED_EPOCHS:])
-        threshold = self.config[f"{name}_loss_threshold"]
-        patience = self.config["early_stopping_patience"]
-        if recent <= threshold:
-            self.stop(name, f"its training loss {recent:.3f} reached the threshold {threshold:g}")
-        elif progress.epochs_without_gain >= patience:
-            self.stop(name, f"no better loss for {patience} epochs")
-
-    def stop(self, name: str, reason: str) -> None:
-        """Freeze one part where it is; the other goes on."""
-        self.progress[name].stopped = reason
-        self.parts[name].requires_grad_(False)
+        if progress.stopped:
+            self.parts[name].requires_grad_(False)
 
     def combined_loss(self) -> float:
-        """The weighted sum of every part's last judged loss; it ranks checkpoints."""
-        last = {name: progress.history[-1] for name, progress in self.progress.items()}
-        weights = {name: self.config[f"{name}_loss_weight"] for name in last}
-        return sum(weights[name] * entry.get("val", entry["train"]) for name, entry in last.items())
+        """Return the weighted sum of every part's last judged loss, which ranks checkpoints."""
+        last = {name: progress.history[-1].judged for name, progress in self.progress.items()}
+        return sum(self.config[f"{name}_loss_weight"] * loss for name, loss in last.items())
 
     # Optimiser
 
@@ -315,24 +265,26 @@ class JointModel(pl.LightningModule):
         checkpoint["state_dict"] = adapter_state(self)
         if not all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values()):
             raise InputError(f"the adapters are no longer finite in epoch {self.epoch_number}: {DIVERGED}")
-        checkpoint[CHECKPOINT_KEY] = self.voice_state()
+        checkpoint[CHECKPOINT_KEY] = self.run_state().content()
 
-    def voice_state(self) -> dict[str, Any]:
-        """What a voice needs beside the adapters, in plain types and tensors."""
-        return {
-            **self.origin,
-            "config": self.config,
-            "seed": self.seed,
-            "embedding": self.speaker_embedding.cpu().clone(),
-            "epochs": max(len(progress.history) for progress in self.progress.values()),
-            "batches_done": self.batches_done,
-            "progress": {name: dict(vars(progress)) for name, progress in self.progress.items()},
-        }
+    def run_state(self) -> RunState:
+        """Return what a resumed run and a voice need beside the adapters."""
+        return RunState(
+            origin=self.origin,
+            config=self.config,
+            seed=self.seed,
+            embedding=self.speaker_embedding.cpu().clone(),
+            epochs=max(len(progress.history) for progress in self.progress.values()),
+            batches_done=self.batches_done,
+            progress=self.progress,
+        )
+
+    def go_on_from(self, state: RunState) -> None:
+        """Take over how far a run has come; the trainer loads its adapters."""
+        self.batches_done, self.progress = state.batches_done, state.progress
+        for name, progress in self.progress.items():
+            if progress.stopped:
+                self.parts[name].requires_grad_(False)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         load_adapters(self, checkpoint["state_dict"])
-        self.batches_done = checkpoint[CHECKPOINT_KEY]["batches_done"]
-        for name, state in checkpoint[CHECKPOINT_KEY]["progress"].items():
-            self.progress[name] = PartProgress(**state)
-            if self.progress[name].stopped:
-                self.parts[name].requires_grad_(False)

@@ -28,7 +28,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    model_dir = find_model_dir(args.model_dir)
+    folder = find_model_dir(args.model_dir)
     from voices.merge import merge_run, merged_path
     from voices.run import newest_run, read_run
 
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"{trained.path} was trained with --mode {trained.mode}: it holds nothing for that part")
     if unused := [part for part, path in given.items() if path and part not in targets]:
         raise InputError(f"--{unused[0]}-output is given, but the {unused[0]} is not merged; leave it out")
-    check_writable(args.output_dir, model_dir)
-    check_targets(targets, trained.path, args.output_dir, model_dir)
-    for path in merge_run(trained, model_dir, args.output_dir, targets, use_best=args.ckpt is None):
+    check_writable(args.output_dir, folder.path)
+    check_targets(targets, trained.path, args.output_dir, folder.path)
+    for path in merge_run(trained, folder, args.output_dir, targets, use_best=args.ckpt is None):
         print(f"wrote {path}")
     return 0
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import find_input_dir, find_model_dir
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.runtime.command import check_least, run
 from cosyvoice.runtime.errors import InputError
 from utils import add_device, add_folders, check_writable, in_parallel, is_unicode, repeated
@@ -69,18 +70,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    model_dir, input_dir = find_model_dir(options.model_dir), find_input_dir(options.input_dir)
-    check_writable(options.data_dir, model_dir)
+    folder, input_dir = find_model_dir(options.model_dir), find_input_dir(options.input_dir)
+    check_writable(options.data_dir, folder.path)
     from cosyvoice.utils.file_utils import alone_in
 
     with alone_in(options.data_dir, "prepare_joint_data.py"):
-        prepare(options, model_dir, input_dir)
+        prepare(options, folder, input_dir)
     next_command = f"python train_joint.py{repeated(options, 'model', 'data')}"
     print(f"Data and report.csv are in {options.data_dir}. Next: {next_command}")
     return 0
 
 
-def prepare(options: argparse.Namespace, model_dir: Path, input_dir: Path) -> None:
+def prepare(options: argparse.Namespace, folder: ModelFolder, input_dir: Path) -> None:
     """Write the parquet files and the report, and say what was kept."""
     import torch
 
@@ -93,9 +94,9 @@ def prepare(options: argparse.Namespace, model_dir: Path, input_dir: Path) -> No
     recordings = find_recordings(input_dir, options.speaker.strip())
     edge_seconds = None if options.edges == -1 else options.edges
     known = known_rows(options.data_dir)
-    maker = ClipMaker(model_dir, options.device, known, edge_seconds)
+    maker = ClipMaker(folder, options.device, known, edge_seconds)
     if others := sum(row["encoders"][0].as_py() != maker.encoders for row in known.values()):
-        print(f"{options.data_dir} has {others} clips of another model than {model_dir}. They are made again.")
+        print(f"{options.data_dir} has {others} clips of another model than {folder.path}. They are made again.")
     outcomes = list(make_clips(maker, recordings, options.workers, options.data_dir))
     compare(outcomes)
     write_report(outcomes, options.data_dir / "report.csv")

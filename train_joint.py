@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import JOINT_TRAINING_CONFIG, MODES, PASSES_ON_GPU, SEED, find_model_dir, settings_for, with_changes
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.runtime.command import EXIT_INTERRUPTED, run
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from dataset import Clip
     from llm_flow_model import JointModel
     from voices.run import Run
+    from voices.run_state import Origin
 
 
 # What a resumed run may do otherwise: when it ends, and what a step costs in memory.
@@ -80,58 +82,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.listen is not None and not has_words(args.listen):
         raise InputError(f"--listen has nothing to speak: {args.listen!r}; give it words or numbers")
-    model_dir = find_model_dir(args.model_dir)
-    config = with_changes(settings_for(model_dir), changes(args))
-    check_writable(args.output_dir, model_dir)
+    folder = find_model_dir(args.model_dir)
+    config = with_changes(settings_for(folder), changes(args))
+    check_writable(args.output_dir, folder.path)
     from cosyvoice.utils.file_utils import alone_in
 
     with alone_in(args.output_dir, "train_joint.py"):
-        return train(args, model_dir, config)
+        return train(args, folder, config)
 
 
-def train(args: argparse.Namespace, model_dir: Path, config: dict[str, Any]) -> int:
+def train(args: argparse.Namespace, folder: ModelFolder, config: dict[str, Any]) -> int:
     """Train, or continue, and say what came out of it. Returns the exit code."""
     device = pick_device(args.device).type
-    limit_threads(model_dir)
-    from dataset import load_clips
+    limit_threads(folder)
+    from dataset import load_clips, speaker_name
     from training.checkpoints import Interrupted
     from training.listening import Listener
     from training.trainer import fit
     from voices.run import base_fingerprints, last_checkpoint, read_run
+    from voices.run_state import Origin
 
-    clips = load_clips(args.data_dir, model_dir)
-    origin = {
-        "mode": config["training_mode"],
-        "run": uuid.uuid4().hex,
-        "base": base_fingerprints(model_dir),
-        "data": data_fingerprint(clips),
-    }
-    resumed = find_resumed(args, origin, model_dir)
+    clips = load_clips(args.data_dir, folder)
+    origin = Origin(
+        mode=config["training_mode"],
+        run=uuid.uuid4().hex,
+        base=base_fingerprints(folder),
+        data=data_fingerprint(clips),
+        speaker=speaker_name(clips),
+    )
+    resumed = find_resumed(args, origin, folder)
     if resumed:
         config = with_changes(resumed.config, changes(args))
         check_kept(resumed, config, args)
-        origin["run"], args.seed = resumed.state["run"], resumed.state["seed"]
+        origin, args.seed = replace(origin, run=resumed.state.origin.run), resumed.state.seed
     if resumed and finished(resumed, config):
-        trained = replace(resumed, config=config)
+        trained = replace(resumed, state=replace(resumed.state, config=config))
     else:
-        if device == "cuda" and not resumed and not sets_passes(args, model_dir):
+        if device == "cuda" and not resumed and not sets_passes(args, folder):
             config |= PASSES_ON_GPU
             chosen = ", ".join(f"{key}={value}" for key, value in PASSES_ON_GPU.items())
             print(f"on a GPU: {chosen}; --batch-size 1 computes clip by clip, in less memory")
-        model, loaders = build(args, config, model_dir, clips, origin, device)
+        model, loaders = build(args, config, folder, clips, origin, device)
         if resumed:
-            loaders[0].sampler.skip = resumed.state["batches_done"] * resumed.config["batch_size"]
+            loaders[0].sampler.skip = resumed.state.batches_done * resumed.config["batch_size"]
         describe(model, loaders, device)
         try:
-            listener = Listener(args.listen, model_dir, device, args.seed) if args.listen else None
-            fit(model, loaders, args.output_dir, device, resumed and resumed.path, listener)
+            listener = Listener(args.listen, folder, device, args.seed) if args.listen else None
+            fit(model, loaders, args.output_dir, device, resumed, listener)
         except Interrupted as stop:
-            options = f"--mode {origin['mode']} --resume auto{repeated(args, 'model', 'data', 'output')}"
+            options = f"--mode {origin.mode} --resume auto{repeated(args, 'model', 'data', 'output')}"
             options += f" --listen {quoted(args.listen)}" if args.listen else ""
             print(f"{stop}; go on with: python train_joint.py {options}")
             return EXIT_INTERRUPTED
-        trained = read_run(last_checkpoint(args.output_dir, origin["mode"]))
-    conclude(trained, args.output_dir, model_dir)
+        trained = read_run(last_checkpoint(args.output_dir, origin.mode))
+    conclude(trained, args.output_dir, folder)
     options = repeated(args, "model", "output") + both_files(trained, args.output_dir)
     print(f'next: python inference_joint.py{options} --text "..."')
     return 0
@@ -140,14 +144,14 @@ def train(args: argparse.Namespace, model_dir: Path, config: dict[str, Any]) -> 
 # Continuing
 
 
-def find_resumed(args: argparse.Namespace, origin: dict[str, Any], model_dir: Path) -> "Run | None":
+def find_resumed(args: argparse.Namespace, origin: "Origin", folder: ModelFolder) -> "Run | None":
     """The run to continue, if one is asked for; `auto` without a checkpoint starts anew.
 
     Raises InputError unless mode, base model and data are those of that run, and the folder holds no other one.
     """
     from voices.run import last_checkpoint, read_run
 
-    last = last_checkpoint(args.output_dir, origin["mode"])
+    last = last_checkpoint(args.output_dir, origin.mode)
     if args.resume is None:
         if last.is_file():
             print(f"the end of the first epoch will replace {last} and its epochs (--resume auto continues that run)")
@@ -156,15 +160,15 @@ def find_resumed(args: argparse.Namespace, origin: dict[str, Any], model_dir: Pa
         print(f"there is no {last} yet: starting from the beginning")
         return None
     run = read_run(last if args.resume == "auto" else Path(args.resume))
-    if run.mode != origin["mode"]:
-        raise InputError(f"{run.path} is a run of --mode {run.mode}, not {origin['mode']}; give that, or use --init")
-    run.check_base(origin["base"], model_dir)
-    if run.state["data"] != origin["data"]:
+    if run.mode != origin.mode:
+        raise InputError(f"{run.path} is a run of --mode {run.mode}, not {origin.mode}; give that, or use --init")
+    run.check_base(folder)
+    if run.state.origin.data != origin.data:
         raise InputError(f"the data has changed since {run.path}; use --init {quoted(run.path)} instead of --resume")
     if run.path.resolve() != last.resolve() and last.is_file():
         check_replaced(last, run)
         print(f"the end of this epoch will replace {last} and the epochs from there on")
-    print(f"continuing {run.path} ({run.state['epochs']} epochs done)")
+    print(f"continuing {run.path} ({run.state.epochs} epochs done)")
     return run
 
 
@@ -173,7 +177,7 @@ def check_replaced(last: Path, run: "Run") -> None:
     from voices.run import read_run
 
     try:
-        same = read_run(last).state["run"] == run.state["run"]
+        same = read_run(last).state.origin.run == run.state.origin.run
     except InputError:  # a damaged one is no loss
         return
     if not same:
@@ -187,18 +191,18 @@ def check_kept(run: "Run", config: dict[str, Any], args: argparse.Namespace) -> 
         raise InputError(f"--resume keeps the {' and '.join(changed)} of {run.path}; leave that as it was")
     if args.memory:
         raise InputError(f"--resume keeps the batch_size of {run.path}; leave --memory out")
-    if args.seed not in (SEED, run.state["seed"]):
-        raise InputError(f"--resume keeps the seed {run.state['seed']} of {run.path}; leave --seed out")
+    if args.seed not in (SEED, run.state.seed):
+        raise InputError(f"--resume keeps the seed {run.state.seed} of {run.path}; leave --seed out")
 
 
 def finished(run: "Run", config: dict[str, Any]) -> bool:
     """Whether nothing is left to train; says why."""
-    stopped = [part["stopped"] for part in run.state["progress"].values()]
+    stopped = [part.stopped for part in run.state.progress.values()]
     if all(stopped):
         print("every part had already stopped; --init starts a new run from its weights")
         return True
-    if run.state["epochs"] >= config["max_epochs"]:
-        print(f"{run.state['epochs']} epochs are done already; more --epochs go on")
+    if run.state.epochs >= config["max_epochs"]:
+        print(f"{run.state.epochs} epochs are done already; more --epochs go on")
         return True
     return False
 
@@ -219,9 +223,9 @@ def data_fingerprint(clips: "Sequence[Clip]") -> str:
 def build(
     args: argparse.Namespace,
     config: dict[str, Any],
-    model_dir: Path,
+    folder: ModelFolder,
     clips: "list[Clip]",
-    origin: dict[str, Any],
+    origin: "Origin",
     device: str,
 ) -> "tuple[JointModel, tuple[DataLoader, DataLoader | None]]":
     """The model with new adapters (or those of `--init`), and the loaders of training and held-out clips."""
@@ -236,21 +240,20 @@ def build(
         find_places,
         slowest_pace,
         speaker_embedding,
-        speaker_name,
         split_clips,
     )
     from llm_flow_model import JointModel
 
     train, held_out = split_clips(clips, config["validation_ratio"], args.seed)
     seed_all(args.seed)
-    parts = {part: load_part(model_dir, part) for part in MODES[config["training_mode"]]}
+    parts = {part: load_part(folder, part) for part in MODES[config["training_mode"]]}
     for part in parts.values():
         check_vocabularies(clips, part)
         find_places(clips, part)
-    origin = origin | {"speaker": speaker_name(clips), "pace": slowest_pace(train)}
+    origin = replace(origin, pace=slowest_pace(train))
     model = JointModel(parts, config, args.seed, speaker_embedding(train), origin)
     if args.init:
-        start_from(args.init, model, model_dir)
+        start_from(args.init, model, folder)
     if args.memory:
         fill_memory(model, clips, args.memory, device)
     size = model.config["batch_size"]
@@ -258,10 +261,10 @@ def build(
     return model, (train_loader, DataLoader(held_out, size, collate_fn=collate) if held_out else None)
 
 
-def sets_passes(args: argparse.Namespace, model_dir: Path) -> bool:
+def sets_passes(args: argparse.Namespace, folder: ModelFolder) -> bool:
     """Return whether the user or the base model says how many clips a pass and passes a step there are."""
     given = {change.partition("=")[0].strip() for change in changes(args)}
-    own = settings_for(model_dir)
+    own = settings_for(folder)
     differs = any(own[key] != JOINT_TRAINING_CONFIG[key] for key in PASSES_ON_GPU)
     return bool(args.memory or given & PASSES_ON_GPU.keys() or differs)
 
@@ -280,7 +283,7 @@ def fill_memory(model: "JointModel", clips: "list[Clip]", memory: int, device: s
     print(f"{memory / 1e9:g} GB: batch_size={size}, accumulate_grad_batches={passes}")
 
 
-def start_from(checkpoint: Path, model: "JointModel", model_dir: Path) -> None:
+def start_from(checkpoint: Path, model: "JointModel", folder: ModelFolder) -> None:
     """Copy the adapters that a checkpoint of any mode shares with the model; of a run's last, the best epoch's."""
     from lora import load_adapters, rescaled
     from voices.run import last_checkpoint, read_run, scale_of
@@ -289,14 +292,14 @@ def start_from(checkpoint: Path, model: "JointModel", model_dir: Path) -> None:
     shared = [part for part in run.parts if part in model.parts]
     if not shared:
         raise InputError(f"{checkpoint} (--mode {run.mode}) shares no part with this mode; leave --init out")
-    run.check_base(model.origin["base"], model_dir)
+    run.check_base(folder)
     is_last = checkpoint.name == last_checkpoint(checkpoint.parent, run.mode).name
     for part in shared:
         change = run.scale(part) / scale_of(model.config[f"{part}_lora"])  # 1, unless lora_alpha is another now
-        progress = run.state["progress"][part]
-        chosen = is_last and progress["best"]  # there is no best one where the first epoch was interrupted
+        progress = run.state.progress[part]
+        chosen = is_last and progress.best  # there is no best one where the first epoch was interrupted
         load_adapters(model.parts[part], rescaled(chosen or run.adapters[part], change))
-        print(f"{part}: starting from {checkpoint}" + (f", epoch {progress['best_epoch']}" if chosen else ""))
+        print(f"{part}: starting from {checkpoint}" + (f", epoch {progress.best_epoch}" if chosen else ""))
 
 
 def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]", device: str) -> None:
@@ -326,16 +329,16 @@ def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]
 # Ending
 
 
-def conclude(run: "Run", output_dir: Path, model_dir: Path) -> None:
+def conclude(run: "Run", output_dir: Path, folder: ModelFolder) -> None:
     """Say why training ended, and merge the best weights."""
     from voices.merge import merge_run, merged_path
 
     for part in run.parts:
-        progress = run.state["progress"][part]
-        why = progress["stopped"] or f"max_epochs ({run.config['max_epochs']}) reached"
-        print(f"{part} stopped: {why}; best loss {progress['best_loss']:.3f} in epoch {progress['best_epoch']}")
+        progress = run.state.progress[part]
+        why = progress.stopped or f"max_epochs ({run.config['max_epochs']}) reached"
+        print(f"{part} stopped: {why}; best loss {progress.best_loss:.3f} in epoch {progress.best_epoch}")
     targets = {part: merged_path(output_dir, part, run.mode) for part in run.parts}
-    for path in merge_run(run, model_dir, output_dir, targets, use_best=True):
+    for path in merge_run(run, folder, output_dir, targets, use_best=True):
         print(f"wrote {path}")
 
 
@@ -346,8 +349,8 @@ def both_files(run: "Run", output_dir: Path) -> str:
 
     own = {part: merged_path(output_dir, part, run.mode) for part in run.parts}
     for voice in map(read_sidecar, sidecars(output_dir)):
-        earlier = {part: output_dir / file for part, file in voice["files"].items() if part not in own}
-        if earlier and voice["base"] == run.state["base"]:
+        earlier = {part: file for part, file in voice.files.items() if part not in own}
+        if earlier and voice.base == run.state.origin.base:
             files = own | earlier
             return "".join(f" --{part} {quoted(files[part])}" for part in MODES["joint"])
     return ""

@@ -83,11 +83,11 @@ def pick_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
-def limit_threads(model_dir: Path) -> None:
+def limit_threads(folder: ModelFolder) -> None:
     """Let torch compute with as many threads as suit the base model, unless OMP_NUM_THREADS says how many."""
     import torch
 
-    threads = ModelFolder(model_dir).threads
+    threads = folder.threads
     if threads and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
 

@@ -107,7 +107,7 @@ def sources(args: argparse.Namespace) -> dict[str, Path]:
     from config import find_model_dir
 
     if args.model_dir:
-        return {args.model_dir.name: find_model_dir(args.model_dir)}
+        return {args.model_dir.name: find_model_dir(args.model_dir).path}
     return {f"random {size}": CONFIGS[size] for size in args.sizes}
 
 
@@ -116,7 +116,7 @@ def build(source: Path, part: str) -> "nn.Module":
     from cosyvoice.model_folder.weights import load_part
 
     if source.is_dir():
-        return load_part(source, part)
+        return load_part(model_folder(source), part)
     with TemporaryDirectory() as folder:
         return with_config(Path(folder), source).parts([part])[part].eval()
 

@@ -47,6 +47,7 @@ from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 if TYPE_CHECKING:
     from dataset import Clip
     from llm_flow_model import JointModel
+    from voices.run_state import Origin
 
 TEXT_TOKENS = 30
 IDS = 256  # of text and speech tokens: every model has that many
@@ -112,11 +113,12 @@ def joint_model(source: Path, mode: str, seed: int, batch_size: int = 1) -> "Joi
 
     steps = {"training_mode": mode, "batch_size": batch_size, "accumulate_grad_batches": 1}
     parts = {part: build(source, part) for part in MODES[mode]}
-    return JointModel(parts, settings_of(source) | steps, seed, torch.randn(SPEAKER_DIMENSIONS), origin={}).train()
+    origin = Origin(mode, run="", base={}, data="", speaker="")
+    return JointModel(parts, settings_of(source) | steps, seed, torch.randn(SPEAKER_DIMENSIONS), origin).train()
 
 
 def settings_of(source: Path) -> dict[str, Any]:
-    return settings_for(model_folder(source).path)
+    return settings_for(model_folder(source))
 
 
 def random_clip(source: Path, length: int) -> "Clip":

@@ -1,7 +1,6 @@
 """From a recording and its text to one row of training data, or to the reason why there is none."""
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -30,9 +29,8 @@ class ClipMaker:
     """
 
     def __init__(
-        self, model_dir: Path, device: str, known: dict[str, pa.Table], edge_seconds: float | None = None
+        self, folder: ModelFolder, device: str, known: dict[str, pa.Table], edge_seconds: float | None = None
     ) -> None:
-        folder = ModelFolder(model_dir)
         self.frontend = open_front_end(folder, folder.parts(FRONTEND_PARTS), device)
         self.generation, self.rates = folder.generation, folder.rates
         self.frontend.encode("")  # what is wrong with the folder shows here, not clip by clip

@@ -8,6 +8,9 @@ from torch import nn
 
 from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.model_folder.weights import load_strict, read_state_dict
+from voices.run_state import Origin
+
+ORIGIN = Origin("joint", run="", base={}, data="", speaker="")  # of a model that writes no checkpoint
 
 
 def tiny(part: str) -> nn.Module:

@@ -38,8 +38,9 @@ BENCHES = tuple(
 SUITE_LAYERS = (
     SCRIPTS,
     ("training",),
+    ("llm_flow_model",),
     ("clips", "voices"),
-    ("llm_flow_model", "dataset"),
+    ("dataset",),
     ("lora", "utils", "config"),
     ("cosyvoice",),
     ("matcha",),

@@ -23,6 +23,7 @@ import train_joint
 from clips.recordings import find_recordings
 from clips.store import with_column
 from config import SEED
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.runtime.command import EXIT_INTERRUPTED, run
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.file_utils import alone_in
@@ -359,7 +360,7 @@ def test_more_faults_of_single_clips(
     assert lines.keys() == expected.keys()
     for utt, words in expected.items():
         assert words in lines[utt]["reason"] and lines[utt]["kept"] == ("no" if words else "yes"), utt
-    assert [clip.utt for clip in load_clips(tmp_path / "data", places["model"])] == [long_name]
+    assert [clip.utt for clip in load_clips(tmp_path / "data", ModelFolder(places["model"]))] == [long_name]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
@@ -391,7 +392,7 @@ def test_a_second_run_in_the_same_folder_is_refused(name: str, folder: str, scra
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_training(scratch: dict[str, Path], capsys) -> None:
-    held_out = split_clips(load_clips(scratch["data"], scratch["model"]), 0.1, SEED)[1][0].utt
+    held_out = split_clips(load_clips(scratch["data"], ModelFolder(scratch["model"])), 0.1, SEED)[1][0].utt
     table = pq.read_table(scratch["data"] / "clips-00000.parquet", partitioning=None)
     mels = {row["utt"]: row["speech_feat"] for row in table.to_pylist()}
     mels[held_out] = [1e30] * len(mels[held_out])  # whose square is not finite
@@ -464,4 +465,4 @@ def test_a_damaged_sidecar_is_written_anew(scratch: dict[str, Path]) -> None:
     sidecar = scratch["output"] / "voice_flow_only.json"
     sidecar.write_text('{"files"')
     assert command("merge", "", scratch) == 0
-    assert read_sidecar(sidecar)["files"] == {"flow": "flow_merged_flow_only.pt"}
+    assert read_sidecar(sidecar).files == {"flow": scratch["output"] / "flow_merged_flow_only.pt"}

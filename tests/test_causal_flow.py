@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from flow_cases import CFM_PARAMS, ESTIMATOR_OPTIONS, MELS, SPEAKER_DIM, VOCABULARY
-from models import tiny2
+from models import ORIGIN, tiny2
 from parity import V1
 from torch import Tensor, nn
 
@@ -495,7 +495,7 @@ def test_it_trains_as_a_part_of_the_joint_model() -> None:
     for recompute in (False, True):
         config = with_changes(JOINT_TRAINING_CONFIG, [*changes, f"recompute={recompute}"])
         torch.manual_seed(5)
-        model = JointModel({"flow": build_flow()}, config, 0, torch.zeros(SPEAKER_DIM), origin={})
+        model = JointModel({"flow": build_flow()}, config, 0, torch.zeros(SPEAKER_DIM), ORIGIN)
         model.train()
         loss(model.parts["flow"], training_batch(), streaming=True).backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})

@@ -12,6 +12,7 @@ from planted import Bomb
 from torch import Tensor, nn
 
 from cosyvoice.model_folder.fingerprints import fingerprint_file, fingerprint_weights
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import load_part, load_strict, load_tensors, read_state_dict
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
@@ -29,7 +30,7 @@ def mismatch(module: nn.Module, state: dict[str, Tensor]) -> str:
 def test_loading_draws_no_random_weights(tmp_path: Path, part: str) -> None:
     folder = tiny_model_dir(tmp_path)
     before = torch.get_rng_state()
-    module = load_part(folder, part)
+    module = load_part(ModelFolder(folder), part)
     assert torch.equal(torch.get_rng_state(), before)
     state = read_state_dict(folder / f"{part}.pt")
     assert all(torch.equal(tensor, state[name].float()) for name, tensor in module.state_dict().items())

@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from models import ORIGIN
 from torch import Tensor, nn
 
 import inference_joint
@@ -72,10 +73,11 @@ def train(places: dict[str, Path], tmp_path: Path):
 
 
 def joint_model(places: dict[str, Path], *changes: str) -> JointModel:
-    config = with_changes(settings_for(places["model"]), [*FAST, *changes])
-    parts = {part: load_part(places["model"], part) for part in MODES[config["training_mode"]]}
+    folder = ModelFolder(places["model"])
+    config = with_changes(settings_for(folder), [*FAST, *changes])
+    parts = {part: load_part(folder, part) for part in MODES[config["training_mode"]]}
     torch.manual_seed(3)
-    return JointModel(parts, config, 0, speaker_embedding(load_clips(places["data"], places["model"])), {}).train()
+    return JointModel(parts, config, 0, speaker_embedding(load_clips(places["data"], folder)), ORIGIN).train()
 
 
 # Preparing
@@ -100,11 +102,11 @@ def test_tokens_and_mel_end_together(places: dict[str, Path]) -> None:
 
 def test_data_survives_a_move_of_the_model_but_not_another_tokenizer(places: dict[str, Path], tmp_path: Path) -> None:
     moved = shutil.copytree(places["model"], tmp_path / "moved")
-    assert len(load_clips(places["data"], moved)) == CLIPS
+    assert len(load_clips(places["data"], ModelFolder(moved))) == CLIPS
     with (moved / "CosyVoice-BlankEN" / "merges.txt").open("a", encoding="utf-8") as merges:
         merges.write("t h\n")
     with pytest.raises(InputError, match="were prepared with another model than .*moved; run prepare_joint_data.py"):
-        load_clips(places["data"], moved)
+        load_clips(places["data"], ModelFolder(moved))
 
 
 def test_rows_of_another_generation_are_made_again(
@@ -116,21 +118,22 @@ def test_rows_of_another_generation_are_made_again(
         shutil.copy(RECORDINGS / f"001.{suffix}", raw)
     first = make_random_model(tmp_path / "v1", seed=7)
     with pytest.raises(InputError, match="were prepared with another model than .*v1; run prepare_joint_data.py"):
-        load_clips(data, first)
+        load_clips(data, ModelFolder(first))
     prepare(first, raw, data)
     told = capsys.readouterr().out
     assert f"{data} has {CLIPS} clips of another model than {first}. They are made again." in told
     assert "(0 unchanged)" in told
-    (clip,) = load_clips(data, first)
+    (clip,) = load_clips(data, ModelFolder(first))
     assert len(clip.mel) == ModelFolder(first).rates.mel_frames(len(clip.speech_token))
     prepare(places["model"], raw, data)
-    (clip,) = load_clips(data, places["model"])
+    (clip,) = load_clips(data, ModelFolder(places["model"]))
     assert len(clip.mel) == 2 * len(clip.speech_token)
 
 
 @pytest.mark.parametrize(("part", "kind"), [("llm", "text"), ("llm", "speech"), ("flow", "speech")])
 def test_tokens_that_the_model_has_no_vector_for_are_refused(places: dict[str, Path], part: str, kind: str) -> None:
-    clips, module = load_clips(places["data"], places["model"]), load_part(places["model"], part)
+    folder = ModelFolder(places["model"])
+    clips, module = load_clips(places["data"], folder), load_part(folder, part)
     check_vocabularies(clips, module)
     getattr(clips[0], f"{kind}_token")[0] = 6561  # of speech: the end token
     with pytest.raises(InputError, match=f"has the {kind} token 6561, and the model only those below"):
@@ -144,13 +147,14 @@ def test_tokens_that_the_model_has_no_vector_for_are_refused(places: dict[str, P
 def test_each_mode_trains_its_adapters_and_merges_strictly(train, places: dict[str, Path], mode: str) -> None:
     output = train("--mode", mode, "--epochs", "1")
     trained = read_run(output / f"joint_{mode}_last.ckpt")
-    settings = with_changes(settings_for(places["model"]), [*FAST, f"training_mode={mode}", "max_epochs=1"])
+    folder = ModelFolder(places["model"])
+    settings = with_changes(settings_for(folder), [*FAST, f"training_mode={mode}", "max_epochs=1"])
     assert trained.config == settings and trained.parts == MODES[mode]
     adapted = {part: {name.rpartition(".")[0] for name in tensors} for part, tensors in trained.adapters.items()}
     for part in trained.parts:
         file = output / f"{part}_merged_{mode}.pt"
         merged, base = read_state_dict(file), read_state_dict(places["model"] / f"{part}.pt")
-        load_strict(load_part(places["model"], part), merged, file.name)
+        load_strict(load_part(folder, part), merged, file.name)
         assert merged.keys() == base.keys()
         changed = {name for name, tensor in merged.items() if not torch.equal(tensor, base[name])}
         assert changed == {f"{layer}.weight" for layer in adapted[part]}
@@ -186,10 +190,11 @@ def test_merged_weights_compute_what_base_and_adapters_do(train, places: dict[st
     output = train("--epochs", "1")
     assert merge_joint_weights.main(["--model-dir", str(places["model"]), "--output-dir", str(output)]) == 0
     trained = read_run(output / "joint_joint_last.ckpt")
-    batch = collate(load_clips(places["data"], places["model"])[:2]) | {"bistream": torch.tensor([True, False])}
+    folder = ModelFolder(places["model"])
+    batch = collate(load_clips(places["data"], folder)[:2]) | {"bistream": torch.tensor([True, False])}
     losses = {}
     for kind in ("base", "adapted", "merged"):
-        parts = {part: load_part(places["model"], part) for part in MODES["joint"]}
+        parts = {part: load_part(folder, part) for part in MODES["joint"]}
         for name, part in parts.items():
             lora = trained.config[f"{name}_lora"]
             if kind == "adapted":
@@ -224,7 +229,7 @@ def first_epoch(output: Path) -> Path:
 
 def assert_same(one: Any, other: Any) -> None:
     for part in one.parts:
-        assert one.state["progress"][part]["history"] == other.state["progress"][part]["history"]
+        assert one.state.progress[part].history == other.state.progress[part].history
         for name, tensor in one.adapters[part].items():
             assert torch.equal(tensor, other.adapters[part][name]), name
 
@@ -247,7 +252,7 @@ def test_memory_decides_how_many_clips_are_a_pass(train, capsys: pytest.CaptureF
 def test_turns_of_text_and_speech_are_a_setting_of_models_that_have_them(
     train, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert settings_for(places["model"])["bistream_ratio"] == 0.5
+    assert settings_for(ModelFolder(places["model"]))["bistream_ratio"] == 0.5
     drawn, draw = [], Qwen2LM.drawn_layouts
     monkeypatch.setattr(Qwen2LM, "drawn_layouts", lambda llm, batch: drawn.append(draw(llm, batch)) or drawn[-1])
     for ratio in (0, 1):
@@ -257,7 +262,7 @@ def test_turns_of_text_and_speech_are_a_setting_of_models_that_have_them(
     with pytest.raises(InputError, match="bistream_ratio is no setting of this model"):
         with_changes(JOINT_TRAINING_CONFIG, ["bistream_ratio=0.3"])
     with pytest.raises(InputError, match="bistream_ratio must be a number at least 0 and at most 1, not 2"):
-        with_changes(settings_for(places["model"]), ["bistream_ratio=2"])
+        with_changes(settings_for(ModelFolder(places["model"])), ["bistream_ratio=2"])
 
 
 def test_attention_by_chunks_is_a_coin_a_batch_and_half_of_what_is_held_out(
@@ -284,7 +289,7 @@ def test_attention_by_chunks_is_a_coin_a_batch_and_half_of_what_is_held_out(
 
 def test_windows_of_one_batch_share_the_coin(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model = joint_model(places, "training_mode=flow_only", "max_feat_len=1000")
-    batch = collate(load_clips(places["data"], places["model"]))
+    batch = collate(load_clips(places["data"], ModelFolder(places["model"])))
     seen = []
     monkeypatch.setattr(
         model.parts["flow"], "loss", lambda *_, streaming, **__: seen.append(streaming) or torch.ones(())
@@ -303,7 +308,7 @@ def test_windows_of_one_batch_share_the_coin(places: dict[str, Path], monkeypatc
 
 
 def test_blocks_computed_again_keep_less_and_give_the_same_gradients(places: dict[str, Path]) -> None:
-    batch = collate(load_clips(places["data"], places["model"])[:2])
+    batch = collate(load_clips(places["data"], ModelFolder(places["model"]))[:2])
     gradients, kept = [], []
     for recompute in (False, True):
         model, saved = joint_model(places, f"recompute={recompute}", "max_feat_len=250"), {}
@@ -327,7 +332,7 @@ def keep(saved: dict[int, int], tensor: Tensor) -> Tensor:
 
 
 def test_a_base_in_half_precision_trains_adapters_in_float32(places: dict[str, Path]) -> None:
-    batch = collate(load_clips(places["data"], places["model"])[:2])
+    batch = collate(load_clips(places["data"], ModelFolder(places["model"]))[:2])
     found = []
     for half in (False, True):
         model = joint_model(places)
@@ -379,7 +384,7 @@ def test_the_whole_job_at_full_size(tmp_path: Path) -> None:
     assert merge_joint_weights.main(into) == 0
     merged = read_state_dict(output / "llm_merged_joint.pt")
     assert merged[TIED[0]].data_ptr() == merged[TIED[1]].data_ptr()
-    load_strict(load_part(model, "llm"), merged, "llm_merged_joint.pt")
+    load_strict(load_part(ModelFolder(model), "llm"), merged, "llm_merged_joint.pt")
     del merged
     spoken(into)
     spoken(into, "--stream")

@@ -15,6 +15,7 @@ import inference_joint
 from config import JOINT_TRAINING_CONFIG, MODES, PROJECT_DIR
 from cosyvoice.cli.cosyvoice import CosyVoice
 from cosyvoice.cli.model import CosyVoiceModel
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.precision import fastest_precision
 from cosyvoice.utils.rates_300m import SAMPLE_RATE_HZ
@@ -24,6 +25,7 @@ from utils import pick_device
 from voices.lines import read_lines
 from voices.merge import merge_run, merged_path
 from voices.run import base_fingerprints, last_checkpoint, read_run
+from voices.run_state import Origin
 from voices.wav import write_wav
 
 MODE = "joint"
@@ -47,12 +49,12 @@ def output_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     write_checkpoint(last_checkpoint(folder, MODE), model_dir)
     run = read_run(last_checkpoint(folder, MODE))
     targets = {part: merged_path(folder, part, MODE) for part in run.parts}
-    merge_run(run, model_dir, folder, targets, use_best=False)
+    merge_run(run, ModelFolder(model_dir), folder, targets, use_best=False)
     return folder
 
 
 def write_checkpoint(path: Path, model_dir: Path) -> None:
-    origin = {"mode": MODE, "run": "1", "speaker": SPEAKER, "base": base_fingerprints(model_dir), "data": ""}
+    origin = Origin(MODE, run="1", base=base_fingerprints(ModelFolder(model_dir)), data="", speaker=SPEAKER)
     embedding = torch.nn.functional.normalize(torch.randn(192), dim=0)
     model = JointModel({part: tiny(part) for part in MODES[MODE]}, JOINT_TRAINING_CONFIG, 0, embedding, origin)
     for layer in adapters(model):

@@ -145,5 +145,5 @@ def test_the_mini_is_used_where_there_is_no_300m_and_said_to_be(
     for name, folder in models.items():
         folder.mkdir(parents=True)
         (folder / "cosyvoice.yaml").touch()
-        assert find_model_dir(None) == folder  # the larger one as soon as it is there
+        assert find_model_dir(None).path == folder  # the larger one as soon as it is there
         assert (MINI_NAME in capsys.readouterr().out) == (name == MINI_NAME)

@@ -36,20 +36,21 @@ def test_settings_and_threads_travel_with_a_renamed_copy(tmp_path: Path, monkeyp
     copy.mkdir()
     for name in ("cosyvoice.yaml", "lexicon.txt.gz"):
         shutil.copy(MINI / name, copy)
-    assert settings_for(copy) == settings_for(MINI) != JOINT_TRAINING_CONFIG
-    assert settings_for(copy)["flow_lora"]["lora_r"] == 32 and settings_for(copy)["llm_lora"]["lora_r"] == 8
+    settings = settings_for(ModelFolder(copy))
+    assert settings == settings_for(ModelFolder(MINI)) != JOINT_TRAINING_CONFIG
+    assert settings["flow_lora"]["lora_r"] == 32 and settings["llm_lora"]["lora_r"] == 8
     chosen = []
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    limit_threads(copy)
+    limit_threads(ModelFolder(copy))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    limit_threads(copy)
+    limit_threads(ModelFolder(copy))
     assert chosen == [1]
 
 
 def test_a_folder_that_asks_for_nothing_gets_the_defaults(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path / "CosyVoice-mini", "sample_rate: 22050\n")
-    assert settings_for(folder) == JOINT_TRAINING_CONFIG and ModelFolder(folder).threads is None
+    folder = ModelFolder(folder_with(tmp_path / "CosyVoice-mini", "sample_rate: 22050\n"))
+    assert settings_for(folder) == JOINT_TRAINING_CONFIG and folder.threads is None
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_a_folder_that_asks_for_nothing_gets_the_defaults(tmp_path: Path) -> Non
 def test_impossible_settings_of_a_folder_are_refused(entry: str, message: str, tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "model", f"{entry}\n")
     with pytest.raises(InputError, match=message) as error:
-        settings_for(folder)
+        settings_for(ModelFolder(folder))
     assert "\n" not in str(error.value)
 
 
@@ -74,7 +75,7 @@ def test_impossible_settings_of_a_folder_are_refused(entry: str, message: str, t
 def test_impossible_threads_of_a_folder_are_refused(value: str, tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "model", f"threads: {value}\n")
     with pytest.raises(InputError, match="threads is .*. Give a number from 1 to 1024"):
-        limit_threads(folder)
+        limit_threads(ModelFolder(folder))
 
 
 def test_folders_that_cannot_serve_are_refused(tmp_path: Path) -> None:
@@ -94,13 +95,13 @@ def test_a_folder_of_cosyvoice2_answers_for_its_own(tmp_path: Path) -> None:
     folder = ModelFolder(tmp_path)
     assert folder.speech_tokenizer.name == "speech_tokenizer_v2.onnx" and folder.rates == Rates(24000, 480, 25)
     assert folder.parts(["qwen_pretrain_path"]) == {"qwen_pretrain_path": str(tmp_path / "CosyVoice-BlankEN")}
-    settings = settings_for(tmp_path)
+    settings = settings_for(folder)
     assert "q_proj" in settings["llm_lora"]["target_modules"] and settings["llm_lora"]["lora_r"] == 8
     assert settings["flow_lora"] == JOINT_TRAINING_CONFIG["flow_lora"]
     assert settings["bistream_ratio"] == 0.5 and "bistream_ratio" not in JOINT_TRAINING_CONFIG
     with (tmp_path / "cosyvoice2.yaml").open("a") as file:
         file.write("finetuning: {llm_lora: {lora_r: 4}}\n")
-    settings = settings_for(tmp_path)["llm_lora"]
+    settings = settings_for(ModelFolder(tmp_path))["llm_lora"]
     assert "q_proj" in settings["target_modules"] and settings["lora_r"] == 4, "both changes count"
     assert ModelFolder(MINI).rates == Rates(22050, 256, 50)
 
@@ -113,8 +114,8 @@ def test_of_several_models_the_one_in_use_is_named(
     second = tmp_path / "pretrained_models" / "CosyVoice2-0.5B"
     second.mkdir(parents=True)
     (second / "cosyvoice2.yaml").touch()
-    assert find_model_dir(None) == second and not capsys.readouterr().out
+    assert find_model_dir(None).path == second and not capsys.readouterr().out
     first = folder_with(second.with_name("CosyVoice-300M"), "")
-    assert find_model_dir(None) == first
+    assert find_model_dir(None).path == first
     assert capsys.readouterr().out == f"using {first}; --model-dir chooses CosyVoice2-0.5B instead\n"
-    assert find_model_dir(second) == second
+    assert find_model_dir(second).path == second

@@ -23,6 +23,7 @@ from clips import store
 from clips.checks import Outcome, compare, silence_share, warnings_of
 from clips.maker import ClipMaker
 from clips.recordings import find_recordings
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.speech_encoders.encoders import SpeechTokenizer
 from cosyvoice.tokenizer.phones import get_phone_tokenizer
@@ -108,7 +109,7 @@ def test_features_are_the_models_own(model_dir: Path, raw: Path) -> None:
     path = add(raw, "1.wav", tone(1.5, 44100), 44100, "It costs 5 dollars.")
     add(raw, "2.wav", tone(1.0, hertz=3000))
     data = prepare(model_dir, raw)
-    frontend = ClipMaker(model_dir, "cpu", {}).frontend
+    frontend = ClipMaker(ModelFolder(model_dir), "cpu", {}).frontend
     row = rows(data)[0]
 
     mel = torch.tensor(row["speech_feat"]).view(*row["speech_feat_shape"])
@@ -137,7 +138,7 @@ def test_overshoot_is_brought_back_to_full_scale(model_dir: Path, raw: Path) -> 
 
 def test_training_reads_the_data(model_dir: Path, raw: Path) -> None:
     add(raw, "1.wav", tone(1.5))
-    clip = load_clips(prepare(model_dir, raw), model_dir)[0]
+    clip = load_clips(prepare(model_dir, raw), ModelFolder(model_dir))[0]
     assert clip.mel.shape[1] == 80 and len(clip.speech_token) == pytest.approx(75, abs=2)
 
 
@@ -149,14 +150,14 @@ def test_data_of_another_model_is_refused(model_dir: Path, raw: Path, tmp_path: 
         other = shutil.copytree(model_dir, tmp_path / f"without {name}")
         (other / name).write_bytes((model_dir / name).read_bytes() + b"0")
         with pytest.raises(InputError, match="prepared with another model"):
-            load_clips(data, other)
+            load_clips(data, ModelFolder(other))
     other = shutil.copytree(model_dir, tmp_path / "other text ids")
     config = other / "cosyvoice.yaml"
     text_ids = "!name:cosyvoice.tokenizer.tokenizer.get_byte_tokenizer"
     written = config.read_text(encoding="utf-8")
     config.write_text(re.sub(r"get_tokenizer: !name:.*\n(    .*\n)*", f"get_tokenizer: {text_ids}\n", written))
     with pytest.raises(InputError, match="prepared with another model"):
-        load_clips(data, other)
+        load_clips(data, ModelFolder(other))
 
 
 def test_a_lexicon_belongs_to_the_model(model_dir: Path, raw: Path, tmp_path: Path) -> None:
@@ -173,10 +174,10 @@ def test_a_lexicon_belongs_to_the_model(model_dir: Path, raw: Path, tmp_path: Pa
     data = prepare(phones, raw)
     assert rows(data)[0]["text_token"] == get_phone_tokenizer(lexicon).encode("A tone.")
     moved = phones.rename(tmp_path / "moved")
-    assert len(load_clips(data, moved)) == 1
+    assert len(load_clips(data, ModelFolder(moved))) == 1
     (moved / "lexicon.txt.gz").write_bytes(gzip.compress(b"a ey1\n"))
     with pytest.raises(InputError, match="prepared with another model"):
-        load_clips(data, moved)
+        load_clips(data, ModelFolder(moved))
 
 
 def test_a_bad_clip_is_reported_and_the_rest_goes_on(

@@ -48,7 +48,7 @@ def test_the_seed_decides_every_byte(folder: Path, tmp_path: Path) -> None:
 
 
 def test_weights_load_strictly_and_keep_the_vocabularies(folder: Path) -> None:
-    llm, flow, _ = (load_part(folder, part) for part in ("llm", "flow", "hift"))
+    llm, flow, _ = (load_part(ModelFolder(folder), part) for part in ("llm", "flow", "hift"))
     speech = {"small": 4096, "small2": 6561}[folder.name]
     assert llm.speech_token_size == flow.input_embedding.num_embeddings == speech
     text = ModelFolder(folder).parts(["get_tokenizer"])["get_tokenizer"]().encode("Something, 42 \u4f60 [breath]")

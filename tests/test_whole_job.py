@@ -2,6 +2,8 @@
 
 import shutil
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ import merge_joint_weights
 import prepare_joint_data
 import train_joint
 from config import JOINT_TRAINING_CONFIG
+from cosyvoice.model_folder import model_yaml
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import load_part, read_state_dict
 from lora import inject, load_adapters, merged
 from tools.random_model import make_random_model
@@ -37,15 +41,29 @@ def whole_job(folder: Path, size: str, clips: int, finetuning: dict[str, int | f
             shutil.copy(RECORDINGS / f"{number:03d}.{suffix}", recordings)
     into = ["--model-dir", str(model), "--output-dir", str(output)]
     prepare = ["--model-dir", str(model), "--data-dir", str(data), "--input-dir", str(recordings)]
-    assert prepare_joint_data.main(prepare) == 0
-    assert train_joint.main([*into, "--data-dir", str(data), *CPU]) == 0
+    run(prepare_joint_data, prepare)
+    run(train_joint, [*into, "--data-dir", str(data), *CPU])
     settings = read_run(output / "joint_joint_last.ckpt").config
     assert settings == JOINT_TRAINING_CONFIG | finetuning, "the folder's settings are those of training"
     first = (output / "llm_merged_joint.pt").read_bytes()
-    assert merge_joint_weights.main(into) == 0
+    run(merge_joint_weights, into)
     assert (output / "llm_merged_joint.pt").read_bytes() == first, "merging twice gave another file"
-    assert inference_joint.main([*into, *CPU, "--text", "Two words."]) == 0
+    run(inference_joint, [*into, *CPU, "--text", "Two words."])
     return {"into": into, "output": output, "model": model}
+
+
+def run(command: ModuleType, options: list[str]) -> None:
+    """Run a command. It reads the model's YAML once, or never where it only merges."""
+    load, reads = model_yaml.yaml.load, []
+
+    def noted(text: str, Loader: type) -> Any:
+        reads.append(Loader is model_yaml._Loader)
+        return load(text, Loader)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_yaml.yaml, "load", noted)
+        assert command.main(options) == 0
+    assert sum(reads) == (command is not merge_joint_weights), "the model's YAML is read once"
 
 
 def assert_speech(path: Path) -> np.ndarray:
@@ -79,7 +97,7 @@ def test_merged_output_equals_base_and_adapter(job: dict, dtype: torch.dtype, to
     run = read_run(job["output"] / "joint_joint_last.ckpt")
     lora = run.config["flow_lora"]
     base = {name: tensor.to(dtype) for name, tensor in read_state_dict(job["model"] / "flow.pt").items()}
-    adapted, merged_part = load_part(job["model"], "flow"), load_part(job["model"], "flow")
+    adapted, merged_part = (load_part(ModelFolder(job["model"]), "flow") for _ in range(2))
     adapted.load_state_dict(base)
     inject(adapted, lora["target_modules"], lora["lora_r"], lora["lora_alpha"], dropout=0.0)
     load_adapters(adapted, run.adapters["flow"])

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cosyvoice.model_folder.folder import ModelFolder
     from tools.evaluation_report import Evaluation
     from voices.lines import Line
 
@@ -38,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = parse(argv)
     args.results = args.results or args.output_dir / "evaluation"
-    args.model_dir, args.reference = find_model_dir(args.model_dir), find_input_dir(args.reference)
-    check_writable(args.results, args.model_dir)
+    folder, args.reference = find_model_dir(args.model_dir), find_input_dir(args.reference)
+    args.model_dir = folder.path  # for the report
+    check_writable(args.results, folder.path)
 
     from tools.evaluation_report import draw, table, write_json
 
-    evaluation = evaluate(args)
+    evaluation = evaluate(args, folder)
     print(table(evaluation))
     write_json(evaluation, args.results / "evaluation.json")
     draw(evaluation, args.results / "evaluation.png")
@@ -80,7 +82,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def evaluate(args: argparse.Namespace) -> "Evaluation":
+def evaluate(args: argparse.Namespace, folder: "ModelFolder") -> "Evaluation":
     """Speak where there are texts, and ask the judges. What is missing shows before the work."""
     from cosyvoice.utils.frontend_utils import contains_chinese
     from tools.evaluation_report import Evaluation
@@ -98,14 +100,16 @@ def evaluate(args: argparse.Namespace) -> "Evaluation":
         import matplotlib  # noqa: F401
     originals = read_sayings(args.reference, all_needed=False)
     bases = read_voices(args.base_voices, args.reference) if args.base_voices else {}
-    voice, real_time_factor = speak(lines, args) if lines else (None, None)
+    voice, real_time_factor = speak(lines, args, folder) if lines else (None, None)
     spoken = [read_saying(line.output, line.text, seed) for seed in lines for line in lines[seed]]
     judged = judge_all(recordings or spoken, originals, bases, judges)
     options = {name: str(value) for name, value in vars(args).items() if value is not None}
     return Evaluation({"options": options, "voice": voice}, original_pace(originals), *judged, real_time_factor)
 
 
-def speak(lines: dict[int, list["Line"]], args: argparse.Namespace) -> tuple[dict[str, str], float]:
+def speak(
+    lines: dict[int, list["Line"]], args: argparse.Namespace, folder: "ModelFolder"
+) -> tuple[dict[str, str], float]:
     """Speak the lines of every seed into their wavs, the text beside each.
 
     Returns what each part of the voice was loaded from, and the real-time factor.
@@ -116,7 +120,7 @@ def speak(lines: dict[int, list["Line"]], args: argparse.Namespace) -> tuple[dic
     from voices.options import open_voice
     from voices.wav import speak_into_files
 
-    voice, sources = open_voice(args, args.model_dir)
+    voice, sources = open_voice(args, folder)
     started, total = time.perf_counter(), 0.0
     for seed, own in lines.items():
         spoken = speak_into_files(voice, own, speed=1.0, seed=seed, together=args.batch_size)

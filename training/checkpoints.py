@@ -93,8 +93,8 @@ def epoch_summary(model: JointModel) -> str:
     """`epoch 4: llm 2.310 (held out 2.402), flow 0.512 (held out 0.530)`."""
     texts = []
     for name, progress in model.progress.items():
-        entry = progress.history[-1]
-        if entry["epoch"] == model.epoch_number:
-            held_out = f" (held out {entry['val']:.3f} ± {entry['val_error']:.3f})" if "val" in entry else ""
-            texts.append(f"{name} {entry['train']:.3f}{held_out}")
+        last = progress.history[-1]
+        if last.epoch == model.epoch_number:
+            held_out = "" if last.val is None else f" (held out {last.val:.3f} ± {last.val_error:.3f})"
+            texts.append(f"{name} {last.train:.3f}{held_out}")
     return f"epoch {model.epoch_number}: " + ", ".join(texts)

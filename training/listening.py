@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.audio import read_wav
 from utils import pick_device
@@ -20,7 +21,7 @@ class Listener:
     """Lets each epoch's checkpoint speak a text, into a wav beside the logs and into TensorBoard."""
 
     text: str
-    model_dir: Path
+    folder: ModelFolder
     device: str
     seed: int
 
@@ -37,7 +38,7 @@ class Listener:
     def speak(self, checkpoint: Path, wav: Path) -> None:
         """Write what `inference_joint.py --adapter CHECKPOINT --batch-size 1` with the same seed writes."""
         run = read_run(checkpoint)
-        voice = load_voice(Voice.of_run(run), run.embedding, self.model_dir, pick_device(self.device))
+        voice = load_voice(Voice.of_run(run), run.embedding, self.folder, pick_device(self.device))
         lines = [Line(1, self.text, wav)]
         for _ in speak_into_files(voice, lines, speed=1.0, seed=self.seed, together=1):
             pass

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +14,8 @@ from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import DAMAGE, load_tensors
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
-from voices.run import Run, base_fingerprints, check_base, read_run
-from voices.sidecar import newest_voice, read_sidecar, sidecars
+from voices.run import Run, check_base, read_run
+from voices.sidecar import Sidecar, newest_voice, read_sidecar, sidecars
 
 
 @dataclass
@@ -31,10 +30,10 @@ class Voice:
     @classmethod
     def of_run(cls, run: Run, weights: dict[str, Path] | None = None) -> "Voice":
         """Return the voice of a checkpoint's adapters, beside merged files of other parts."""
-        return cls(weights or {}, run, run.state["speaker"], run.pace)
+        return cls(weights or {}, run, run.state.origin.speaker, run.pace)
 
 
-def choose_voice(weights: dict[str, Path], checkpoint: Path | None, output_dir: Path, model_dir: Path) -> Voice:
+def choose_voice(weights: dict[str, Path], checkpoint: Path | None, output_dir: Path, folder: ModelFolder) -> Voice:
     """Return the voice of merged files by part, of a checkpoint's adapters, of both, or the newest of the folder.
 
     Raises InputError if a file does not exist, or was made from another base model than that of the model folder.
@@ -46,31 +45,29 @@ def choose_voice(weights: dict[str, Path], checkpoint: Path | None, output_dir: 
         run = read_run(checkpoint)
         if doubled := weights.keys() & set(run.parts):
             raise InputError(f"--adapter already brings a {' and '.join(doubled)}; leave out --{' --'.join(doubled)}")
-        run.check_base(base_fingerprints(model_dir), model_dir)
+        run.check_base(folder)
         return Voice.of_run(run, weights)
     sidecar = find_sidecar(weights, output_dir) if weights else newest_voice(output_dir)
-    if sidecar:
-        trained, parts = f"the voice {sidecar['speaker']!r}", sidecar["files"]  # other parts are the base's own
-        check_base(trained, sidecar["base"], parts, base_fingerprints(model_dir), model_dir)
-    files = weights or sidecar["files"]
-    speaks_at_it = "llm" in files and "llm" in sidecar.get("files", {})  # a base LLM has a pace of its own
-    return Voice(files, speaker=sidecar.get("speaker"), pace=sidecar.get("pace") if speaks_at_it else None)
+    if sidecar is None:
+        return Voice(weights)
+    files = weights or sidecar.files  # other parts are the base's own
+    check_base(f"the voice {sidecar.speaker!r}", sidecar.base, sidecar.files, folder)
+    speaks_at_it = "llm" in files and "llm" in sidecar.files  # a base LLM has a pace of its own
+    return Voice(files, speaker=sidecar.speaker, pace=sidecar.pace if speaks_at_it else None)
 
 
-def find_sidecar(weights: dict[str, Path], output_dir: Path) -> dict[str, Any]:
-    """What was written about merged files, beside them or in the output folder; empty for files of other origin."""
-
+def find_sidecar(weights: dict[str, Path], output_dir: Path) -> Sidecar | None:
+    """Return what was written about merged files, beside them or in the output folder; None for other files."""
     for part, path in weights.items():
         for folder in (path.parent, output_dir):
-            for sidecar in sidecars(folder):
-                content = read_sidecar(sidecar)
-                if part in content["files"] and (folder / content["files"][part]).resolve() == path.resolve():
-                    return content
-    return {}
+            for sidecar in map(read_sidecar, sidecars(folder)):
+                if part in sidecar.files and sidecar.files[part].resolve() == path.resolve():
+                    return sidecar
+    return None
 
 
 def speaker_vector(
-    embedding: str, speaker: str | None, voice: Voice, output_dir: Path, model_dir: Path
+    embedding: str, speaker: str | None, voice: Voice, output_dir: Path, folder: ModelFolder
 ) -> tuple[str, Tensor]:
     """Return what the speaker vector is, and the vector (1, 192).
 
@@ -80,7 +77,7 @@ def speaker_vector(
         return "zero vector", torch.zeros(1, SPEAKER_DIMENSIONS)
     if embedding != "mean":
         return embedding, read_vector(Path(embedding))
-    known = known_speakers(voice, output_dir, model_dir)
+    known = known_speakers(voice, output_dir, folder)
     name = speaker or voice.speaker or (next(iter(known)) if len(known) == 1 else None)
     if name not in known:
         asked = f"no speaker {name!r}" if name else "the files do not say who speaks"
@@ -88,10 +85,10 @@ def speaker_vector(
     return f"{name} (mean vector)", known[name]
 
 
-def known_speakers(voice: Voice, output_dir: Path, model_dir: Path) -> dict[str, Tensor]:
+def known_speakers(voice: Voice, output_dir: Path, folder: ModelFolder) -> dict[str, Tensor]:
     """Return speaker vectors (1, 192) by name, of base model, voice and checkpoint. The last of a name counts."""
-    files = [ModelFolder(model_dir).stored_speakers]
-    files += [folder / "spk2info.pt" for folder in (output_dir, *(path.parent for path in voice.weights.values()))]
+    places = (output_dir, *(path.parent for path in voice.weights.values()))
+    files = [folder.stored_speakers, *(place / "spk2info.pt" for place in places)]
     entries = (entry for file in files for entry in read_spk2info(file).items())
     known = {name: entry["embedding"] for name, entry in entries if "embedding" in entry}
     if voice.adapters:
@@ -101,9 +98,6 @@ def known_speakers(voice: Voice, output_dir: Path, model_dir: Path) -> dict[str,
 
 def read_vector(path: Path) -> Tensor:
     """A (1, 192) speaker vector from a .pt tensor or a .npy array."""
-    import torch
-
-
     if path.suffix not in (".pt", ".npy") or not path.is_file():
         raise InputError(f"--embedding takes mean, zero, or an existing .pt or .npy file, not {path}")
     if path.suffix == ".pt":
@@ -119,9 +113,8 @@ def read_vector(path: Path) -> Tensor:
     return vector.reshape(1, -1).float()
 
 
-def file_sources(voice: Voice, model_dir: Path) -> dict[str, str]:
-    """What each part was loaded from, in words."""
-    folder = ModelFolder(model_dir)
+def file_sources(voice: Voice, folder: ModelFolder) -> dict[str, str]:
+    """Return what each part was loaded from, in words."""
     sources = {part: str(voice.weights.get(part, f"{folder.weights(part)} (base)")) for part in PARTS}
     for part in voice.adapters.parts if voice.adapters else ():
         sources[part] += f" + adapters of {voice.adapters.path}"

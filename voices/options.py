@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import PARTS
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.runtime.command import check_least
 from utils import limit_threads, pick_device
 
@@ -36,7 +37,7 @@ def add_voice(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_voice(args: argparse.Namespace, model_dir: Path) -> "tuple[ReadyVoice, dict[str, str]]":
+def open_voice(args: argparse.Namespace, folder: ModelFolder) -> "tuple[ReadyVoice, dict[str, str]]":
     """Return the voice that the options of `add_voice` name, or the newest of the output folder, loaded.
 
     Beside it, what each part (llm, flow, hift) and the `speaker` was loaded from.
@@ -45,10 +46,10 @@ def open_voice(args: argparse.Namespace, model_dir: Path) -> "tuple[ReadyVoice, 
     from voices.synthesis import load_voice
 
     check_least("--batch-size", args.batch_size)
-    limit_threads(model_dir)
+    limit_threads(folder)
     weights = {part: getattr(args, part) for part in PARTS if getattr(args, part)}
-    voice = choose_voice(weights, args.adapter, args.output_dir, model_dir)
-    speaker, embedding = speaker_vector(args.embedding, args.speaker, voice, args.output_dir, model_dir)
-    ready = load_voice(voice, embedding, model_dir, pick_device(args.device), args.precision)
+    voice = choose_voice(weights, args.adapter, args.output_dir, folder)
+    speaker, embedding = speaker_vector(args.embedding, args.speaker, voice, args.output_dir, folder)
+    ready = load_voice(voice, embedding, folder, pick_device(args.device), args.precision)
     ready.cosyvoice.frontend.text_normalize("Ready.")  # loads tokenizer and grammars, which is not speaking time
-    return ready, {**file_sources(voice, model_dir), "speaker": speaker}
+    return ready, {**file_sources(voice, folder), "speaker": speaker}

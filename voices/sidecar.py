@@ -2,15 +2,16 @@
 
 import json
 import os
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from config import MODES, PARTS
 from cosyvoice.model_folder.weights import check_fields
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.file_utils import atomic_write
-from voices.run import PACE, Run, check_pace
+from voices.run import Run
+from voices.run_state import PACE, check_pace
 
 VERSION = "0.1.0"
 FIELDS = {"speaker": str, "run": str, "files": dict, "merged_epoch": dict, "base": dict}
@@ -20,16 +21,27 @@ def sidecar_path(output_dir: Path, mode: str) -> Path:
     return output_dir / f"voice_{mode}.json"
 
 
-def newest_voice(output_dir: Path) -> dict[str, Any]:
-    """The newest sidecar's content, its files as paths. Raises InputError where there is none, or a file is gone."""
+@dataclass(frozen=True)
+class Sidecar:
+    """What a sidecar tells of merged weights."""
+
+    speaker: str
+    run: str
+    files: dict[str, Path]  # by part
+    merged_epoch: dict[str, int]  # by part
+    base: dict[str, str]  # fingerprints of the base weights, by part
+    pace: float | None  # as in Origin
+
+
+def newest_voice(output_dir: Path) -> Sidecar:
+    """Return the newest sidecar of a folder. Raises InputError where there is none, or a merged file is gone."""
     found = sidecars(output_dir)
     if not found:
         raise InputError(f"{output_dir} holds no trained voice; run train_joint.py first, or give --llm and --flow")
-    content = read_sidecar(found[0])
-    files = {part: output_dir / file for part, file in content["files"].items()}
-    if lost := [str(path) for path in files.values() if not path.is_file()]:
+    voice = read_sidecar(found[0])
+    if lost := [str(path) for path in voice.files.values() if not path.is_file()]:
         raise InputError(f"{', '.join(lost)} of {found[0].name} is gone; run merge_joint_weights.py again")
-    return content | {"files": files}
+    return voice
 
 
 def sidecars(folder: Path) -> list[Path]:
@@ -38,8 +50,8 @@ def sidecars(folder: Path) -> list[Path]:
     return sorted((path for path in found if path.is_file()), key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def read_sidecar(path: Path) -> dict[str, Any]:
-    """Return the content of a file that `write_sidecar` wrote. Raises InputError for anything else."""
+def read_sidecar(path: Path) -> Sidecar:
+    """Return what a file tells that `write_sidecar` wrote. Raises InputError for anything else."""
     remedy = "run merge_joint_weights.py to write it anew"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -52,7 +64,8 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     for name in content["files"]:
         check_fields(path, content["files"], {name: str}, remedy)
         check_fields(path, content["base"], {name: str}, remedy)
-    return content
+    files = {part: path.parent / file for part, file in content["files"].items()}
+    return Sidecar(**{name: content[name] for name in FIELDS} | {"files": files}, pace=content.get(PACE))
 
 
 def _relative(file: Path, folder: Path) -> str:
@@ -63,34 +76,34 @@ def _relative(file: Path, folder: Path) -> str:
 
 
 def write_sidecar(run: Run, files: dict[str, Path], epochs: dict[str, int], output_dir: Path) -> Path:
-    """What a file of tensors cannot hold. files: merged file by part. epochs: the epoch each part's weights are from.
+    """Write what a file of tensors cannot hold. files: by part. epochs: the epoch that each part's weights are from.
 
     Parts that an earlier merge of the same run wrote stay listed.
     """
-    path = sidecar_path(output_dir, run.mode)
-    progress = run.state["progress"]
+    path, state, origin = sidecar_path(output_dir, run.mode), run.state, run.state.origin
+    try:
+        earlier = read_sidecar(path)
+    except InputError:  # there is none, or it is damaged and replaced
+        earlier = None
+    if earlier and earlier.run == origin.run:
+        files, epochs = earlier.files | files, earlier.merged_epoch | epochs
+    progress = {part: state.progress[part] for part in run.parts}
     content = {
         "version": VERSION,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "mode": run.mode,
-        "speaker": run.state["speaker"],
-        "run": run.state["run"],
+        "speaker": origin.speaker,
+        "run": origin.run,
         "files": {part: _relative(file, output_dir) for part, file in files.items()},
         "merged_epoch": epochs,
-        "base": run.state["base"],
-        "seed": run.state["seed"],
-        "epochs_trained": run.state["epochs"],
-        "losses": {part: progress[part]["history"] for part in run.parts},
-        "stopped": {part: progress[part]["stopped"] for part in run.parts},
+        "base": origin.base,
+        "seed": state.seed,
+        "epochs_trained": state.epochs,
+        "losses": {part: [losses.content() for losses in own.history] for part, own in progress.items()},
+        "stopped": {part: own.stopped for part, own in progress.items()},
         "settings": run.config,
-        **({PACE: run.state[PACE]} if PACE in run.state else {}),
+        **({} if origin.pace is None else {PACE: origin.pace}),
     }
-    try:
-        earlier = read_sidecar(path)
-    except InputError:  # there is none, or it is damaged and replaced
-        earlier = {}
-    if earlier.get("run") == content["run"]:
-        content |= {key: earlier[key] | content[key] for key in ("files", "merged_epoch")}
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,15 +69,15 @@ class ReadyVoice:
 
 
 def load_voice(
-    voice: Voice, embedding: Tensor, model_dir: Path, device: torch.device, precision: str | None = None
+    voice: Voice, embedding: Tensor, folder: ModelFolder, device: torch.device, precision: str | None = None
 ) -> ReadyVoice:
     """Load a voice that speaks with a speaker vector (1, 192). precision: the fastest of the device by default."""
     weights: dict[str, Any] = dict(voice.weights)
     for part in voice.adapters.parts if voice.adapters else ():
-        base = read_state_dict(ModelFolder(model_dir).weights(part))
+        base = read_state_dict(folder.weights(part))
         weights[part] = merged(base, voice.adapters.adapters[part], voice.adapters.scale(part))
     precision = precision or fastest_precision(device)
-    cosyvoice = AutoModel(model_dir, device=str(device), weights=weights, precision=precision)
+    cosyvoice = AutoModel(folder, device=str(device), weights=weights, precision=precision)
     cosyvoice.frontend.spk2info[VOICE_NAME] = {"embedding": embedding}
     cosyvoice.model.llm.pace = voice.pace
     return ReadyVoice(cosyvoice)

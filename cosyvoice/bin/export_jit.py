@@ -38,9 +38,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     model_dir = parse(argv).model_dir
+    from cosyvoice.model_folder.folder import ModelFolder
     from cosyvoice.model_folder.weights import load_part
 
-    parts = {name: load_part(model_dir, name) for name in ("llm", "flow")}
+    folder = ModelFolder(model_dir)
+    parts = {name: load_part(folder, name) for name in ("llm", "flow")}
     for name in STACKS:
         part, _, attribute = name.partition(".")
         export(getattr(parts[part], attribute), model_dir / f"{name}.fp32.zip")

@@ -38,9 +38,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     model_dir = parse(argv).model_dir
+    from cosyvoice.model_folder.folder import ModelFolder
     from cosyvoice.model_folder.weights import load_part
 
-    flow = load_part(model_dir, "flow")
+    flow = load_part(ModelFolder(model_dir), "flow")
     if not hasattr(flow.decoder, "estimator"):
         raise InputError(f"the flow of {model_dir} has no estimator to be exported; give a folder like CosyVoice-300M")
     path = model_dir / "flow.decoder.estimator.fp32.onnx"

@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Train the network from its beginning, or from where an earlier run was. Returns the exit code."""
+    from cosyvoice.bin.quiet_trainer import fit_quietly
     from cosyvoice.bin.recipe_checkpoints import LAST, RecipeCheckpoints
 
     train_conf = own_or_common(args.config, "train_conf", args.model)
@@ -95,7 +96,7 @@ def train(args: argparse.Namespace) -> int:
         continue_from(last, state, model, train_loader, epochs(args, train_conf))
     keeper = RecipeCheckpoints(args.model_dir, train_conf.get("save_per_step", -1), resumable, state)
     trainer = build_trainer(args, train_conf, keeper)
-    fit(trainer, model, train_loader, cv_loader, last if resumed else None)
+    fit_quietly(trainer, model, train_loader, cv_loader, last if resumed else None)
     return 0
 
 
@@ -222,40 +223,33 @@ def continue_from(
 
 
 def build_trainer(args: argparse.Namespace, train_conf: dict[str, Any], keeper: "pl.Callback") -> "pl.Trainer":
-    import logging
-
-    import pytorch_lightning as pl
-    from pytorch_lightning.callbacks import TQDMProgressBar
     from pytorch_lightning.loggers import TensorBoardLogger
 
+    from cosyvoice.bin.quiet_trainer import quiet_trainer
     from cosyvoice.bin.recipe_checkpoints import CheckpointWriter
     from cosyvoice.runtime.device import fastest_device
 
-    for package in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(package).setLevel(logging.WARNING)
-    gpu = fastest_device().type == "cuda"
-    if world_size() > 1 and args.dist_backend == "nccl" and not gpu:
+    device = fastest_device().type
+    if world_size() > 1 and args.dist_backend == "nccl" and device != "cuda":
         raise InputError("nccl connects GPUs, and there is none; use --ddp.dist_backend gloo")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     automatic = args.model != "hifigan"
-    return pl.Trainer(
-        accelerator="gpu" if gpu else "cpu",
+    return quiet_trainer(
+        device,
+        [keeper],
         devices=local,
         num_nodes=world_size() // local,
         strategy=strategy(args),
-        precision=precision(args, gpu),
+        precision=precision(args, device),
         max_epochs=epochs(args, train_conf),
         # otherwise the model clips its gradients
         gradient_clip_val=train_conf["grad_clip"] if args.train_engine == "deepspeed" else None,
         accumulate_grad_batches=train_conf.get("accum_grad", 1) if automatic else 1,
         log_every_n_steps=train_conf.get("log_interval", 100),
         plugins=CheckpointWriter() if args.train_engine == "torch_ddp" else None,
-        callbacks=[keeper, TQDMProgressBar(refresh_rate=int(sys.stderr.isatty()))],
         logger=TensorBoardLogger(args.tensorboard_dir, name="", version=""),
-        num_sanity_val_steps=0,
         inference_mode=False,  # mel filters that validation makes are kept, and training differentiates through them
         use_distributed_sampler=False,
-        enable_model_summary=False,
     )
 
 
@@ -273,7 +267,7 @@ def strategy(args: argparse.Namespace) -> Any:
     return DDPStrategy(process_group_backend=args.dist_backend, find_unused_parameters=unused)
 
 
-def precision(args: argparse.Namespace, gpu: bool) -> str:
+def precision(args: argparse.Namespace, device: str) -> str:
     """The vocoder's Fourier transforms have no half precision, and most CPUs gain nothing from it."""
     import torch
 
@@ -281,27 +275,9 @@ def precision(args: argparse.Namespace, gpu: bool) -> str:
 
     if not args.use_amp or args.model == "hifigan":
         return "32-true"
-    if not gpu:
+    if device == "cpu":
         return "bf16-mixed" if cpu_has_bfloat16() else "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-
-
-def fit(
-    trainer: "pl.Trainer",
-    model: "RecipeModel",
-    train_loader: "EpochLoader",
-    cv_loader: "EpochLoader",
-    last: Path | None,
-) -> None:
-    import warnings
-
-    with warnings.catch_warnings():
-        # no worker processes, a step that was left out, the trainer's own use of torch: as intended
-        warnings.filterwarnings("ignore", message=".*(many workers|lr_scheduler.step|LeafSpec).*")
-        try:
-            trainer.fit(model, train_loader, cv_loader, ckpt_path=last, weights_only=True)
-        except SystemExit:  # how the trainer leaves at Ctrl-C
-            raise KeyboardInterrupt from None
 
 
 if __name__ == "__main__":

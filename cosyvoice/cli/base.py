@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cosyvoice.cli.frontend import FRONTEND_PARTS, CosyVoiceFrontEnd, Prompt, open_front_end
 from cosyvoice.cli.speech_model import MODEL_PARTS, SpeechModel, Weights, check_speed
-from cosyvoice.model_folder.folder import Generation, ModelFolder
+from cosyvoice.model_folder.folder import Generation, ModelFolder, as_folder
 from cosyvoice.model_folder.weights import NoRandomInit
 from cosyvoice.runtime.draws import Draws
 from cosyvoice.runtime.errors import InputError
@@ -41,7 +41,7 @@ class FolderVoice:
 
     def __init__(
         self,
-        model_dir: str | Path,
+        model_dir: str | Path | ModelFolder,
         accelerators: Mapping[str, bool],
         fp16: bool,
         device: str | None,
@@ -49,8 +49,8 @@ class FolderVoice:
         precision: str,
     ) -> None:
         """Open the folder. accelerators: by their names, whether the caller asks for them. The rest as in CosyVoice."""
-        self.model_dir = str(model_dir)  # which programs put before "/spk2info.pt"
-        folder = ModelFolder(model_dir)
+        folder = as_folder(model_dir)
+        self.model_dir = str(folder.path)  # which programs put before "/spk2info.pt"
         self._check_generation(folder)
         for name in (name for name, wanted in accelerators.items() if wanted):
             logger.warning("%s is not supported here; going on without it", name)
@@ -67,6 +67,7 @@ class FolderVoice:
         if fp16 and not self.fp16:
             logger.warning("fp16 is for GPUs; computing in float32")
         encoder_device = "cpu" if self.model.device.type == "cpu" else "auto"
+        self._stored_speakers = folder.stored_speakers
         self.frontend = open_front_end(folder, parts, encoder_device, self.frontend_class)
         self.sample_rate = self.frontend.sample_rate
         files = {name: folder.weights(name) for name in MODEL_PARTS} | dict(weights or {})
@@ -102,7 +103,7 @@ class FolderVoice:
 
     def save_spkinfo(self) -> None:
         """Write the stored voices to the model folder's spk2info.pt."""
-        save_tensors(self.frontend.spk2info, ModelFolder(self.model_dir).stored_speakers)
+        save_tensors(self.frontend.spk2info, self._stored_speakers)
 
     def inference_sft(
         self,

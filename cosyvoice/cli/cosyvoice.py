@@ -10,7 +10,7 @@ from cosyvoice.cli.cosyvoice2_frontend import CosyVoice2FrontEnd
 from cosyvoice.cli.frontend import CosyVoiceFrontEnd, Prompt
 from cosyvoice.cli.model import CosyVoice2Model, CosyVoiceModel
 from cosyvoice.cli.speech_model import Weights
-from cosyvoice.model_folder.folder import COSYVOICE2, COSYVOICE_300M, ModelFolder
+from cosyvoice.model_folder.folder import COSYVOICE2, COSYVOICE_300M, ModelFolder, as_folder
 from cosyvoice.runtime.errors import InputError
 
 
@@ -36,7 +36,7 @@ class CosyVoice(FolderVoice):
 
     def __init__(
         self,
-        model_dir: str | Path,
+        model_dir: str | Path | ModelFolder,
         load_jit: bool = False,
         load_trt: bool = False,
         fp16: bool = False,
@@ -83,7 +83,7 @@ class CosyVoice2(FolderVoice):
 
     def __init__(
         self,
-        model_dir: str | Path,
+        model_dir: str | Path | ModelFolder,
         load_jit: bool = False,
         load_trt: bool = False,
         load_vllm: bool = False,
@@ -140,6 +140,7 @@ def kind_of(folder: ModelFolder) -> type[FolderVoice]:
     return next(kind for kind in KINDS if kind.generation is folder.generation)
 
 
-def AutoModel(model_dir: str | Path, **options: Any) -> FolderVoice:
+def AutoModel(model_dir: str | Path | ModelFolder, **options: Any) -> FolderVoice:
     """Return the model of a folder, of the class that its YAML belongs to. options: those of that class."""
-    return kind_of(ModelFolder(model_dir))(model_dir, **options)
+    folder = as_folder(model_dir)
+    return kind_of(folder)(folder, **options)

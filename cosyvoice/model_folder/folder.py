@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cosyvoice.model_folder.fingerprints import fingerprint_file
-from cosyvoice.model_folder.model_yaml import load_model_yaml, spelled
+from cosyvoice.model_folder.model_yaml import build_entries, parse_model_yaml, spelled
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.frames import Rates
 
@@ -68,8 +68,8 @@ def is_model_folder(path: Path) -> bool:
 class ModelFolder:
     """The folder of a base model.
 
-    Nothing is read before it is asked for. Raises InputError for a folder that does not exist, one of a generation that
-    the suite does not know, and one that could be of two.
+    Nothing is read before it is asked for, and the YAML is read once. Raises InputError for a folder that does not
+    exist, one of a generation that the suite does not know, and one that could be of two.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -130,12 +130,16 @@ class ModelFolder:
     def parts(
         self, names: Sequence[str], defaults: Mapping[str, Any] | None = None, text_model: Path | None = None
     ) -> dict[str, Any]:
-        """Return the named entries of the YAML, built. See `load_model_yaml`.
+        """Return the named entries of the YAML, built. See `build_entries`.
 
         text_model: what is named as the folder of the text model, if not where it lies.
         """
         overrides = {"qwen_pretrain_path": str(text_model or self.text_model)} if self.text_model else {}
-        return load_model_yaml(self.yaml, names, dict(defaults or {}), overrides)
+        return build_entries(self.yaml, self._entries, names, dict(defaults or {}), overrides)
+
+    @cached_property
+    def _entries(self) -> dict[str, Any]:
+        return parse_model_yaml(self.yaml)
 
     @cached_property
     def rates(self) -> Rates:
@@ -167,6 +171,11 @@ class ModelFolder:
         if found is not None and (type(found) is not int or not 1 <= found <= MOST_THREADS):
             raise InputError(f"{self.yaml}: threads is {found!r}. Give a number from 1 to {MOST_THREADS}")
         return found
+
+
+def as_folder(model_dir: str | Path | ModelFolder) -> ModelFolder:
+    """Return the folder itself, or that of a path."""
+    return model_dir if isinstance(model_dir, ModelFolder) else ModelFolder(model_dir)
 
 
 def merged_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

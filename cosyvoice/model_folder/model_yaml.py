@@ -115,17 +115,29 @@ def load_model_yaml(
     defaults: dict[str, Any] | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The named top-level entries of the file, built; all of them when `parts` is None.
+    """Return the named top-level entries of the file, built; all of them when `parts` is None. See `build_entries`.
+
+    Raises InputError, too, for a file that is missing or not in the dialect, and for a target outside the list.
+    """
+    return build_entries(path, parse_model_yaml(path), parts, defaults, overrides)
+
+
+def build_entries(
+    path: Path,
+    parsed: dict[str, Any],
+    parts: Sequence[str] | None = None,
+    defaults: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the named entries that `parse_model_yaml` found in a file, built; all of them when `parts` is None.
 
     `defaults` are entries that the file may leave out, `overrides` those that count instead of the file's, e.g.
     `{"qwen_pretrain_path": "model/CosyVoice-BlankEN"}`. Entries that were not asked for, and that none of the wanted
     ones refers to, are not built and their modules not imported.
 
-    Raises InputError for a file that is missing or not in the dialect, a target outside the list, an entry
-    that the file does not have, and arguments that a target does not take.
+    Raises InputError for an entry that the file does not have, and arguments that a target does not take.
     """
-    path = Path(path)
-    entries = (defaults or {}) | _parse(path) | (overrides or {})
+    entries = (defaults or {}) | parsed | (overrides or {})
     names = entries if parts is None else parts
     for name in names:
         if name not in entries:
@@ -152,8 +164,11 @@ def spelled(entry: Any) -> Any:
     return {name: spelled(item) for name, item in entry.items()} if isinstance(entry, dict) else entry
 
 
-def _parse(path: Path) -> dict[str, Any]:
-    """Top-level entries, unbuilt: plain values, lists, dicts, _Reference, _File, _Target, _IgnoredCall."""
+def parse_model_yaml(path: Path) -> dict[str, Any]:
+    """Return the top-level entries, unbuilt: plain values, lists, dicts, references and targets.
+
+    Raises InputError for a file that is missing or not in the dialect, and for a target outside the list.
+    """
     if not path.is_file():
         raise InputError(f"{path} does not exist; a model folder holds cosyvoice.yaml beside its .pt files")
     try:

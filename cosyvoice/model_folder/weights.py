@@ -137,9 +137,8 @@ class NoRandomInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def load_part(model_dir: Path, part: str) -> nn.Module:
-    """`llm`, `flow` or `hift` of a model folder, built and strictly loaded, in eval mode on the CPU."""
-    folder = ModelFolder(model_dir)
+def load_part(folder: ModelFolder, part: str) -> nn.Module:
+    """Return `llm`, `flow` or `hift` of a model folder, built and strictly loaded, in eval mode on the CPU."""
     with NoRandomInit():
         module = folder.parts([part])[part]
     load_strict(module, read_state_dict(folder.weights(part)), str(folder.weights(part)))

@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cosyvoice.utils.file_utils import atomic_write
     from voices.wav import write_wav
 
-    model_dir = find_model_dir(options.model_dir)
-    limit_threads(model_dir)
-    cosyvoice = CosyVoice(model_dir)
+    folder = find_model_dir(options.model_dir)
+    limit_threads(folder)
+    cosyvoice = CosyVoice(folder)
     recordings = [found for found in find_recordings(options.src_dir) if found.audio and found.text]
     pass_through = from_mel if options.through == "mel" else from_tokens
     for recording in tqdm(recordings, unit="clip", disable=None):

@@ -63,8 +63,8 @@ class Job:
             if path.is_file() and path.suffix in (".parquet", ".csv", ".pt", ".wav"):
                 found[str(path.relative_to(self.folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
             if path.name.endswith("_last.ckpt"):
-                progress = read_run(path).state["progress"]
-                found[path.name] = str([(part, state["history"], state["stopped"]) for part, state in progress.items()])
+                progress = read_run(path).state.progress
+                found[path.name] = str([(part, state.history, state.stopped) for part, state in progress.items()])
         return found
 
     def copy(self, folder: Path) -> "Job":

@@ -25,6 +25,7 @@ from parity import PARITY_DIR
 from clips.recordings import find_recordings
 from config import JOINT_TRAINING_CONFIG, MODES
 from cosyvoice.cli.frontend import read_spk2info
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.model_folder.weights import load_strict, read_state_dict
 from cosyvoice.runtime.errors import InputError
@@ -108,7 +109,7 @@ class Good:
         vectors = {name: vector[None] for name in ("embedding", "llm_embedding", "flow_embedding")}
         self.speakers = {"anna": {"embedding": vector[None]}, "ben": vectors | prompt}
         self.speakers["ben"]["prompt_speech_feat"] = torch.zeros(1, 15, 80)
-        self.base = base_fingerprints(self.model)
+        self.base = base_fingerprints(ModelFolder(self.model))
         self.sidecar = {
             "version": "0.1.0", "mode": "joint", "speaker": "anna", "run": "1", "base": self.base,
             "files": {"llm": "llm.pt", "flow": "flow.pt"}, "merged_epoch": {"llm": 1, "flow": 1}, "pace": 4.5,
@@ -160,8 +161,8 @@ def sidecar(good: Good, draw: random.Random) -> None:
     text = json.dumps(spoilt(good.sidecar, draw, JSON_POISONS))
     path = good.output / "voice_joint.json"
     path.write_bytes(with_other_bytes(text.encode(), draw) if draw.random() < 0.3 else text.encode())
-    choose_voice({}, None, good.output, good.model)
-    choose_voice({"flow": good.output / "flow.pt"}, None, good.output, good.model)
+    choose_voice({}, None, good.output, ModelFolder(good.model))
+    choose_voice({"flow": good.output / "flow.pt"}, None, good.output, ModelFolder(good.model))
 
 
 def speakers(good: Good, draw: random.Random) -> None:
@@ -174,7 +175,7 @@ def speakers(good: Good, draw: random.Random) -> None:
 
 def checkpoint(good: Good, draw: random.Random) -> None:
     run = read_run(save(spoilt(good.checkpoint, draw, POISONS), good.folder / "joint_flow_only_last.ckpt"))
-    run.check_base(good.base, good.model)
+    run.check_base(ModelFolder(good.model))
     run.best("flow")
     run.scale("flow")
 
@@ -310,7 +311,7 @@ def test_what_is_almost_right_is_read_or_refused_in_one_line(
 
 def test_what_is_right_is_read(good: Good) -> None:
     (good.output / "voice_joint.json").write_text(json.dumps(good.sidecar))
-    assert choose_voice({}, None, good.output, good.model).speaker == "anna"
+    assert choose_voice({}, None, good.output, ModelFolder(good.model)).speaker == "anna"
     assert read_spk2info(save(good.speakers, good.folder / "spk2info.pt")).keys() == {"anna", "ben"}
     assert read_run(save(good.checkpoint, good.folder / "joint_flow_only_last.ckpt")).parts == MODES["flow_only"]
     pq.write_table(pa.Table.from_pylist([good.row], SCHEMA), good.folder / "clips-00000.parquet")

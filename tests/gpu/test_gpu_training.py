@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from made_clips import FAST, clips
+from models import ORIGIN
 from torch import Tensor
 
 import train_joint
 from config import JOINT_TRAINING_CONFIG, PROJECT_DIR, with_changes
 from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import load_part
 from dataset import collate
 from llm_flow_model import JointModel
@@ -46,7 +48,8 @@ def draws_from_the_mel(monkeypatch: pytest.MonkeyPatch) -> None:
 def joint_model(model_dir: Path, device: torch.device, *changes: str) -> JointModel:
     torch.manual_seed(0)
     config = with_changes(JOINT_TRAINING_CONFIG, [*FAST, *CERTAIN, *changes])
-    model = JointModel({part: load_part(model_dir, part) for part in ("llm", "flow")}, config, 0, torch.ones(192), {})
+    parts = {part: load_part(ModelFolder(model_dir), part) for part in ("llm", "flow")}
+    model = JointModel(parts, config, 0, torch.ones(192), ORIGIN)
     for layer in adapters(model):
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     return model.to(device).train()
@@ -102,7 +105,7 @@ def test_a_pass_takes_no_more_memory_than_was_estimated(
     torch.manual_seed(0)
     config = with_changes(JOINT_TRAINING_CONFIG, [f"precision={precision}", f"recompute={recompute}"])
     parts = {part: build(CONFIGS["300m"], part) for part in ("llm", "flow")}
-    model = JointModel(parts, config, 0, torch.ones(192), {}).train()
+    model = JointModel(parts, config, 0, torch.ones(192), ORIGIN).train()
     batch, half = collate([random_clip(1) for _ in range(4)]), HALF.get(precision)
     estimate = PASSING_SHARE * kept_bytes(model, batch, half is not None)
     if half:
@@ -160,11 +163,11 @@ def test_a_resumed_run_is_like_one_that_never_stopped(
     whole, parts = trainer.read("whole"), trainer.read("parts")
     for part in whole.parts:
         torch.testing.assert_close(parts.adapters[part], whole.adapters[part], atol=2e-3, rtol=1e-2)
-        histories = [[epoch["train"] for epoch in run.state["progress"][part]["history"]] for run in (parts, whole)]
+        histories = [[epoch.train for epoch in run.state.progress[part].history] for run in (parts, whole)]
         assert histories[0] == pytest.approx(histories[1], rel=1e-3)
 
 
 def test_training_on_a_gpu_lowers_the_losses(trainer: Trainer) -> None:
     assert trainer.run("output", "--epochs", "6") == 0
-    for part, progress in trainer.read("output").state["progress"].items():
-        assert progress["history"][-1]["train"] < progress["history"][0]["train"], part
+    for part, progress in trainer.read("output").state.progress.items():
+        assert progress.history[-1].train < progress.history[0].train, part
