@@ -94,13 +94,17 @@ class SpeechModel(RecipeModel):
     The two stay apart, so that the logged `loss` of training and of held-out clips mean the same.
     """
 
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return `loss` and what else is logged, 0-d."""
+        return self.part(batch, self.device)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        losses = self.part(batch, self.device)
+        losses = self.losses(batch)
         self.record({name: value.detach() for name, value in losses.items()}, len(batch["utts"]))
         return losses["loss"] + losses.get("loss_aligner", 0.0)
 
     def validation_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        return self.part(batch, self.device)
+        return self.losses(batch)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer, scheduler = optimizers.build(self.part.parameters(), self.train_conf)
