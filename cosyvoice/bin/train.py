@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cosyvoice.dataset.loader import EpochLoader
 
 MODELS = ("llm", "flow", "hifigan")
+TEXT_MODEL = "qwen_pretrain_path"  # entry of the YAML, and the option that replaces its value
 FREE_TO_CHANGE = ("max_epoch", "log_interval", "save_per_step")  # of train_conf, in a run that is resumed
 
 
@@ -111,11 +112,13 @@ def own_or_common(args: argparse.Namespace, name: str) -> Any:
 
 
 def read_entry(args: argparse.Namespace, name: str, defaults: dict[str, Any] | None = None) -> Any:
-    """Return an entry of the YAML, built."""
+    """Return an entry of the YAML, built, with the text model that the options name."""
     from cosyvoice.model_folder.model_yaml import load_model_yaml
 
-    text_model = args.qwen_pretrain_path
-    overrides = {"qwen_pretrain_path": str(text_model)} if text_model else {}
+    overrides = {} if args.qwen_pretrain_path is None else {TEXT_MODEL: str(args.qwen_pretrain_path)}
+    for entry in overrides:
+        if load_model_yaml(args.config, (entry,), {entry: None})[entry] is None:
+            raise InputError(f"{args.config} has no entry {entry}. Leave --{entry} out")
     return load_model_yaml(args.config, (name,), defaults, overrides)[name]
 
 
@@ -155,13 +158,15 @@ def check_engine(args: argparse.Namespace) -> None:
     from importlib.util import find_spec
 
     if find_spec("deepspeed") is None:
-        raise InputError(
-            "deepspeed is not installed: pip install deepspeed (it needs a CUDA compiler), or --train_engine torch_ddp"
-        )
+        raise InputError("deepspeed is not installed: pip install deepspeed, or --train_engine torch_ddp")
     if args.model == "hifigan":
         raise InputError("deepspeed cannot train two optimisers: use --train_engine torch_ddp for hifigan")
     if not args.deepspeed_config.is_file():
         raise InputError(f"{args.deepspeed_config} does not exist; give --deepspeed_config")
+    from cosyvoice.runtime import device
+
+    if problem := device.cuda_problem():
+        raise InputError(f"deepspeed trains on GPUs, and {problem}; use --train_engine torch_ddp")
 
 
 def check_preferences(args: argparse.Namespace) -> None:
