@@ -18,9 +18,9 @@ FILES, CLIPS_A_FILE = 4, 2
 # What makes tiny.yaml train in seconds: small batches, steps that matter, narrow discriminators.
 SMALLER = {
     r"max_frames_in_batch: 2000": "max_frames_in_batch: 60",
-    r"truncate_length: 24576": "truncate_length: 3072",
+    r"truncate_length: 24\d*": "truncate_length: 3072",
     r"warmup_steps: 2500": "warmup_steps: 2",
-    r"lr: 0.001": "lr: 0.002",
+    r"lr: (0.001|1e-5)": "lr: 0.002",
     r"log_interval: 100": "log_interval: 1",
     r"mpd: .*": """\\g<0>
             periods: [2, 5]
@@ -33,9 +33,11 @@ SMALLER = {
 }
 
 
-def write_config(folder: Path, name: str = "config.yaml", **settings: object) -> Path:
-    """tiny.yaml made smaller; `settings` replaces the values of keys, wherever they stand."""
-    text = (PARITY_DIR / "tiny.yaml").read_text(encoding="utf-8")
+def write_config(
+    folder: Path, name: str = "config.yaml", base: Path = PARITY_DIR / "tiny.yaml", **settings: object
+) -> Path:
+    """A configuration made smaller; `settings` replaces the values of keys, wherever they stand."""
+    text = base.read_text(encoding="utf-8")
     given = {rf"(?m)^( *{key}): .*$": rf"\g<1>: {value}" for key, value in settings.items()}
     for old, new in (SMALLER | given).items():
         text, count = re.subn(old, new, text)
@@ -44,29 +46,35 @@ def write_config(folder: Path, name: str = "config.yaml", **settings: object) ->
     return folder / name
 
 
-def write_corpus(folder: Path, seed: int = 7) -> Path:
+def write_corpus(
+    folder: Path, seed: int = 7, seconds: float = SECONDS, token_rate: int = 50, letters: int = 20, dpo: bool = False
+) -> Path:
     """Parquet files as make_parquet_list.py writes them, with made-up tokens and vectors; returns their list."""
     random = np.random.default_rng(seed)
     recordings = sorted(RAW_AUDIO.glob("*.wav"))[: FILES * CLIPS_A_FILE]
     paths = [folder / f"parquet_{number:09d}.tar" for number in range(FILES)]
     for number, path in enumerate(paths):
-        rows = [row(wav, random) for wav in recordings[number::FILES]]
+        rows = [row(wav, random, seconds, token_rate, letters) for wav in recordings[number::FILES]]
+        for each in rows if dpo else []:
+            each["reject_speech_token"] = random.integers(0, 8, round(0.8 * seconds * token_rate)).tolist()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     listed = folder / "data.list"
     listed.write_text("".join(f"{path}\n" for path in paths), encoding="utf-8")
     return listed
 
 
-def row(wav: Path, random: np.random.Generator) -> dict[str, object]:
+def row(
+    wav: Path, random: np.random.Generator, seconds: float, token_rate: int, letters: int
+) -> dict[str, object]:
     samples, rate = soundfile.read(wav)
     audio = io.BytesIO()
-    soundfile.write(audio, samples[rate : rate + round(SECONDS * rate)], rate, format="WAV")
+    soundfile.write(audio, samples[rate : rate + round(seconds * rate)], rate, format="WAV")
     return {
         "utt": wav.stem,
         "spk": "reader",
-        "text": wav.with_suffix(".txt").read_text(encoding="utf-8")[:20],
+        "text": wav.with_suffix(".txt").read_text(encoding="utf-8")[:letters],
         "audio_data": audio.getvalue(),
-        "speech_token": random.integers(0, 8, round(SECONDS * 50)).tolist(),
+        "speech_token": random.integers(0, 8, round(seconds * token_rate)).tolist(),
         "utt_embedding": random.normal(size=192).tolist(),
         "spk_embedding": random.normal(size=192).tolist(),
     }

@@ -153,8 +153,11 @@ def copy_of_the_recipe(project: Path) -> Path:
     project.mkdir()
     for path in [*ROOT.glob("*.py"), ROOT / "tools", ROOT / "cosyvoice", ROOT / "matcha"]:
         (project / path.name).symlink_to(path)
+    recipes = RECIPE.parent.relative_to(ROOT)
     ignored = shutil.ignore_patterns("data", "exp", "tensorboard")
-    return Path(shutil.copytree(RECIPE, project / RECIPE.relative_to(ROOT), symlinks=True, ignore=ignored))
+    shutil.copytree(ROOT / recipes, project / recipes, symlinks=True, ignore=ignored)
+    shutil.copy(ROOT / "examples" / "recipe.sh", project / "examples")
+    return project / RECIPE.relative_to(ROOT)
 
 
 def test_an_own_folder_becomes_exchangeable_files(data: Path, networks: Path) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stage 2 of the recipe: the speech tokens, 50 a second, of every utterance of a Kaldi-style folder.
+"""Stage 2 of the recipe: the speech tokens, 50 or 25 a second, of every utterance of a Kaldi-style folder.
 
     tools/extract_speech_token.py --dir data/train --onnx_path speech_tokenizer_v1.onnx
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, required=True, help="folder with wav.scp")
-    parser.add_argument("--onnx_path", type=Path, required=True, help="speech_tokenizer_v1.onnx")
+    parser.add_argument("--onnx_path", type=Path, required=True, help="speech_tokenizer_v1.onnx, or _v2.onnx")
     parser.add_argument("--num_thread", type=int, default=8, help="utterances at a time (default: %(default)s)")
     options = parser.parse_args(argv)
 

@@ -6,7 +6,8 @@
 Reads wav.scp, text, utt2spk and what stages 1 and 2 made. Writes parquet_000000000.tar and so on (Parquet, for
 all their name) and data.list, which names them; utt2data.list and spk2data.list name JSON files that tell where
 an utterance or a speaker is. Utterances that lack something are listed in make_parquet_list.failed in the source
-folder. A second run writes only the parquet files whose content changed.
+folder. A second run writes only the parquet files whose content changed. With --dpo the files also have the tokens that
+preference training rejects: those of the utterances' samples in SRC_DIR_reject, where the failures are listed then.
 """
 
 import argparse
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 ROWS_AT_ONCE = 100  # of one file in memory, and in one row group
 MADE_FROM = b"made_from"  # key in a file's metadata: digest of what its rows were made from
+REJECTED = "reject_speech_token"  # the column that only preference training reads
+LISTS = ("utt_embedding", "spk_embedding", "speech_token", REJECTED)  # columns of numbers
 Row = dict[str, Any]
 
 
@@ -43,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = parser.add_argument_group("folders")
     folders.add_argument("--src_dir", type=Path, required=True, help="what the stages before wrote")
     folders.add_argument("--des_dir", type=Path, required=True, help="for parquet files and lists; the lists name it")
+    folders.add_argument("--dpo", action="store_true", help="add the tokens of SRC_DIR_reject/utt2speech_token.pt")
     work = parser.add_argument_group("work")
     work.add_argument("--num_utts_per_parquet", type=int, default=1000, help="in one file (default: %(default)s)")
     work.add_argument("--num_processes", type=int, default=1, help="files written at a time (default: %(default)s)")
@@ -56,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_least("--num_utts_per_parquet", options.num_utts_per_parquet)
     check_least("--num_processes", options.num_processes)
-    rows, failures = collect(options.src_dir)
-    report_failures(failures, len(rows) + len(failures), options.src_dir / "make_parquet_list.failed")
+    rejects = options.src_dir.with_name(f"{options.src_dir.name}_reject") if options.dpo else None
+    rows, failures = collect(options.src_dir, rejects)
+    report_failures(failures, len(rows) + len(failures), (rejects or options.src_dir) / "make_parquet_list.failed")
     shards = plan(rows, options.des_dir, options.num_utts_per_parquet)
     written = in_parallel(write_shard, shards, options.num_processes)
     for _ in tqdm(written, total=len(shards), desc="parquet", unit="file", disable=None):
@@ -66,14 +71,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     remove_others(shards, options.des_dir)
 
 
-def collect(folder: Path) -> tuple[list[Row], dict[str, str]]:
-    """Rows without audio of all complete utterances in the order of wav.scp, and {utterance: what it lacks}."""
+def collect(folder: Path, rejects: Path | None) -> tuple[list[Row], dict[str, str]]:
+    """Rows without audio of all complete utterances in the order of wav.scp, and {utterance: what it lacks}.
+
+    rejects: the folder of samples to be rejected, if the rows are to have their tokens.
+    """
     from tools.kaldi_folder import read_numbers, read_table
 
     wavs = read_table(folder / "wav.scp")
     texts, speakers = read_table(folder / "text"), read_table(folder / "utt2spk")
     utt_vectors, spk_vectors = (read_numbers(folder / f"{of}2embedding.pt") for of in ("utt", "spk"))
     tokens = read_numbers(folder / "utt2speech_token.pt")
+    rejected = read_numbers(rejects / "utt2speech_token.pt") if rejects else {}
     rows, failures = [], {}
     for utt, wav in wavs.items():
         row = {
@@ -85,6 +94,8 @@ def collect(folder: Path) -> tuple[list[Row], dict[str, str]]:
             "spk_embedding": spk_vectors.get(speakers.get(utt)),
             "speech_token": tokens.get(utt),
         }
+        if rejects:
+            row[REJECTED] = rejected.get(utt)
         lacking = [name for name, value in row.items() if not value]
         lacking += ["audio file"] * (not Path(wav).is_file())
         if lacking:
@@ -107,14 +118,14 @@ def plan(rows: Sequence[Row], des_dir: Path, size: int) -> list[Shard]:
         for row in shard_rows:
             told = (row["utt"], file_stamp(Path(row["wav"])), row["text"], row["spk"])
             made_from.update(json.dumps(told).encode())
-            for name in ("utt_embedding", "spk_embedding", "speech_token"):
+            for name in (name for name in LISTS if name in row):
                 made_from.update(np.asarray(row[name]).tobytes())
         files = (f"parquet_{number:09d}.tar", f"utt2parquet_{number:09d}.json", f"spk2parquet_{number:09d}.json")
         shards.append(Shard(*(des_dir / name for name in files), shard_rows, made_from.hexdigest()))
     return shards
 
 
-def schema(made_from: str) -> "pa.Schema":
+def schema(shard: Shard) -> "pa.Schema":
     """The columns of a file, in the order and of the types in which other readers of the format expect them."""
     import pyarrow as pa
 
@@ -126,9 +137,11 @@ def schema(made_from: str) -> "pa.Schema":
         "spk": pa.string(),
         "utt_embedding": pa.list_(pa.float64()),  # (192,), not normalised
         "spk_embedding": pa.list_(pa.float64()),  # (192,), mean of the speaker's utt_embedding
-        "speech_token": pa.list_(pa.int64()),  # (N,), 50 a second
+        "speech_token": pa.list_(pa.int64()),  # (N,), 50 a second, or 25 of CosyVoice2
     }
-    return pa.schema(columns, metadata={MADE_FROM: made_from})
+    if REJECTED in shard.rows[0]:
+        columns[REJECTED] = pa.list_(pa.int64())  # (N,)
+    return pa.schema(columns, metadata={MADE_FROM: shard.made_from})
 
 
 def write_shard(shard: Shard) -> None:
@@ -144,7 +157,7 @@ def write_shard(shard: Shard) -> None:
             temporary.write_text(json.dumps(places, ensure_ascii=False, indent=2), encoding="utf-8")
     if is_up_to_date(shard):
         return
-    columns = schema(shard.made_from)
+    columns = schema(shard)
     with atomic_write(shard.parquet) as temporary, pq.ParquetWriter(temporary, columns) as file:
         for start in range(0, len(shard.rows), ROWS_AT_ONCE):
             rows = [row | {"audio_data": read_audio(row)} for row in shard.rows[start : start + ROWS_AT_ONCE]]

@@ -2,9 +2,10 @@
 
     python cosyvoice/bin/export_jit.py --model_dir pretrained_models/CosyVoice-300M
 
-Writes llm.text_encoder.fp32.zip, llm.llm.fp32.zip and flow.encoder.fp32.zip there. Each is the stack's `forward` over
-whole sequences of at least 2 frames: (B, T, C) float32 and lengths (B,) int64 in, output (B, T, D) and valid frames
-(B, 1, T) bool out. The step-by-step decoding with its cache stays in Python.
+Writes llm.text_encoder.fp32.zip, llm.llm.fp32.zip and flow.encoder.fp32.zip there, as far as the model has such stacks:
+CosyVoice2 has only the last. Each is the stack's `forward` over whole sequences of at least 2 frames: (B, T, C) float32
+and lengths (B,) int64 in, output (B, U, D) and valid frames (B, 1, U) bool out. The step-by-step decoding with its cache
+stays in Python.
 """
 
 import argparse
@@ -40,12 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     model_dir = parse(argv).model_dir
     from cosyvoice.model_folder.folder import ModelFolder
     from cosyvoice.model_folder.weights import load_part
+    from cosyvoice.transformer.encoder import AttentionStack
 
     folder = ModelFolder(model_dir)
     parts = {name: load_part(folder, name) for name in ("llm", "flow")}
     for name in STACKS:
         part, _, attribute = name.partition(".")
-        export(getattr(parts[part], attribute), model_dir / f"{name}.fp32.zip")
+        stack = getattr(parts[part], attribute, None)
+        if isinstance(stack, AttentionStack):  # and not a Qwen2 model
+            export(stack, model_dir / f"{name}.fp32.zip")
     return 0
 
 

@@ -1,5 +1,6 @@
 """How the parts of the model are trained: steps, validation, optimisers."""
 
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -75,8 +76,8 @@ class RecipeModel(pl.LightningModule):
         self.validation_clips = 0
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """The same draws in every epoch and process, so that epochs can be compared."""
-        seed_all(self.seed, VALIDATION, batch_idx)
+        """The same draws for a batch in every epoch and process, in whatever order the workers bring it."""
+        seed_all(self.seed, VALIDATION, zlib.crc32(repr(batch["utts"]).encode()))
         clips = len(batch["utts"])
         for name, value in self.validation_losses(batch).items():
             self.validation_sums[name] += float(value) * clips
@@ -94,13 +95,17 @@ class SpeechModel(RecipeModel):
     The two stay apart, so that the logged `loss` of training and of held-out clips mean the same.
     """
 
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return `loss` and what else is logged, 0-d."""
+        return self.part(batch, self.device)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        losses = self.part(batch, self.device)
+        losses = self.losses(batch)
         self.record({name: value.detach() for name, value in losses.items()}, len(batch["utts"]))
         return losses["loss"] + losses.get("loss_aligner", 0.0)
 
     def validation_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        return self.part(batch, self.device)
+        return self.losses(batch)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer, scheduler = optimizers.build(self.part.parameters(), self.train_conf)

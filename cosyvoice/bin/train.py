@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cosyvoice.dataset.loader import EpochLoader
 
 MODELS = ("llm", "flow", "hifigan")
+TEXT_MODEL = "qwen_pretrain_path"  # entry of the YAML, and the option that replaces its value
 FREE_TO_CHANGE = ("max_epoch", "log_interval", "save_per_step")  # of train_conf, in a run that is resumed
 
 
@@ -40,9 +41,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--train_data", type=Path, required=True, help="list of parquet files")
     what.add_argument("--cv_data", type=Path, required=True, help="list of held-out parquet files")
     what.add_argument("--checkpoint", type=Path, help="weights to start from (default: random ones)")
+    what.add_argument("--qwen_pretrain_path", type=Path, help="folder CosyVoice-BlankEN, which CosyVoice2 needs")
     what.add_argument("--resume", choices=("auto",), help="continue from last.ckpt in --model_dir, where there is one")
     what.add_argument("--max_epoch", type=int, help="epochs in all (default: train_conf)")
     what.add_argument("--seed", type=int, default=1986, help="seed of all random draws (default: %(default)s)")
+    pairs = parser.add_argument_group("preferences")
+    pairs.add_argument("--dpo", action="store_true", help="make recorded speech likelier than rejected; llm only")
+    pairs.add_argument("--ref_model", type=Path, help="weights of the frozen llm to compare with, where --dpo starts")
     where = parser.add_argument_group("results")
     where.add_argument("--model_dir", type=Path, required=True, help="checkpoints")
     where.add_argument("--tensorboard_dir", type=Path, default=Path("tensorboard"), help="default: %(default)s")
@@ -68,6 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     check_engine(args)
+    check_preferences(args)
     from cosyvoice.utils.file_utils import alone_in
 
     args.model_dir.mkdir(parents=True, exist_ok=True)
@@ -81,7 +87,7 @@ def train(args: argparse.Namespace) -> int:
     from cosyvoice.bin.quiet_trainer import fit_quietly
     from cosyvoice.bin.recipe_checkpoints import LAST, RecipeCheckpoints
 
-    train_conf = own_or_common(args.config, "train_conf", args.model)
+    train_conf = own_or_common(args, "train_conf")
     check_numbers(train_conf, args.config)
     last = args.model_dir / LAST
     resumable = args.train_engine == "torch_ddp"
@@ -89,7 +95,7 @@ def train(args: argparse.Namespace) -> int:
     if not resumed:
         refuse_used_folder(args.model_dir)
     model = build_model(args, train_conf)
-    steps = own_or_common(args.config, "data_pipeline", args.model)
+    steps = own_or_common(args, "data_pipeline")
     train_loader, cv_loader = build_loaders(args, steps)
     state = identity(args, train_conf, steps, train_loader)
     if resumed:
@@ -100,13 +106,21 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def own_or_common(config: Path, name: str, model: str) -> Any:
+def own_or_common(args: argparse.Namespace, name: str) -> Any:
     """The YAML's entry NAME_MODEL where it has one, else `name` or, for the vocoder, NAME_gan."""
+    own, common = f"{name}_{args.model}", f"{name}_gan" if args.model == "hifigan" else name
+    return read_entry(args, own, {own: None}) or read_entry(args, common)
+
+
+def read_entry(args: argparse.Namespace, name: str, defaults: dict[str, Any] | None = None) -> Any:
+    """Return an entry of the YAML, built, with the text model that the options name."""
     from cosyvoice.model_folder.model_yaml import load_model_yaml
 
-    own, common = f"{name}_{model}", f"{name}_gan" if model == "hifigan" else name
-    found = load_model_yaml(config, parts=(own,), defaults={own: None})[own]
-    return found or load_model_yaml(config, parts=(common,))[common]
+    overrides = {} if args.qwen_pretrain_path is None else {TEXT_MODEL: str(args.qwen_pretrain_path)}
+    for entry in overrides:
+        if load_model_yaml(args.config, (entry,), {entry: None})[entry] is None:
+            raise InputError(f"{args.config} has no entry {entry}. Leave --{entry} out")
+    return load_model_yaml(args.config, (name,), defaults, overrides)[name]
 
 
 def check_numbers(train_conf: dict[str, Any], config: Path) -> None:
@@ -121,8 +135,10 @@ def identity(
     args: argparse.Namespace, train_conf: dict[str, Any], steps: list[Any], loader: "EpochLoader"
 ) -> dict[str, Any]:
     """What a run must keep when it is resumed: the optimiser's and the schedule's state bring their settings along."""
+    from cosyvoice.model_folder.fingerprints import fingerprint_weights
     from cosyvoice.model_folder.model_yaml import spelled
 
+    reference = {"ref_model": fingerprint_weights(args.ref_model)} if args.dpo else {}
     settings = {name: value for name, value in train_conf.items() if name not in FREE_TO_CHANGE}
     return {
         "model": args.model,
@@ -130,6 +146,7 @@ def identity(
         "processes": world_size(),
         "num_workers": args.num_workers,
         **settings,
+        **reference,
         "data_pipeline": hashlib.sha256(str(spelled(steps)).encode()).hexdigest(),
         "train_data": loader.dataset.fingerprint(),
     }
@@ -142,13 +159,25 @@ def check_engine(args: argparse.Namespace) -> None:
     from importlib.util import find_spec
 
     if find_spec("deepspeed") is None:
-        raise InputError(
-            "deepspeed is not installed: pip install deepspeed (it needs a CUDA compiler), or --train_engine torch_ddp"
-        )
+        raise InputError("deepspeed is not installed: pip install deepspeed, or --train_engine torch_ddp")
     if args.model == "hifigan":
         raise InputError("deepspeed cannot train two optimisers: use --train_engine torch_ddp for hifigan")
     if not args.deepspeed_config.is_file():
         raise InputError(f"{args.deepspeed_config} does not exist; give --deepspeed_config")
+    from cosyvoice.runtime import device
+
+    if problem := device.cuda_problem():
+        raise InputError(f"deepspeed trains on GPUs, and {problem}; use --train_engine torch_ddp")
+
+
+def check_preferences(args: argparse.Namespace) -> None:
+    """Raises InputError where --dpo cannot work, or --ref_model has no use."""
+    if args.dpo and args.model != "llm":
+        raise InputError(f"--dpo teaches the llm alone. Train the {args.model} without it")
+    if args.dpo and args.ref_model is None:
+        raise InputError("--dpo compares with a frozen llm. Give its weights with --ref_model")
+    if args.ref_model is not None and not args.dpo:
+        raise InputError("--ref_model belongs to --dpo. Give both, or neither")
 
 
 def world_size() -> int:
@@ -167,14 +196,22 @@ def refuse_used_folder(model_dir: Path) -> None:
 
 
 def build_model(args: argparse.Namespace, train_conf: dict[str, Any]) -> "RecipeModel":
+    from cosyvoice.bin.preference_model import PreferenceModel
     from cosyvoice.bin.recipe_models import SpeechModel, VocoderModel
-    from cosyvoice.model_folder.model_yaml import load_model_yaml
+    from cosyvoice.bin.text_model import start_from_text_model
     from cosyvoice.runtime.command import seed_all
 
     seed_all(args.seed)
-    part = load_model_yaml(args.config, parts=(args.model,))[args.model]
-    if args.checkpoint is not None:
-        load_weights(part, args.checkpoint)
+    part = read_entry(args, args.model)
+    start = args.checkpoint or args.ref_model
+    if start is not None:
+        load_weights(part, start)
+    elif args.model == "llm" and args.qwen_pretrain_path is not None:
+        start_from_text_model(part, args.qwen_pretrain_path)
+    if args.dpo:
+        reference = read_entry(args, args.model)
+        load_weights(reference, args.ref_model)
+        return PreferenceModel(part, reference, train_conf, args.seed)
     kind = VocoderModel if args.model == "hifigan" else SpeechModel
     return kind(part, train_conf, args.seed)
 
@@ -199,9 +236,9 @@ def build_loaders(args: argparse.Namespace, steps: list[Any]) -> "tuple[EpochLoa
     from cosyvoice.dataset.loader import EpochLoader
     from cosyvoice.runtime.device import cuda_problem
 
-    gan = args.model == "hifigan"
-    train = Dataset(args.train_data, steps, gan=gan, seed=args.seed)
-    held_out = Dataset(args.cv_data, steps, "dev", gan=gan, shuffle=False, partition=False, seed=args.seed)
+    options = {"gan": args.model == "hifigan", "dpo": args.dpo, "seed": args.seed}
+    train = Dataset(args.train_data, steps, **options)
+    held_out = Dataset(args.cv_data, steps, "dev", shuffle=False, partition=False, **options)
     pinned = args.pin_memory and not cuda_problem()
     loaders = [EpochLoader(data, args.num_workers, args.prefetch, pinned) for data in (train, held_out)]
     return loaders[0], loaders[1]

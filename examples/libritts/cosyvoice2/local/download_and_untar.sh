@@ -1,0 +1,1 @@
+../../cosyvoice/local/download_and_untar.sh

@@ -1,0 +1,1 @@
+../../cosyvoice/local/prepare_data.py

@@ -1,0 +1,1 @@
+../cosyvoice/path.sh
