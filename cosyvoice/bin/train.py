@@ -171,7 +171,9 @@ def build_model(args: argparse.Namespace, train_conf: dict[str, Any]) -> "Recipe
     from cosyvoice.runtime.command import seed_all
 
     seed_all(args.seed)
-    part = load_model_yaml(args.config, parts=(args.model,))[args.model]
+    with_more = f"{args.model}_training"  # the part with what only its training needs, where a recipe has that
+    part = load_model_yaml(args.config, (with_more,), {with_more: None})[with_more]
+    part = part or load_model_yaml(args.config, (args.model,))[args.model]
     if args.checkpoint is not None:
         load_weights(part, args.checkpoint)
     kind = VocoderModel if args.model == "hifigan" else SpeechModel
