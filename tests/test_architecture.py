@@ -30,6 +30,7 @@ RECIPE_SCRIPTS = (
     "examples/mini/make_model_dir",
     "examples/mini/voice_folders",
     "examples/mini/resynthesise",
+    "examples/mini2/make_text_model",
 )
 BENCHES = tuple(
     f"bench/{name}" for name in ("decode", "synthesis", "train_steps", "operations", "preparation", "start_up")

@@ -15,6 +15,7 @@ import torch
 import whisper.model
 from torch import Tensor, nn
 
+from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.speech_encoders.encoders import SpeakerEncoder, SpeechTokenizer
@@ -31,13 +32,14 @@ from examples.mini import (
 )
 from examples.mini.encoder_files import export, round_weights
 from examples.mini.encoder_training import Recording
-from examples.mini.speech_tokenizer import LEVELS, Encoder, ScalarQuantiser, TokenizerFile
+from examples.mini.speech_tokenizer import Encoder, ScalarQuantiser, TokenizerFile, levels_of
 from examples.mini.whisper_encoder import BLOCKS, WIDTH, To80Bins, WhisperEncoder, read_variables
 from tools import packages
 from tools.campplus import CAMPlus
 from tools.kaldi_folder import write_table
 
 CODES = 256
+RECIPE = ModelFolder(Path(make_flow_start.__file__).parent)
 RATES = Rates(22050, 256, 50)
 STEPS = 12
 TONES_HZ = (300, 2500, 0, 900)
@@ -47,7 +49,7 @@ PRETRAINED = WhisperEncoder.pretrained  # which most tests replace
 # The tokenizer's codes
 
 
-@pytest.mark.parametrize("levels", [LEVELS, (4, 3), (2, 7), (3,)])
+@pytest.mark.parametrize("levels", [levels_of(CODES), (4, 3), (2, 7), (3,)])
 def test_the_quantiser_reaches_every_code_and_each_has_its_own_number(levels: tuple[int, ...]) -> None:
     quantiser = ScalarQuantiser(levels)
     axis = torch.linspace(-4, 4, 36)
@@ -89,16 +91,17 @@ def test_the_flow_starts_from_vectors_that_are_alike_where_the_codes_numbers_are
     load_model_yaml(config, parts=("flow",))["flow"].load_state_dict(state)
     vectors = state["input_embedding.weight"]
     assert vectors.std() == pytest.approx(1, abs=0.2)
-    numbers = ScalarQuantiser().numbers(torch.arange(CODES))
+    numbers = ScalarQuantiser(levels_of(CODES)).numbers(torch.arange(CODES))
     rows, columns = torch.triu_indices(CODES, CODES, 1)
     near = (numbers[rows] - numbers[columns]).norm(dim=1), (vectors[rows] - vectors[columns]).norm(dim=1)
     assert torch.corrcoef(torch.stack(near))[0, 1] > 0.8  # of random vectors it would be 0
     assert all(torch.equal(value, state[name]) for name, value in torch.load(tmp_path / "again.pt").items())
 
 
-def test_a_flow_of_another_tokenizer_is_refused() -> None:
-    with pytest.raises(InputError, match="has 4096 speech tokens, but the tokenizer 256"):
-        make_flow_start.token_vectors(4096, 128)
+@pytest.mark.parametrize("codes", [4097, 1, 255])
+def test_a_flow_of_another_tokenizer_is_refused(codes: int) -> None:
+    with pytest.raises(InputError, match=f"speech_token_size is {codes}, and should be a fourth power"):
+        make_flow_start.token_vectors(codes, 128)
 
 
 # Whisper's features and encoder
@@ -313,7 +316,7 @@ def quick() -> None:
     """Stand in for Whisper, train small networks on short crops, and check files with fewer frames."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WhisperEncoder, "pretrained", random_whisper)
-        patch.setattr(tokenizer_training, "CROP_TOKENS", 40)
+        patch.setattr(tokenizer_training, "CROP_SECONDS", 0.8)
         for name in ("TEXT_BLOCKS", "MEL_BLOCKS", "FEATURE_BLOCKS"):
             patch.setattr(tokenizer_training, name, 1)
         patch.setattr(encoder_files, "CHECKED_FRAMES", (20, 21, 300))
@@ -362,7 +365,7 @@ def train(corpus: Path, name: str) -> Path:
 
 
 def features(wav: Path) -> tokenizer_training.Corpus:
-    return tokenizer_training.Corpus([Recording(wav, "somebody")])
+    return tokenizer_training.Corpus([Recording(wav, "somebody")], RECIPE)
 
 
 def test_a_killed_training_ends_as_an_uninterrupted_one(
@@ -426,7 +429,8 @@ def test_the_tokenizer_learns_and_reports(corpus: Path, trained: tuple[Path, dic
     after = trained[1]
     torch.manual_seed(1)
     recordings = encoder_training.read_recordings([corpus])
-    before = tokenizer_training.measure(tokenizer_training.Model(), tokenizer_training.Corpus(recordings))
+    model = tokenizer_training.Model(CODES, 50)
+    before = tokenizer_training.measure(model, tokenizer_training.Corpus(recordings, RECIPE))
     assert after["mel"] < 0.6 * before["mel"]
     assert 1 <= after["perplexity"] <= CODES and 0.2 < after["repeats"] <= 1
     assert after["speaker_by_chance"] == 0.5 <= after["speaker_from_token"] <= 1
@@ -434,7 +438,7 @@ def test_the_tokenizer_learns_and_reports(corpus: Path, trained: tuple[Path, dic
 
 def test_every_term_of_the_loss_falls_and_teaches_the_encoder(corpus: Path) -> None:
     torch.manual_seed(1)
-    model, batch = tokenizer_training.Model(), features(corpus / "wav" / "utt0.wav").draw_batch()
+    model, batch = tokenizer_training.Model(CODES, 50), features(corpus / "wav" / "utt0.wav").draw_batch()
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
     taught = {"mel": {"encoder", "speaker", "decoder"}, "features": {"encoder", "features"}, "change": {"encoder"}}
     losses = []
@@ -462,7 +466,7 @@ def test_codes_of_known_recordings_are_counted(monkeypatch: pytest.MonkeyPatch) 
     dev = object.__new__(tokenizer_training.Corpus)
     dev.recordings, dev.utterances = [Recording(Path("c.wav"), "b")], ["unheard"]
     monkeypatch.setattr(tokenizer_training, "codes_of", lambda model, name: torch.tensor(codes[name]))
-    model = tokenizer_training.Model()
+    model = tokenizer_training.Model(CODES, 50)
     leak = tokenizer_training.speaker_leak(model, corpus, dev)
     assert leak == {"speaker_from_token": 0.5, "speaker_by_chance": 0.5}
     leak = tokenizer_training.speaker_leak(model, corpus, corpus)
@@ -487,7 +491,7 @@ def test_short_recordings_are_left_out_and_long_ones_cut(corpus: Path, tmp_path:
     long, short = tmp_path / "long.wav", tmp_path / "short.wav"
     soundfile.write(long, harmonic_speech(30.7)[0].numpy(), PROMPT_RATE_HZ)
     soundfile.write(short, harmonic_speech(0.78)[0].numpy(), PROMPT_RATE_HZ)
-    found = tokenizer_training.Corpus([Recording(short, "a"), Recording(long, "b")])
+    found = tokenizer_training.Corpus([Recording(short, "a"), Recording(long, "b")], RECIPE)
     assert [recording.speaker for recording in found.recordings] == ["b"]
     (utterance,) = found.utterances
     assert utterance.start.shape == utterance.features.shape == (1500, WIDTH)
@@ -498,7 +502,7 @@ def test_short_recordings_are_left_out_and_long_ones_cut(corpus: Path, tmp_path:
 
 def test_crops_of_features_and_mel_are_of_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Features and mel hold their own time in seconds."""
-    monkeypatch.setattr(tokenizer_training, "CROP_TOKENS", 100)
+    monkeypatch.setattr(tokenizer_training, "CROP_SECONDS", 2.0)
     seconds = 4
     start = (torch.arange(50 * seconds) / 50)[:, None].expand(-1, 3)
     mel = (torch.arange(round(seconds * 22050 / 256)) * 256 / 22050).expand(2, -1)
@@ -510,6 +514,34 @@ def test_crops_of_features_and_mel_are_of_the_same_moment(monkeypatch: pytest.Mo
         assert abs(tokens[0, 0] - here[0, 0]) < 0.03
     padded = tokenizer_training.crop(tokenizer_training.Utterance(start[:100], start[:100], 1 + mel[:, :170]), RATES)[2]
     assert padded[:, 170:].eq(0).all() and padded[:, :170].gt(0).all()  # rounding may leave a mel short of a frame
+
+
+def test_crops_for_25_tokens_a_second_begin_where_a_token_does() -> None:
+    start = (torch.arange(200) / 50)[:, None].expand(-1, 3)
+    mel = (torch.arange(200) / 50).expand(2, -1)  # 50 frames a second, like the hidden frames
+    rates = Rates(sample_rate=24000, mel_hop=480, token_rate=25)
+    begins = set()
+    for seed in range(20):
+        tokenizer_training.seed_all(seed)
+        heard, _, here, _ = tokenizer_training.crop(tokenizer_training.Utterance(start, start, mel), rates)
+        assert torch.equal(heard[:, 0], here[0])
+        begins.add(round(float(heard[0, 0]) * 50))
+    assert len(begins) > 5 and all(begin % 2 == 0 for begin in begins)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7, 10])
+def test_25_tokens_a_second_stand_for_two_frames_each(frames: int) -> None:
+    """The last token of an odd number of frames hears its only one twice."""
+    torch.manual_seed(1)
+    encoder = Encoder(levels_of(625), 25).eval()
+    hidden = torch.randn(1, frames, WIDTH)
+    tokens = encoder(hidden)
+    assert tokens.shape == (1, (frames + 1) // 2, 4)
+    even = torch.cat((hidden, hidden[:, -1:]), dim=1) if frames % 2 else hidden
+    assert torch.equal(tokens, encoder(even))
+    mel = torch.randn(1, 80, 30)
+    losses = tokenizer_training.Model(625, 25).eval().losses(hidden, hidden, mel, mel)
+    assert all(value.isfinite() for name, value in losses.items() if frames > 2 or name != "change")
 
 
 def test_bad_corpora_are_errors(tmp_path: Path) -> None:
@@ -536,7 +568,7 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenizerF
     torch.manual_seed(6)
     start = WhisperEncoder(2)
     round_weights(start)
-    file = TokenizerFile(start, Encoder())
+    file = TokenizerFile(start, Encoder(levels_of(CODES), 50))
     with torch.no_grad():
         file.encoder.normalise.momentum = 1.0
         file.encoder.normalise(start(file.to_80_bins(torch.randn(1, WHISPER_MELS, 300))).transpose(1, 2))

@@ -93,7 +93,7 @@ def trained(folder: Path) -> Path:
 
 def test_a_model_folder_is_made_from_what_the_recipe_leaves(tmp_path: Path) -> None:
     work_dir, folder = trained(tmp_path / "work"), tmp_path / "model"
-    options = ["--work_dir", str(work_dir), "--model_dir", str(folder), "--voices"]
+    options = ["--recipe", str(RECIPE), "--work_dir", str(work_dir), "--model_dir", str(folder), "--voices"]
     with pytest.raises(InputError, match="has no speaker rms. It has slt, f2"):
         make_model_dir.main([*options, "rms"])
     assert not folder.exists()

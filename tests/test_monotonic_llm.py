@@ -17,6 +17,7 @@ from config import JOINT_TRAINING_CONFIG
 from cosyvoice.bin import export_jit, train
 from cosyvoice.bin.recipe_models import SpeechModel
 from cosyvoice.llm.aligner import monotonic_path
+from cosyvoice.llm.corruption import corrupted
 from cosyvoice.llm.monotonic import LARGEST_STEP, MonotonicLM
 from cosyvoice.model_folder.model_yaml import load_model_yaml
 from cosyvoice.model_folder.weights import load_strict, read_state_dict
@@ -179,11 +180,17 @@ def test_few_shot_training_finds_places_itself_and_corrupts_nothing() -> None:
     assert losses[0]["llm_loss"] == losses[1]["llm_loss"] > 0
 
 
-def test_corruption_replaces_its_share_of_the_input_and_no_target() -> None:
-    llm = small(input_corruption=0.2).train()
+def test_corruption_replaces_its_share_of_the_input() -> None:
     tokens = torch.full((100, 200), CODES - 1)
-    changed = (llm.corrupted(tokens) != tokens).float().mean().item()
+    changed = (corrupted(tokens, 0.2, CODES) != tokens).float().mean().item()
     assert changed == pytest.approx(0.2 * (1 - 1 / CODES), abs=0.01)  # some draws hit the same token
+
+
+def test_corruption_changes_the_losses_of_training_only() -> None:
+    llm, clean = small(input_corruption=0.5), small()
+    batch = batch_of([(torch.arange(UNITS), torch.arange(3), torch.arange(3))])
+    assert torch.equal(llm.eval()(batch, CPU)["loss"], clean.eval()(batch, CPU)["loss"])
+    assert not torch.equal(llm.train()(batch, CPU)["loss"], clean.train()(batch, CPU)["loss"])
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, "much"])

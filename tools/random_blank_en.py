@@ -1,6 +1,7 @@
-"""A folder CosyVoice-BlankEN of our own: the configuration of a Qwen2 model, and a small byte-pair tokenizer."""
+"""A folder CosyVoice-BlankEN of our own: the configuration of a Qwen2 model, and a byte-pair tokenizer."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # Qwen2's own,
 BLANK = "Ġ"  # how the format spells it
 
 
-def write_blank_en(folder: Path, sizes: dict[str, Any]) -> None:
-    """Write config.json with these sizes, and the tokenizer's three files, which are always the same."""
-    vocabulary, merges = byte_pairs()
+def write_blank_en(folder: Path, sizes: dict[str, Any], merges: Sequence[tuple[str, str]] | None = None) -> None:
+    """Write config.json with these sizes, and the tokenizer's three files.
+
+    merges: pairs of pieces that become one, the first before the others; those of WORDS where they are not given.
+    """
+    vocabulary, merges = byte_pairs(merges)
     specials = {str(len(vocabulary) + i): {"content": text, "special": True} for i, text in enumerate(SPECIAL_TOKENS)}
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **sizes}
     contents = {
@@ -34,12 +38,19 @@ def write_blank_en(folder: Path, sizes: dict[str, Any]) -> None:
             temporary.write_text(content + "\n", encoding="utf-8")
 
 
-def byte_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def byte_pairs(
+    merges: Sequence[tuple[str, str]] | None = None,
+) -> tuple[dict[str, int], Sequence[tuple[str, str]]]:
     """Return the id of each piece, the 256 bytes first, and the pairs that become one, the first before the others."""
+    merges = word_merges() if merges is None else merges
     letters = [chr(byte) if i < len(PRINTED) else chr(256 + i - len(PRINTED)) for i, byte in enumerate(BYTES)]
+    return {piece: number for number, piece in enumerate([*letters, *map("".join, merges)])}, merges
+
+
+def word_merges() -> list[tuple[str, str]]:
+    """Return the pairs that make WORDS of letters."""
     merges: dict[tuple[str, str], None] = {}
     for word in WORDS.split():
         spelled = BLANK + word
         merges |= dict.fromkeys((spelled[:end], spelled[end]) for end in range(1, len(spelled)))
-    pieces = letters + list(map("".join, merges))
-    return {piece: number for number, piece in enumerate(pieces)}, list(merges)
+    return list(merges)

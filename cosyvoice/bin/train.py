@@ -202,7 +202,8 @@ def build_model(args: argparse.Namespace, train_conf: dict[str, Any]) -> "Recipe
     from cosyvoice.runtime.command import seed_all
 
     seed_all(args.seed)
-    part = read_entry(args, args.model)
+    with_more = f"{args.model}_training"  # the part with what only its training needs, where a recipe has that
+    part = read_entry(args, with_more, {with_more: None}) or read_entry(args, args.model)
     start = args.checkpoint or args.ref_model
     if start is not None:
         load_weights(part, start)

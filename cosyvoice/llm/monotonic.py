@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyvoice.llm.aligner import Aligner
+from cosyvoice.llm.corruption import checked_share, corrupted
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.llm.speech_token_lm import MAX_TOKEN_TEXT_RATIO, MIN_TOKEN_TEXT_RATIO
-from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.cache import join_caches
 from cosyvoice.utils.common import IGNORE_ID, pad_list, th_accuracy
 from cosyvoice.utils.mask import make_pad_mask
@@ -45,9 +45,7 @@ class MonotonicLM(TransformerLM):
 
     def __init__(self, *arguments: Any, input_corruption: float = 0.0, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        if not isinstance(input_corruption, int | float) or not 0 <= input_corruption < 1:
-            raise InputError(f"input_corruption is a share from 0 to below 1, not {input_corruption}")
-        self.input_corruption = input_corruption
+        self.input_corruption = checked_share(input_corruption)
         self.step = nn.Linear(self.llm_decoder.in_features, LARGEST_STEP + 1)
         self.aligner = Aligner(self.speech_token_size, self.text_embedding.num_embeddings)
 
@@ -76,7 +74,8 @@ class MonotonicLM(TransformerLM):
             place = self.aligner.places(speech, lengths, text, text_lengths)
         # the end is said at the last unit
         place = F.pad(place, (0, 1)).scatter(1, lengths.long().unsqueeze(1), text_lengths.long().unsqueeze(1) - 1)
-        heard = self.corrupted(speech) if self.training and self.input_corruption else speech
+        share = self.input_corruption if self.training else 0.0
+        heard = corrupted(speech, share, self.speech_token_size)
         said = torch.cat((self.start(batch["embedding"].to(device)), self.speech_embedding(heard)), dim=1)
         lm_output, _ = self.llm(said + units_at(self.encode(text, text_lengths), place), lengths + 1)
 
@@ -93,11 +92,6 @@ class MonotonicLM(TransformerLM):
             extra["loss_aligner"] = self.aligner.loss(speech, lengths, text.gather(1, place[:, :-1]))
         accuracy = th_accuracy(scores, target.unsqueeze(0), IGNORE_ID)
         return losses, asked.nonzero()[:, 0], accuracy, extra
-
-    def corrupted(self, speech: Tensor) -> Tensor:
-        """(B, S) ids, the share `input_corruption` of them drawn anew."""
-        replaced = torch.rand(speech.shape, device=speech.device) < self.input_corruption
-        return torch.where(replaced, torch.randint_like(speech, self.speech_token_size), speech)
 
     def start(self, embedding: Tensor) -> Tensor:
         """What stands in for the token before the first, (B, 1, C). embedding: (B, 192), or (0, 192) for no speaker."""

@@ -86,7 +86,7 @@ class Qwen2LM(SpeechTokenLM):
         """Lay out each item of the batch. Returns what is read (B, L, C) and what is asked for (B, L), padded."""
         layouts = (batch["bistream"] if "bistream" in batch else self.drawn_layouts(batch)).tolist()
         text, speech = self.embed_text(batch["text_token"].to(device)), batch["speech_token"].to(device).long()
-        said = self.speech_embedding(speech.clamp(min=0))
+        said = self.speech_embedding(self.heard(speech.clamp(min=0)))
         lengths = zip(batch["text_token_len"].tolist(), batch["speech_token_len"].tolist(), strict=True)
         marks = Marks(*self.llm_embedding.weight.unsqueeze(1), end=self.speech_token_size, fill=self.fill_token)
         items = [
@@ -95,6 +95,10 @@ class Qwen2LM(SpeechTokenLM):
         ]
         read, asked = zip(*items, strict=True)
         return pad_list(read, IGNORE_ID), pad_list(asked, IGNORE_ID)
+
+    def heard(self, speech: Tensor) -> Tensor:
+        """Return the speech tokens (B, S) that are read in training: here the true ones."""
+        return speech
 
     def forward_dpo(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Return the loss on the preferred speech, and how likely it and the rejected speech are, for `DPOLoss`.

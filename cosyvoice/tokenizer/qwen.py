@@ -1,14 +1,17 @@
 """The text tokenizer of CosyVoice2: that of Qwen2, and special tokens for what else can be heard in speech."""
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosyvoice.model_folder.blank_en import REMEDY, read_json, read_text
 from cosyvoice.runtime.errors import InputError
+from cosyvoice.tokenizer.tokenizer import PIECE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.models import BPE
 
 # CosyVoice2 numbers them in this order, after the tokens of Qwen2.
 SPOKEN_TOKENS = (
@@ -44,6 +47,18 @@ class QwenTokenizer:
         """Return ids. allowed_special belongs to every tokenizer's signature and changes nothing here."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_words(self, text: str) -> list[list[int]]:
+        """Return the ids of each word of `text.split()` with the blanks behind it. Joined, they are those of `encode`.
+
+        What one piece joins of two words belongs to the second.
+        """
+        encoded = self.tokenizer.encode(text, add_special_tokens=False)
+        ends = [match.end() for match in PIECE.finditer(text)]
+        words: list[list[int]] = [[] for _ in ends]
+        for number, (_, end) in zip(encoded.ids, encoded.offsets, strict=True):
+            words[min(bisect_left(ends, end), len(ends) - 1)].append(number)
+        return words
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids. What is not UTF-8 becomes replacement characters."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=self.skip_special_tokens)
@@ -64,13 +79,20 @@ def get_qwen_tokenizer(token_path: str, skip_special_tokens: bool) -> QwenTokeni
 
 
 def _byte_pairs(folder: Path) -> "Tokenizer":
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import models, pre_tokenizers
 
     vocabulary = _vocabulary(folder / "vocab.json")
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - vocabulary.keys()
     if missing:
         raise InputError(f"{folder / 'vocab.json'} lacks {len(missing)} of the 256 bytes; {REMEDY}")
-    tokenizer = Tokenizer(models.BPE(vocabulary, _merges(folder / "merges.txt", vocabulary)))
+    return of_pairs(models.BPE(vocabulary, _merges(folder / "merges.txt", vocabulary)))
+
+
+def of_pairs(pairs: "BPE") -> "Tokenizer":
+    """Return a tokenizer that cuts text as Qwen2 does and has these pairs of pieces, but no special tokens yet."""
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(pairs)
     tokenizer.normalizer = normalizers.NFC()
     words = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,7 @@ class Training:
     """AdamW with warm-up and a cosine. A killed run continues from `checkpoint` and ends with the same weights.
 
     The checkpoint lies beside `output`, the file that the caller will write. `recordings` are what it learns from.
+    `settings` are what else the result depends on.
     """
 
     model: nn.Module
@@ -74,11 +75,12 @@ class Training:
     seed: int
     peak_rate: float
     output: Path
+    settings: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.checkpoint = checkpoint_of(self.output)
         # everything that the result depends on: a checkpoint of another recipe is not continued
-        self.recipe = {"seed": self.seed, "steps": self.steps, "data": stamp(self.recordings)}
+        self.recipe = {"seed": self.seed, "steps": self.steps, "data": stamp(self.recordings), **self.settings}
 
     def run(self, batch_loss: Callable[[], Tensor], report: Callable[[], str]) -> None:
         """Train. `batch_loss` draws its batch from the global generators, which are seeded at every step."""

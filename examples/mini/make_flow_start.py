@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the weights that the training of CosyVoice-mini's flow starts from.
+"""Write the weights that the training of a small model's flow starts from.
 
     examples/mini/make_flow_start.py --config data/mini/cosyvoice.yaml --output data/mini/exp/flow_start.pt --seed 1986
 
@@ -42,17 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def token_vectors(tokens: int, size: int) -> "Tensor":
-    """Return (tokens, size) vectors of about unit spread. Raises InputError if there are more or fewer codes."""
+    """Return (tokens, size) vectors of about unit spread. Raises InputError for tokens that no tokenizer here has."""
     import torch
 
-    from cosyvoice.runtime.errors import InputError
-    from examples.mini.speech_tokenizer import ScalarQuantiser
+    from examples.mini.speech_tokenizer import ScalarQuantiser, levels_of
 
-    quantiser = ScalarQuantiser()
-    if tokens != quantiser.codes:
-        raise InputError(
-            f"the model has {tokens} speech tokens, but the tokenizer {quantiser.codes}; use its recipe's YAML"
-        )
+    quantiser = ScalarQuantiser(levels_of(tokens))
     numbers = quantiser.numbers(torch.arange(tokens))
     projection = torch.randn(numbers.shape[1], size) / numbers.square().sum(dim=1).mean().sqrt()
     return numbers @ projection + APART * torch.randn(tokens, size)

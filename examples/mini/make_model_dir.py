@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Write the model folder of CosyVoice-mini from the results of its recipe.
+"""Write the folder of a small model from the results of its recipe.
 
-    examples/mini/make_model_dir.py --work_dir data/mini --voices alpha kumo --model_dir output/CosyVoice-mini
+    examples/mini/make_model_dir.py --recipe examples/mini --work_dir data/mini --voices kumo --model_dir output/mini
 
 Weights are stored in half precision. SHA256SUMS lists the files for `sha256sum --check`.
 """
@@ -10,36 +10,42 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cosyvoice.model_folder.folder import ModelFolder
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
 WEIGHTS = {"llm.pt": "exp/llm/llm.pt", "flow.pt": "exp/flow/flow.pt", "hift.pt": "exp/hifigan/hift.pt"}
-COPIED = ("campplus.onnx", "speech_tokenizer_v1.onnx", "lexicon.txt.gz")
+LEXICON = "lexicon.txt.gz"  # of a model without a text model
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, required=True, help="folder of the model's YAML and card")
     parser.add_argument("--work_dir", type=Path, required=True, help="folder of the recipe's results")
     parser.add_argument("--voices", nargs="+", required=True, help="speakers to store as base voices")
     parser.add_argument("--model_dir", type=Path, required=True, help="folder to write")
     options = parser.parse_args(argv)
 
     from cosyvoice.model_folder.fingerprints import fingerprint_file
+    from cosyvoice.model_folder.folder import ModelFolder
     from cosyvoice.model_folder.weights import read_state_dict
     from cosyvoice.runtime.errors import InputError
     from cosyvoice.utils.file_utils import atomic_write, copy_file, save_tensors
 
-    results, folder = options.work_dir, options.model_dir
-    sources = [results / source for source in (*WEIGHTS.values(), *COPIED)]
+    results, folder, recipe = options.work_dir, options.model_dir, ModelFolder(options.recipe)
+    copied = [recipe.speaker_encoder.name, recipe.speech_tokenizer.name, *text_files(recipe)]
+    sources = [results / source for source in (*WEIGHTS.values(), *copied)]
     if missing := [source for source in sources if not source.is_file()]:
-        raise InputError(f"{missing[0]} does not exist. Run the stages of examples/mini/run.sh before this one")
+        raise InputError(f"{missing[0]} does not exist. Run the stages of {recipe.path}/run.sh before this one")
     voices = read_voices(results / "voices" / "train", options.voices)
     for name, source in WEIGHTS.items():
         state = read_state_dict(results / source)
         save_tensors({key: value.half() for key, value in state.items()}, folder / name)
     save_tensors(voices, folder / "spk2info.pt")
-    copies = {name: results / name for name in COPIED}
-    copies |= {"cosyvoice.yaml": HERE / "cosyvoice.yaml", "README.md": HERE / "model_card.md"}
+    copies = {name: results / name for name in copied}
+    copies |= {recipe.yaml.name: recipe.yaml, "README.md": recipe.path / "model_card.md"}
     for name, source in copies.items():
         copy_file(source, folder / name)
     names = sorted((*WEIGHTS, *copies, "spk2info.pt"))
@@ -47,6 +53,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         temporary.write_text("".join(f"{fingerprint_file(folder / name)}  {name}\n" for name in names))
     size = sum((folder / name).stat().st_size for name in names)
     print(f"{folder}: {size / 1e6:.1f} MB, voices {', '.join(voices)}")
+
+
+def text_files(recipe: "ModelFolder") -> list[str]:
+    """Return the names of what turns text into units."""
+    from cosyvoice.model_folder.folder import TOKENIZER_FILES
+
+    if not recipe.text_model:
+        return [LEXICON]
+    files = ("config.json", "model.safetensors", *TOKENIZER_FILES)
+    return [f"{recipe.text_model.name}/{file}" for file in files]
 
 
 def read_voices(corpus: Path, names: Sequence[str]) -> dict:

@@ -1,17 +1,27 @@
-"""A speech tokenizer that keeps the words: Whisper's first blocks, a small network, and 50 codes a second."""
+"""A speech tokenizer that keeps the words: Whisper's first blocks, a small network, and 25 or 50 codes a second."""
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.convnext import ConvNeXtBlock
 from examples.mini.whisper_encoder import WIDTH, To80Bins, WhisperEncoder
 
 FIRST_BLOCKS = 2  # of Whisper, whose weights stay as they are
 CHANNELS, DEPTH = 192, 4
-LEVELS = (4, 4, 4, 4)  # of each number of a frame: 256 codes
-STRIDE = 2  # frames of 10 ms in a token
+NUMBERS = 4  # that a token stands for, each of as many levels
+WHISPER_RATE = 50  # of its hidden frames, a second
+
+
+def levels_of(codes: int) -> tuple[int, ...]:
+    """Return the levels of each number. Raises InputError for codes that are no fourth power."""
+    levels = round(codes ** (1 / NUMBERS))
+    if levels < 2 or levels**NUMBERS != codes:
+        raise InputError(f"speech_token_size is {codes}, and should be a fourth power: 256, 625, 1296, ...")
+    return (levels,) * NUMBERS
 
 
 class ScalarQuantiser(nn.Module):
@@ -21,7 +31,7 @@ class ScalarQuantiser(nn.Module):
     unchanged.
     """
 
-    def __init__(self, levels: Sequence[int] = LEVELS) -> None:
+    def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
         self.levels = tuple(levels)
         self.register_buffer("count", torch.tensor(levels, dtype=torch.float32), persistent=False)
@@ -58,21 +68,28 @@ class ScalarQuantiser(nn.Module):
 class Encoder(nn.Module):
     """The trained part of the tokenizer: from Whisper's hidden frames to quantised ones."""
 
-    def __init__(self, levels: Sequence[int] = LEVELS) -> None:
+    def __init__(self, levels: Sequence[int], token_rate: int) -> None:
+        """token_rate: tokens a second, a divisor of WHISPER_RATE."""
         super().__init__()
+        self.frames = WHISPER_RATE // token_rate  # in a token
         self.normalise = nn.BatchNorm1d(WIDTH, affine=False)
-        self.blocks = nn.Sequential(nn.Linear(WIDTH, CHANNELS), *(ConvNeXtBlock(CHANNELS) for _ in range(DEPTH)))
+        first = nn.Linear(self.frames * WIDTH, CHANNELS)
+        self.blocks = nn.Sequential(first, *(ConvNeXtBlock(CHANNELS) for _ in range(DEPTH)))
         self.to_code = nn.Sequential(nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, len(levels)))
         self.quantiser = ScalarQuantiser(levels)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(B, N, WIDTH) -> (B, N, D) of the quantiser's levels."""
-        normalised = self.normalise(hidden.transpose(1, 2)).transpose(1, 2)
-        return self.quantiser(self.to_code(self.blocks(normalised)))
+        """(B, T, WIDTH) -> (B, N, D) of the quantiser's levels; the last token may stand for fewer frames."""
+        normalised = self.normalise(hidden.transpose(1, 2))  # (B, T, C) -> (B, C, T)
+        room = self.frames - 1
+        tokens = (normalised.shape[2] + room) // self.frames
+        whole = F.pad(normalised, (0, room), mode="replicate")[:, :, : tokens * self.frames]
+        joined = whole.unflatten(2, (-1, self.frames)).permute(0, 2, 3, 1).flatten(2)  # (B, C, N F) -> (B, N, F C)
+        return self.quantiser(self.to_code(self.blocks(joined)))
 
 
 class TokenizerFile(nn.Module):
-    """The interface of speech_tokenizer_v1.onnx."""
+    """The interface of speech_tokenizer_v1.onnx and speech_tokenizer_v2.onnx."""
 
     def __init__(self, start: WhisperEncoder, encoder: Encoder) -> None:
         super().__init__()
@@ -81,6 +98,6 @@ class TokenizerFile(nn.Module):
         self.encoder = encoder
 
     def forward(self, feats: Tensor, feats_length: Tensor) -> Tensor:
-        """`feats` (1, 128, T), of which the first `feats_length` (1,) count -> int32 (1, half of those, rounded up)."""
+        """`feats` (1, 128, T), of which the first `feats_length` (1,) count -> int32 (1, N)."""
         valid = feats[:, :, : feats_length[0].long()]
         return self.encoder.quantiser.indices(self.encoder(self.start(self.to_80_bins(valid))))

@@ -19,48 +19,55 @@ from cosyvoice.utils.audio import MAX_PROMPT_SECONDS, PROMPT_RATE_HZ, WHISPER_ME
 from cosyvoice.utils.frames import MEL_BINS, Rates
 from examples.mini.encoder_files import export, round_weights
 from examples.mini.encoder_training import Recording, Training, bfloat16_where_fast, draw, read_recordings
-from examples.mini.speech_tokenizer import CHANNELS, FIRST_BLOCKS, LEVELS, Encoder, TokenizerFile
+from examples.mini.speech_tokenizer import (
+    CHANNELS,
+    FIRST_BLOCKS,
+    NUMBERS,
+    WHISPER_RATE,
+    Encoder,
+    TokenizerFile,
+    levels_of,
+)
 from examples.mini.whisper_encoder import BLOCKS, WIDTH, To80Bins, WhisperEncoder
 
-CROP_TOKENS = 100  # 2 s
+CROP_SECONDS = 2.0
 BATCH = 16
 PEAK_RATE = 1.5e-3
 MEL_MEAN, MEL_SPREAD = -6.0, 2.3  # of log-mel, about
 SPEAKER_SIZE = 64
 TEXT_BLOCKS, MEL_BLOCKS, FEATURE_BLOCKS = 2, 5, 3
 FEATURE_WEIGHT = 0.3
-PULL = 0.15  # on the mean distance of neighbouring frames: the fewer changes, the easier for a language model
 
 
 @dataclass
 class Utterance:
     """The outputs of the frozen networks for one whole recording, in float16."""
 
-    start: Tensor  # (N, WIDTH), of Whisper's first blocks
-    features: Tensor  # (N, WIDTH), of Whisper's whole encoder
-    mel: Tensor  # (80, T)
+    start: Tensor  # (T, WIDTH), of Whisper's first blocks
+    features: Tensor  # (T, WIDTH), of Whisper's whole encoder
+    mel: Tensor  # (80, M)
 
 
 class Corpus:
     """The recordings in memory; those too short for a crop are left out. Raises InputError if none is left."""
 
-    def __init__(self, recordings: Sequence[Recording]) -> None:
+    def __init__(self, recordings: Sequence[Recording], recipe: ModelFolder) -> None:
         start, whole = whisper_start(), WhisperEncoder.pretrained(BLOCKS)
-        to_80_bins, mini = To80Bins(), ModelFolder(Path(__file__).parent)
-        feat_extractor, self.rates = mini.parts(["feat_extractor"])["feat_extractor"], mini.rates
+        to_80_bins, self.rates = To80Bins(), recipe.rates
+        feat_extractor = recipe.parts(["feat_extractor"])["feat_extractor"]
         progress = tqdm(recordings, desc="features", unit="utt", disable=None)
         read = [
-            (recording, listen(recording.wav, to_80_bins, start, whole, mini.rates, feat_extractor))
+            (recording, listen(recording.wav, to_80_bins, start, whole, self.rates, feat_extractor))
             for recording in progress
         ]
-        long_enough = [(recording, utterance) for recording, utterance in read if len(utterance.start) >= CROP_TOKENS]
+        least = round(CROP_SECONDS * WHISPER_RATE)
+        long_enough = [(recording, utterance) for recording, utterance in read if len(utterance.start) >= least]
         if not long_enough:
-            least = CROP_TOKENS / self.rates.token_rate
-            raise InputError(f"no recording lasts {least:g} s. Give folders with longer ones")
+            raise InputError(f"no recording lasts {CROP_SECONDS:g} s. Give folders with longer ones")
         self.recordings, self.utterances = map(list, zip(*long_enough, strict=True))
 
     def draw_batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return crops: start and features (B, N, WIDTH), mel (B, 80, T), and mel of other places (B, 80, T)."""
+        """Return crops: start and features (B, T, WIDTH), mel (B, 80, M), and mel of other places (B, 80, M)."""
         chosen = random.sample(self.utterances, min(BATCH, len(self.utterances)))
         crops = [crop(utterance, self.rates) for utterance in chosen]
         return tuple(torch.stack([part.float() for part in parts]) for parts in zip(*crops, strict=True))
@@ -97,14 +104,15 @@ def flow_mel(wav: Path, feat_extractor: Callable[[Tensor], Tensor], rates: Rates
 
 def crop(utterance: Utterance, rates: Rates) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the same 2 s of start, features and mel, and a mel of 2 s from anywhere in the utterance."""
-    frames = rates.mel_frames(CROP_TOKENS)
-    first = random.randint(0, len(utterance.start) - CROP_TOKENS)
-    tokens = slice(first, first + CROP_TOKENS)
+    tokens, frames_a_token = round(CROP_SECONDS * rates.token_rate), WHISPER_RATE // rates.token_rate
+    frames = rates.mel_frames(tokens)
+    first = random.randint(0, len(utterance.start) // frames_a_token - tokens)
+    heard = slice(first * frames_a_token, (first + tokens) * frames_a_token)
     last = max(utterance.mel.shape[1] - frames, 0)
     begin, elsewhere = min(rates.mel_frames(first), last), random.randint(0, last)
     missing = max(frames - utterance.mel.shape[1], 0)
     mels = (F.pad(utterance.mel[:, at : at + frames], (0, missing)) for at in (begin, elsewhere))
-    return utterance.start[tokens], utterance.features[tokens], *mels
+    return utterance.start[heard], utterance.features[heard], *mels
 
 
 class Model(nn.Module):
@@ -114,25 +122,27 @@ class Model(nn.Module):
     predicts the output of Whisper's whole encoder from the tokens alone.
     """
 
-    def __init__(self, levels: Sequence[int] = LEVELS) -> None:
+    def __init__(self, codes: int, token_rate: int) -> None:
         super().__init__()
-        self.encoder = Encoder(levels)
+        self.encoder = Encoder(levels_of(codes), token_rate)
         self.speaker = SpeakerSummary()
-        self.decoder = MelDecoder(len(levels))
+        self.decoder = MelDecoder(NUMBERS)
         self.features = nn.Sequential(
-            nn.Linear(len(levels), CHANNELS),
+            nn.Linear(NUMBERS, CHANNELS),
             *(ConvNeXtBlock(CHANNELS) for _ in range(FEATURE_BLOCKS)),
-            nn.Linear(CHANNELS, WIDTH),
+            nn.Linear(CHANNELS, self.encoder.frames * WIDTH),
         )
         self.feature_norm = nn.BatchNorm1d(WIDTH, affine=False)
 
     def losses(self, start: Tensor, features: Tensor, mel: Tensor, elsewhere: Tensor) -> dict[str, Tensor]:
         """Return the terms of the loss, unweighted; shapes as Corpus.draw_batch gives them."""
         quantised = self.encoder(start)  # (B, N, D)
-        target = self.feature_norm(features.transpose(1, 2)).transpose(1, 2)
+        target = self.feature_norm(features.transpose(1, 2)).transpose(1, 2)  # (B, T, WIDTH)
+        # (B, N, F C) -> (B, N F, C), of which the last frames may lie behind the end
+        predicted = self.features(quantised).unflatten(2, (-1, WIDTH)).flatten(1, 2)[:, : target.shape[1]]
         return {
             "mel": (self.decoder(quantised, self.speaker(elsewhere), mel.shape[2]) - mel).abs().mean(),
-            "features": F.mse_loss(self.features(quantised), target),
+            "features": F.mse_loss(predicted, target),
             "change": (quantised[:, 1:] - quantised[:, :-1]).abs().mean(),
         }
 
@@ -172,17 +182,33 @@ class MelDecoder(nn.Module):
         return self.to_mel(hidden).transpose(1, 2)
 
 
-def train(data: Sequence[Path], dev: Sequence[Path], output: Path, utterances: int, steps: int, seed: int) -> dict:
-    """Train, write `output`, and return how good its tokens are on `dev`. Raises InputError for bad corpora."""
-    train_corpus = Corpus(draw(read_recordings(data), utterances, seed))
-    dev_corpus = Corpus(read_recordings(dev))
+def train(
+    recipe: Path,
+    data: Sequence[Path],
+    dev: Sequence[Path],
+    output: Path,
+    utterances: int,
+    steps: int,
+    pull: float,
+    seed: int,
+) -> dict:
+    """Train, write `output`, and return how good its tokens are on `dev`.
+
+    recipe: the folder whose YAML tells how many tokens there are, and how many of them a second. pull: weight of the
+    mean distance of neighbouring tokens in the loss. Raises InputError for bad corpora.
+    """
+    folder = ModelFolder(recipe)
+    codes = folder.parts(["speech_token_size"])["speech_token_size"]
+    train_corpus = Corpus(draw(read_recordings(data), utterances, seed), folder)
+    dev_corpus = Corpus(read_recordings(dev), folder)
     seed_all(seed)
-    model = Model()
-    training = Training(model, train_corpus.recordings, steps, seed, PEAK_RATE, output)
+    model = Model(codes, folder.rates.token_rate)
+    settings = {"codes": codes, "token_rate": folder.rates.token_rate, "pull": pull}
+    training = Training(model, train_corpus.recordings, steps, seed, PEAK_RATE, output, settings)
 
     def batch_loss() -> Tensor:
         terms = model.losses(*train_corpus.draw_batch())
-        return terms["mel"] + FEATURE_WEIGHT * terms["features"] + PULL * terms["change"]
+        return terms["mel"] + FEATURE_WEIGHT * terms["features"] + pull * terms["change"]
 
     def report() -> str:
         return ", ".join(f"dev {name} {value:.3f}" for name, value in measure(model, dev_corpus).items())

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train CosyVoice-mini's speech tokenizer on Whisper's first blocks, and write it as ONNX.
+"""Train a small model's speech tokenizer on Whisper's first blocks, and write it as ONNX.
 
     examples/mini/train_tokenizer.py --data data/mini/train --dev data/mini/dev --output speech_tokenizer_v1.onnx
 
@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+PULL_HELP = "on tokens to be like the one before: fewer changes are easier for a language model"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,11 +23,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from utils import add_seed
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=HERE, help="folder of the model's YAML (default: %(default)s)")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="Kaldi-style folders to train on")
     parser.add_argument("--dev", type=Path, nargs="+", required=True, help="Kaldi-style folders to measure on")
-    parser.add_argument("--output", type=Path, required=True, help="file to write: speech_tokenizer_v1.onnx")
+    parser.add_argument("--output", type=Path, required=True, help="file to write: speech_tokenizer_v1.onnx or _v2")
     parser.add_argument("--utterances", type=int, default=3000, help="drawn from the data (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2500, help="of training (default: %(default)s)")
+    parser.add_argument("--pull", type=float, default=0.15, help=f"{PULL_HELP} (default: %(default)s)")
     add_seed(parser)
     options = parser.parse_args(argv)
     for name in ("utterances", "steps"):
@@ -36,7 +40,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from examples.mini.tokenizer_training import train
 
-    results = train(options.data, options.dev, options.output, options.utterances, options.steps, options.seed)
+    results = train(
+        options.recipe,
+        options.data,
+        options.dev,
+        options.output,
+        options.utterances,
+        options.steps,
+        options.pull,
+        options.seed,
+    )
     print(json.dumps(results))
 
 

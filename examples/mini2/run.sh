@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# CosyVoice2-mini from the recordings of CosyVoice-mini: its encoders, its three networks and its model folder, in stages:
+#
+#     0 corpus    1 speech tokenizer, speaker encoder    2 tokens and vectors    3 parquet files
+#     5 train     6 average                                 7 model folder
+#
+#     bash examples/mini2/run.sh                          all of them
+#     stage=5 stop_stage=6 bash examples/mini2/run.sh     some
+#
+# A run that was stopped goes on where it was, by the same command. Each variable below can be set like stage.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export OMP_NUM_THREADS=1 # two at a time share two cores
+
+stage=${stage:-0}
+stop_stage=${stop_stage:-7}
+corpus_dir=${corpus_dir:-data/mini}                           # what stage 0 of examples/mini/run.sh makes
+work_dir=${work_dir:-data/mini2}                              # about 4 GB
+model_dir=${model_dir:-pretrained_models/CosyVoice2-mini}
+seed=${seed:-1986}
+num_jobs=${num_jobs:-2}
+
+recipe=examples/mini2
+config=$work_dir/cosyvoice2.yaml
+tokenizer=speech_tokenizer_v2.onnx
+pull=0.05 # on neighbouring tokens, to be alike: these are twice as far apart as those of CosyVoice-mini
+train_options=(--qwen_pretrain_path "$work_dir/CosyVoice-BlankEN")
+stored_voices=(gongitsune nezumi kumo)
+corpora=(voices mixes texts speakers prompts)
+# what is named twice is heard twice as often
+declare -A trained_on=([llm]="voices voices voices mixes mixes texts" [flow]="voices voices mixes mixes speakers prompts"
+    [hifigan]="voices voices mixes mixes speakers prompts")
+declare -A averaged=([llm]=1 [flow]=1 [hifigan]=3) # epochs, of the least held-out loss
+
+make_corpora() {
+    local corpus split folder
+    work_dir=$corpus_dir stage=0 stop_stage=0 bash examples/mini/run.sh
+    for corpus in "${corpora[@]}"; do
+        for split in train dev; do
+            folder=$work_dir/$corpus/$split
+            mkdir -p "$folder"
+            cp "$corpus_dir/$corpus/$split"/{wav.scp,text,utt2spk,spk2utt} "$folder"
+        done
+    done
+    python examples/mini2/make_text_model.py --texts "$work_dir"/{voices,mixes,texts}/train/text \
+        --des_dir "$work_dir/CosyVoice-BlankEN"
+}
+
+write_config() {
+    cat "$recipe/cosyvoice2.yaml" "$recipe/training.yaml" >"$config"
+}
+
+source examples/mini/stages.sh
