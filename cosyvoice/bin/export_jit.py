@@ -2,9 +2,9 @@
 
     python cosyvoice/bin/export_jit.py --model_dir pretrained_models/CosyVoice-300M
 
-Writes llm.text_encoder.fp32.zip, llm.llm.fp32.zip and flow.encoder.fp32.zip there, as far as the model has such stacks:
-CosyVoice2 has only the last. Each is the stack's `forward` over whole sequences of at least 2 frames: (B, T, C) float32
-and lengths (B,) int64 in, output (B, U, D) and valid frames (B, 1, U) bool out. The step-by-step decoding with its cache
+Writes llm.text_encoder.fp32.zip, llm.llm.fp32.zip and flow.encoder.fp32.zip there, those that the model has: CosyVoice2
+has only the last. Each is the stack's `forward` over whole sequences of at least 2 frames: (B, T, C) float32 and
+lengths (B,) int64 in, output (B, U, D) and valid frames (B, 1, U) bool out. The step-by-step decoding with its cache
 stays in Python.
 """
 

@@ -48,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     copies |= {recipe.yaml.name: recipe.yaml, "README.md": recipe.path / "model_card.md"}
     for name, source in copies.items():
         copy_file(source, folder / name)
-    names = sorted((*WEIGHTS, *copies, "spk2info.pt"))
+    names = [*WEIGHTS, *copies, "spk2info.pt"]
+    if recipe.text_model:
+        names.append(f"{recipe.text_model.name}/model.safetensors")
+        write_no_weights(folder / names[-1])
+    names.sort()
     with atomic_write(folder / "SHA256SUMS") as temporary:
         temporary.write_text("".join(f"{fingerprint_file(folder / name)}  {name}\n" for name in names))
     size = sum((folder / name).stat().st_size for name in names)
@@ -61,8 +65,17 @@ def text_files(recipe: "ModelFolder") -> list[str]:
 
     if not recipe.text_model:
         return [LEXICON]
-    files = ("config.json", "model.safetensors", *TOKENIZER_FILES)
-    return [f"{recipe.text_model.name}/{file}" for file in files]
+    return [f"{recipe.text_model.name}/{file}" for file in ("config.json", *TOKENIZER_FILES)]
+
+
+def write_no_weights(path: Path) -> None:
+    """Write a file of no weights: the public CosyVoice2 wants it beside config.json, and reads llm.pt over it."""
+    from safetensors.torch import save_file
+
+    from cosyvoice.utils.file_utils import atomic_write
+
+    with atomic_write(path) as temporary:
+        save_file({}, temporary, metadata={"format": "pt"})
 
 
 def read_voices(corpus: Path, names: Sequence[str]) -> dict:

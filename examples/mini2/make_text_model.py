@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     from cosyvoice.runtime.errors import InputError
-    from cosyvoice.utils.file_utils import atomic_write
     from tools.kaldi_folder import read_table
     from tools.random_blank_en import write_blank_en
 
@@ -44,11 +43,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(merges) < PIECES:
         raise InputError(f"the texts have only {len(merges)} pairs of letters; give more of them")
     write_blank_en(options.des_dir, SIZES, merges)
-    # the public CosyVoice2 wants a file of weights here, and takes the real ones from llm.pt
-    import safetensors.torch
-
-    with atomic_write(options.des_dir / "model.safetensors") as temporary:
-        safetensors.torch.save_file({}, temporary, metadata={"format": "pt"})
     print(f"{options.des_dir}: {len(merges)} pieces besides the bytes")
 
 

@@ -3,9 +3,9 @@
 
     python local/prepare_reject_sample.py --src_dir data/train --des_dir data/train_reject --ref_model CosyVoice2-0.5B
 
-Reads the tables and utt2speech_token.pt. The prompt of an utterance is the next one of its speaker. Writes wavs/NAME.wav
-and tables like those of the source folder, which extract_speech_token.py reads, and prepare_reject_sample.failed, which
-tells what could not be spoken. A second run speaks only what is new.
+Reads the tables and utt2speech_token.pt. The prompt of an utterance is the next one of its speaker. Writes
+wavs/NAME.wav and tables like those of the source folder, which extract_speech_token.py reads, and
+prepare_reject_sample.failed, which tells what could not be spoken. A second run speaks only what is new.
 """
 
 import argparse
@@ -147,7 +147,8 @@ def speak(voice: "FolderVoice", utterance: Utterance, seed: int) -> "Tensor":
 
     with Draws(seed, zlib.crc32(utterance.name.encode())):
         prompt = utterance.prompt_text, utterance.prompt_wav
-        pieces = [piece["tts_speech"] for piece in voice.inference_zero_shot(utterance.text, *prompt, text_frontend=False)]
+        spoken = voice.inference_zero_shot(utterance.text, *prompt, text_frontend=False)
+        pieces = [piece["tts_speech"] for piece in spoken]
     if not pieces:
         raise InputError(f"nothing to speak in the text {utterance.text!r}")
     return torch.cat(pieces, dim=1)
