@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pyarrow.parquet
 import soundfile
 from parity import PARITY_DIR
 
-RAW_AUDIO = Path(__file__).parents[1] / "examples" / "raw_audio"
+ROOT = Path(__file__).resolve().parents[1]
+RAW_AUDIO = ROOT / "examples" / "raw_audio"
 SECONDS = 0.6
 FILES, CLIPS_A_FILE = 4, 2
 
@@ -63,9 +65,7 @@ def write_corpus(
     return listed
 
 
-def row(
-    wav: Path, random: np.random.Generator, seconds: float, token_rate: int, letters: int
-) -> dict[str, object]:
+def row(wav: Path, random: np.random.Generator, seconds: float, token_rate: int, letters: int) -> dict[str, object]:
     samples, rate = soundfile.read(wav)
     audio = io.BytesIO()
     soundfile.write(audio, samples[rate : rate + round(seconds * rate)], rate, format="WAV")
@@ -78,6 +78,20 @@ def row(
         "utt_embedding": random.normal(size=192).tolist(),
         "spk_embedding": random.normal(size=192).tolist(),
     }
+
+
+def copy_of_the_project(project: Path) -> Path:
+    """A project folder of links with copies of the recipes, whose results do not land in the repository.
+
+    Returns the folder of the recipes.
+    """
+    project.mkdir()
+    for path in [*ROOT.glob("*.py"), *(ROOT / name for name in ("tools", "cosyvoice", "matcha", "voices"))]:
+        (project / path.name).symlink_to(path)
+    recipes, ignored = project / "examples" / "libritts", shutil.ignore_patterns("data", "exp", "tensorboard")
+    shutil.copytree(ROOT / "examples" / "libritts", recipes, symlinks=True, ignore=ignored)
+    shutil.copy(ROOT / "examples" / "recipe.sh", project / "examples")
+    return recipes
 
 
 def train_as(rank: int, processes: int, port: int, argv: list[str]) -> None:

@@ -20,6 +20,7 @@ RECIPE_SCRIPTS = (
     "cosyvoice/bin/export_jit",
     "cosyvoice/bin/export_onnx",
     "examples/libritts/cosyvoice/local/prepare_data",
+    "examples/libritts/cosyvoice2/local/prepare_reject_sample",
     "examples/mini/make_corpus",
     "examples/mini/make_lexicon",
     "examples/mini/align_text",

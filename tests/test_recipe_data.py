@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from recipe import copy_of_the_project
 
 from cosyvoice.dataset.processor import parquet_opener, parse_embedding
 from cosyvoice.runtime.errors import InputError
@@ -125,7 +126,7 @@ def test_run_sh_turns_libritts_into_what_training_reads(tmp_path: Path, networks
         add_recording(chapter / f"84_121123_{number}.wav", number)
     add_recording(chapter / "84_121123_3.wav", 3)
     (chapter / "84_121123_3.normalized.txt").unlink()
-    recipe = copy_of_the_recipe(tmp_path / "project")
+    recipe = copy_of_the_project(tmp_path / "project") / "cosyvoice"
     settings = {"stage": "0", "data_dir": str(tmp_path / "a corpus"), "pretrained_model_dir": str(networks)}
     sets = {"train_sets": "tiny", "dev_sets": "", "test_sets": ""}
     python = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -146,18 +147,6 @@ def test_run_sh_turns_libritts_into_what_training_reads(tmp_path: Path, networks
         assert row["text"] == wav.with_name(f"{wav.stem}.normalized.txt").read_text(encoding="utf-8").strip()
         assert row["speech_token"].tolist() == tokenizer(load_wav(wav, 16000))[0].tolist()
         np.testing.assert_allclose(row["spk_embedding"], np.mean([row["utt_embedding"] for row in rows], axis=0))
-
-
-def copy_of_the_recipe(project: Path) -> Path:
-    """A project folder of links, so that the recipe's own results do not land in the repository."""
-    project.mkdir()
-    for path in [*ROOT.glob("*.py"), ROOT / "tools", ROOT / "cosyvoice", ROOT / "matcha"]:
-        (project / path.name).symlink_to(path)
-    recipes = RECIPE.parent.relative_to(ROOT)
-    ignored = shutil.ignore_patterns("data", "exp", "tensorboard")
-    shutil.copytree(ROOT / recipes, project / recipes, symlinks=True, ignore=ignored)
-    shutil.copy(ROOT / "examples" / "recipe.sh", project / "examples")
-    return project / RECIPE.relative_to(ROOT)
 
 
 def test_an_own_folder_becomes_exchangeable_files(data: Path, networks: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
-from recipe import write_config
+from recipe import copy_of_the_project, write_config
 from torch import Tensor
 
 from cosyvoice.bin import train
@@ -47,17 +47,6 @@ def load_prepare_reject_sample() -> Callable[[list[str]], None]:
 
 
 prepare_reject_sample = load_prepare_reject_sample()
-
-
-def copy_of_the_project(project: Path) -> Path:
-    """A project folder of links with copies of the recipes, whose results do not land in the repository."""
-    project.mkdir()
-    for path in [*ROOT.glob("*.py"), *(ROOT / name for name in ("tools", "cosyvoice", "matcha", "voices"))]:
-        (project / path.name).symlink_to(path)
-    ignored = shutil.ignore_patterns("data", "exp", "tensorboard")
-    shutil.copytree(RECIPES, project / "examples" / "libritts", symlinks=True, ignore=ignored)
-    shutil.copy(ROOT / "examples" / "recipe.sh", project / "examples")
-    return project / "examples" / "libritts"
 
 
 def run(script: Path, **settings: str) -> subprocess.CompletedProcess:
@@ -190,7 +179,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, model: ModelFolder) -> tup
         wav.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(wav, samples[: 4 * rate], rate)
         shutil.copy(RECORDINGS / f"{number:03d}.txt", wav.with_suffix(".normalized.txt"))
-    config = write_config(folder, "small2.yaml", model.yaml, max_frames_in_batch=600, max_epoch=1)
+    config = write_config(folder, "small2.yaml", model.yaml, max_frames_in_batch=600, truncate_length=4800, max_epoch=1)
     settings = {"corpus_dir": str(folder / "corpus"), "train_sets": "train", "dev_sets": "dev", "test_sets": ""}
     settings |= {"pretrained_model_dir": str(model.path), "config": str(config), "average_num": "1", "num_jobs": "2"}
     return copy_of_the_project(folder / "project") / "cosyvoice2", settings | {"CUDA_VISIBLE_DEVICES": ""}
