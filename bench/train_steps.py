@@ -47,7 +47,6 @@ from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
 if TYPE_CHECKING:
     from dataset import Clip
     from llm_flow_model import JointModel
-    from voices.run_state import Origin
 
 TEXT_TOKENS = 30
 IDS = 256  # of text and speech tokens: every model has that many
@@ -110,6 +109,7 @@ def joint_model(source: Path, mode: str, seed: int, batch_size: int = 1) -> "Joi
     import torch
 
     from llm_flow_model import JointModel
+    from voices.run_state import Origin
 
     steps = {"training_mode": mode, "batch_size": batch_size, "accumulate_grad_batches": 1}
     parts = {part: build(source, part) for part in MODES[mode]}
