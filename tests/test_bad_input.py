@@ -207,7 +207,7 @@ MISTAKES = [
     # recordings and prepared data
     ("prepare", "--input-dir {root}/nowhere", "nowhere does not exist"),
     ("prepare", "--input-dir {file}", "file does not exist"),
-    ("prepare", "--input-dir {empty}", "holds no recording", "Put 001.wav and 001.txt there"),
+    ("prepare", "--input-dir {empty}", "has no recording", "Put 001.wav and 001.txt there"),
     ("prepare", "--input-dir {unpaired}", "has a text", "Put 001.txt beside 001.wav"),
     ("train", "--data-dir {root}/nowhere", "no parquet file", "run prepare_joint_data.py first"),
     ("train", "--data-dir {root}/hidden", "no parquet file", "run prepare_joint_data.py first"),

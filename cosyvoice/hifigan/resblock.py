@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 
 class Snake(nn.Module):
-    """x + sin^2(alpha x) / alpha, one learnt alpha per channel (Ziyin, Hartwig, Ueda 2020, equation 3)."""
+    """x + sin^2(alpha x) / alpha, with a learnt alpha for each channel (Ziyin, Hartwig, Ueda 2020, equation 3)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -17,13 +17,13 @@ class Snake(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T) -> (B, C, T)."""
         alpha = self.alpha.unsqueeze(-1)
-        return x + torch.sin(alpha * x).square() / (alpha + 1e-9)  # 1e-9: alpha may be learnt to zero
+        return x + torch.sin(alpha * x).square() / (alpha + 1e-9)  # 1e-9: training may bring alpha to zero
 
 
 class ResBlock(nn.Module):
-    """Per dilation: snake, dilated convolution, snake, plain convolution, added to the input.
+    """A residual block of HiFi-GAN (Kong, Kim, Bae 2020, section 2.2) with snake in place of leaky ReLU.
 
-    A residual block of HiFi-GAN (Kong, Kim, Bae 2020, section 2.2) with snake in place of leaky ReLU.
+    For each dilation it adds snake, dilated convolution, snake and plain convolution to its input.
     """
 
     def __init__(self, channels: int, kernel_size: int, dilations: Sequence[int]) -> None:
