@@ -62,7 +62,8 @@ def load_clips(data_dir: Path, folder: ModelFolder) -> list[Clip]:
     Raises InputError if there is no parquet file, or if one is unreadable, was not written by prepare_joint_data.py,
     or was prepared with another model's encoders.
     """
-    files = sorted(path for path in data_dir.glob("*.parquet") if not path.name.startswith("."))  # a killed run leaves hidden ones
+    # a killed run leaves hidden files
+    files = sorted(path for path in data_dir.glob("*.parquet") if not path.name.startswith("."))
     if not files:
         raise InputError(f"{data_dir} has no parquet file; run prepare_joint_data.py first")
     clips, made_with = [], set()
