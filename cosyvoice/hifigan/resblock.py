@@ -15,7 +15,7 @@ class Snake(nn.Module):
         self.alpha = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T) -> (B, C, T)."""
+        """Apply the activation to (B, C, T)."""
         alpha = self.alpha.unsqueeze(-1)
         return x + torch.sin(alpha * x).square() / (alpha + 1e-9)  # 1e-9: training may bring alpha to zero
 
@@ -38,7 +38,7 @@ class ResBlock(nn.Module):
         self.activations2 = nn.ModuleList(Snake(channels) for _ in dilations)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T) -> (B, C, T)."""
+        """Apply the block to (B, C, T)."""
         for snake1, conv1, snake2, conv2 in zip(
             self.activations1, self.convs1, self.activations2, self.convs2, strict=True
         ):
