@@ -83,7 +83,7 @@ class HiFTGenerator(nn.Module):
     def _init_harmonics(self, bins: int) -> None:
         """Set initial weights: harmonics in phase, a strong path for the source, and a quiet output.
 
-        With torch's default weights the source's gradients are a tenth of the mel's, and training mistakes the frame
+        With torch's default weights the source contributes a tenth as much as the mel, and training mistakes the frame
         rate for the pitch long before it finds the harmonics.
         """
         self.m_source.l_linear.weight.fill_(1.0)
