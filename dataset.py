@@ -1,4 +1,4 @@
-"""The columns of the parquet files of `prepare_joint_data.py`, and from these files to training batches."""
+"""The columns of `prepare_joint_data.py`'s parquet files, and the training batches made from them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ SCHEMA = pa.schema(
         "utt": pa.string(),  # the recording's file name without suffix
         "wav": pa.string(),  # path of the recording
         "audio_data": pa.binary(),  # its bytes
-        "text": pa.string(),  # what is said, as written
+        "text": pa.string(),  # as written
         "spk": pa.string(),  # name of the speaker
         "utt_embedding": pa.list_(pa.float32(), 192),  # the clip's speaker vector, L2 norm 1
         "spk_embedding": pa.list_(pa.float32(), 192),  # mean of all utt_embedding, L2 norm 1
@@ -34,12 +34,12 @@ SCHEMA = pa.schema(
         "peak_dbfs": pa.float32(),  # 0 is full scale
         "silence_share": pa.float32(),  # of the frames of 20 ms: 40 dB or more below the loudest
         "content_hash": pa.string(),  # SHA-256 of what the row was made from
-        "encoders": pa.string(),  # `ModelFolder.encoders` of the model that it was made with
+        "encoders": pa.string(),  # `ModelFolder.encoders` of the model that made the row
     }
 )
 
 COLUMNS = ["utt", "spk", "utt_embedding", "text_token", "speech_token", "speech_feat", "speech_feat_shape", "encoders"]
-FEWEST_CLIPS_TO_SPLIT = 8  # below, every clip is trained on
+FEWEST_CLIPS_TO_SPLIT = 8  # with fewer, every clip is trained on
 FEWEST_HELD_OUT = 2
 
 
@@ -53,18 +53,19 @@ class Clip:
     speech_token: Tensor  # (N,) int64
     mel: Tensor  # (T, 80) float32 natural log-mel, T = rates.mel_frames(N) at most
     embedding: Tensor  # (192,) float32, L2-normalised
-    text_place: Tensor | None = None  # (N,) int64, the text token that each speech token says, for a model that asks
+    text_place: Tensor | None = None  # (N,) int64, the text token of each speech token, if needed
 
 
 def load_clips(data_dir: Path, folder: ModelFolder) -> list[Clip]:
-    """Return all clips of a folder, in the order of their names.
+    """Return all clips of a folder, sorted by name.
 
-    Raises InputError where there is no parquet file, an unreadable one, one that something else wrote, or one that
-    was prepared with the encoders of another model than this.
+    Raises InputError if there is no parquet file, or if one is unreadable, was not written by prepare_joint_data.py,
+    or was prepared with another model's encoders.
     """
-    files = sorted(path for path in data_dir.glob("*.parquet") if not path.name.startswith("."))  # a killed run's
+    # a killed run leaves hidden files
+    files = sorted(path for path in data_dir.glob("*.parquet") if not path.name.startswith("."))
     if not files:
-        raise InputError(f"{data_dir} holds no parquet file; run prepare_joint_data.py first")
+        raise InputError(f"{data_dir} has no parquet file; run prepare_joint_data.py first")
     clips, made_with = [], set()
     for file in files:
         rows = read_rows(file)
@@ -73,7 +74,7 @@ def load_clips(data_dir: Path, folder: ModelFolder) -> list[Clip]:
         clips += (to_clip(row, folder.rates) for row in rows)
         made_with.update(row["encoders"] for row in rows)
     if not clips:
-        raise InputError(f"the parquet files in {data_dir} hold no clip; run prepare_joint_data.py again")
+        raise InputError(f"the parquet files in {data_dir} have no clip; run prepare_joint_data.py again")
     if made_with != {folder.encoders()}:
         other = f"the clips in {data_dir} were prepared with another model than {folder.path}"
         raise InputError(f"{other}; run prepare_joint_data.py again, or give that model with --model-dir")
@@ -83,45 +84,45 @@ def load_clips(data_dir: Path, folder: ModelFolder) -> list[Clip]:
 def read_rows(file: Path) -> list[dict[str, Any]]:
     try:
         with pq.ParquetFile(file) as parquet:
-            strange = [name for name in COLUMNS if SCHEMA.field(name) not in parquet.schema_arrow]
-            table = None if strange else parquet.read(COLUMNS)
+            unknown = [name for name in COLUMNS if SCHEMA.field(name) not in parquet.schema_arrow]
+            table = None if unknown else parquet.read(COLUMNS)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{file} cannot be read ({reason}); delete it and run prepare_joint_data.py again") from None
-    if strange:
-        problem = f"its columns {', '.join(strange)} are missing or of another type"
+    if unknown:
+        problem = f"its columns {', '.join(unknown)} are missing or of another type"
         raise InputError(f"{file} is not from prepare_joint_data.py: {problem}; move it away and run that again")
     rows = table.drop_columns("speech_feat").to_pylist()
-    mels = (_numbers(mel) for mel in table["speech_feat"])  # not number by number through Python
+    mels = (_numbers(mel) for mel in table["speech_feat"])  # as arrays, which is faster than Python lists
     return [row | {"speech_feat": mel} for row, mel in zip(rows, mels, strict=True)]
 
 
 def _numbers(cell: pa.Scalar) -> np.ndarray:
-    """Return a list cell's numbers: none for a missing cell, and NaN for a missing number."""
+    """Return the numbers of a list cell: none if the cell is missing, NaN for a missing number."""
     return cell.values.to_numpy(zero_copy_only=False) if cell.is_valid else np.empty(0, dtype=np.float32)
 
 
 def check_row(file: Path, row: dict[str, Any]) -> None:
-    """Raise InputError unless each column holds what `prepare_joint_data.py` writes there."""
+    """Raise InputError unless each column has values that `prepare_joint_data.py` could have written."""
     shape, tokens, text = row["speech_feat_shape"], row["speech_token"], row["text_token"]
     vector, mel = row["utt_embedding"], row["speech_feat"]
-    shaped = shape is not None and None not in shape and shape[1] == MEL_BINS and shape[0] > 0
-    right = {
+    has_shape = shape is not None and None not in shape and shape[1] == MEL_BINS and shape[0] > 0
+    valid = {
         "utt": isinstance(row["utt"], str) and row["utt"],
         "spk": isinstance(row["spk"], str) and row["spk"].strip(),
         "utt_embedding": vector is not None and None not in vector and np.isfinite(vector).all() and np.any(vector),
         "text_token": text and None not in text and min(text) >= 0,
         "speech_token": tokens and None not in tokens and min(tokens) >= 0,
-        "speech_feat_shape": shaped,
-        "speech_feat": not shaped or (len(mel) == shape[0] * MEL_BINS and np.isfinite(mel).all()),
+        "speech_feat_shape": has_shape,
+        "speech_feat": not has_shape or (len(mel) == shape[0] * MEL_BINS and np.isfinite(mel).all()),
     }
-    if wrong := [name for name, holds in right.items() if not holds]:
+    if wrong := [name for name, is_valid in valid.items() if not is_valid]:
         clip = f"the clip {row['utt']!r} has a damaged {', '.join(wrong)}"
         raise InputError(f"{file}: {clip}; delete the file and run prepare_joint_data.py again")
 
 
 def check_vocabularies(clips: Sequence[Clip], part: nn.Module) -> None:
-    """Raise InputError if a clip has tokens for which the model's part, an LLM or a flow, has no vector."""
+    """Raise InputError if a clip has tokens for which the LLM or flow `part` has no embedding."""
     sizes = {}
     if (text_embedding := getattr(part, "text_embedding", None)) is not None:
         sizes["text"], sizes["speech"] = text_embedding.num_embeddings, part.speech_token_size
@@ -130,12 +131,12 @@ def check_vocabularies(clips: Sequence[Clip], part: nn.Module) -> None:
     for kind, size in sizes.items():
         for clip in clips:
             if (largest := int(getattr(clip, f"{kind}_token").max())) >= size:
-                problem = f"the clip {clip.utt!r} has the {kind} token {largest}, and the model only those below"
-                raise InputError(f"{problem} {size}; run prepare_joint_data.py again")
+                problem = f"the clip {clip.utt!r} has the {kind} token {largest}, but the model's end at {size - 1}"
+                raise InputError(f"{problem}; run prepare_joint_data.py again")
 
 
 def find_places(clips: Sequence[Clip], llm: nn.Module) -> None:
-    """Find which text token each speech token says, once, for an LLM that would look for it at every step."""
+    """Store each speech token's text token in the clips, for an LLM that would otherwise align them at every step."""
     if (aligner := getattr(llm, "aligner", None)) is None:
         return
     for clip in clips:
@@ -145,7 +146,7 @@ def find_places(clips: Sequence[Clip], llm: nn.Module) -> None:
 
 
 def to_clip(row: dict[str, Any], rates: Durations) -> Clip:
-    """Return the clip of a row, its tokens and mel cut to the shorter of both, so that they always end together."""
+    """Return the clip of a row, with tokens and mel cut to the shorter of the two."""
     mel = torch.tensor(row["speech_feat"]).view(*row["speech_feat_shape"])
     tokens = torch.tensor(row["speech_token"])
     count = min(len(tokens), rates.whole_tokens(len(mel)))
@@ -160,26 +161,26 @@ def to_clip(row: dict[str, Any], rates: Durations) -> Clip:
 
 
 def speaker_name(clips: Sequence[Clip]) -> str:
-    """The one speaker of the clips. Raises InputError for several."""
+    """Return the speaker of the clips. Raises InputError if there are several."""
     names = sorted({clip.speaker for clip in clips})
     if len(names) > 1:
-        raise InputError(f"the data holds several speakers ({', '.join(names[:5])}): prepare one at a time")
+        raise InputError(f"the data has several speakers ({', '.join(names[:5])}); prepare one at a time")
     return names[0]
 
 
 def speaker_embedding(clips: Sequence[Clip]) -> Tensor:
-    """(192,): the mean of the clips' normalised vectors, normalised again."""
+    """Return the mean (192,) of the clips' normalised vectors, normalised again."""
     mean = torch.stack([clip.embedding for clip in clips]).mean(dim=0)
     return torch.nn.functional.normalize(mean, dim=0)
 
 
 def slowest_pace(clips: Sequence[Clip]) -> float:
-    """Return the most speech tokens per text token of any clip."""
+    """Return the largest number of speech tokens per text token of any clip."""
     return max(len(clip.speech_token) / len(clip.text_token) for clip in clips)
 
 
 def split_clips(clips: Sequence[Clip], ratio: float, seed: int) -> tuple[list[Clip], list[Clip]]:
-    """Training and held-out clips, chosen at random. Nothing is held out of fewer than 8 clips, or at ratio 0."""
+    """Split clips at random into training and held-out ones. Fewer than 8 clips, or a ratio of 0, hold out none."""
     if ratio == 0 or len(clips) < FEWEST_CLIPS_TO_SPLIT:
         return list(clips), []
     count = max(FEWEST_HELD_OUT, round(ratio * len(clips)))
@@ -189,9 +190,9 @@ def split_clips(clips: Sequence[Clip], ratio: float, seed: int) -> tuple[list[Cl
 
 
 class EpochOrder(Sampler[int]):
-    """A shuffle that depends on seed and epoch alone, so that a resumed run meets the clips in the same order.
+    """A shuffle that depends only on seed and epoch, so that a resumed run sees the clips in the same order.
 
-    The trainer calls `set_epoch`. `skip` leaves out the first clips of the next pass, which an interrupted run had
+    The trainer calls `set_epoch`. `skip` leaves out the first clips of the next pass, which an interrupted run has
     already seen.
     """
 
@@ -214,7 +215,7 @@ class EpochOrder(Sampler[int]):
 
 
 def collate(clips: list[Clip]) -> dict[str, Tensor]:
-    """A padded batch, named as the models' `forward` expects. embedding: (B, 192), each clip's own."""
+    """Return a padded batch with the names that the models' `forward` expects. embedding: (B, 192), one per clip."""
 
     def padded(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
         return pad_list(sequences, 0), torch.tensor([len(sequence) for sequence in sequences])
@@ -237,10 +238,10 @@ def collate(clips: list[Clip]) -> dict[str, Tensor]:
 def crop_windows(
     batch: dict[str, Tensor], max_frames: int, rates: Durations
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Cut tokens and mel of every clip together, at a random place, to a window of at most `max_frames`.
+    """Cut tokens and mel of every clip to a window of at most `max_frames`, at the same random place.
 
-    Yields a batch for each length of window, with the numbers of its clips: all that are long enough come together, and
-    nothing is padded, which would change the flow's group norms. Draws from torch's generator.
+    Yields a batch for each window length, with the indices of its clips. Clips that are long enough share a batch, and
+    nothing is padded, since padding would change the flow's group norms. Draws from torch's generator.
     """
     most = max(1, rates.whole_tokens(max_frames))
     lengths = batch["speech_token_len"].tolist()

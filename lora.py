@@ -13,26 +13,26 @@ ADAPTER_NAMES = ("lora_A", "lora_B")
 
 
 class Dropout(nn.Dropout):
-    """Dropout that draws 16 bits an element on a CPU, where torch's own takes as long as the products around it."""
+    """Dropout that draws 16 bits per element on a CPU, where torch's own takes as long as the products around it."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        least = round(self.p * 2**16) - 2**15
-        kept = torch.ge(draws[: x.numel()].view(x.shape), least, out=torch.empty_like(x, requires_grad=False))
+        threshold = round(self.p * 2**16) - 2**15
+        kept = torch.ge(draws[: x.numel()].view(x.shape), threshold, out=torch.empty_like(x, requires_grad=False))
         return x * kept.div_(1 - self.p)
 
 
 class LoRALinear(nn.Linear):
     """A frozen linear layer with a trainable low-rank update: y = W x + b + (alpha / rank) B A x.
 
-    `weight` and `bias` keep their names, so base checkpoints still load. B starts at zero: training starts exactly at
-    the base model. A and B stay in float32 whatever the base is kept in.
+    `weight` and `bias` keep their names, so base checkpoints still load. B starts at zero, so training starts exactly
+    at the base model. A and B stay in float32, whatever the base's type is.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would allocate the weights a second time
+        nn.Module.__init__(self)  # nn.Linear's __init__ would allocate the weights again
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.scale = alpha / rank
@@ -50,10 +50,10 @@ class LoRALinear(nn.Linear):
 
 
 def inject(module: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float) -> list[str]:
-    """Freeze `module` and put adapters beside every linear layer whose last name is among `targets`.
+    """Freeze `module` and add adapters to every linear layer whose last name is among `targets`.
 
-    A target may span several names (`to_out.0`). Returns the names of the adapted layers; raises InputError for a
-    target that no layer carries.
+    A target may span several names (`to_out.0`). Returns the names of the adapted layers. Raises InputError for a
+    target that matches no layer.
     """
     module.requires_grad_(False)
     endings = {target: f".{target}" for target in targets}
@@ -70,40 +70,40 @@ def inject(module: nn.Module, targets: Sequence[str], rank: int, alpha: float, d
 
 
 def adapters(module: nn.Module) -> Iterator[LoRALinear]:
-    """The adapted layers inside `module`."""
+    """Return the adapted layers inside `module`."""
     return (layer for layer in module.modules() if isinstance(layer, LoRALinear))
 
 
 def adapter_state(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of the trainable tensors by name, on the CPU."""
+    """Return a copy of the trainable tensors by name, on the CPU."""
     state = module.state_dict()
     return {name: state[name].detach().cpu().clone() for name in state if name.endswith(ADAPTER_NAMES)}
 
 
 def load_adapters(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put trained tensors into an injected module. Raises InputError unless names and shapes are those expected."""
+    """Load trained tensors into a module with adapters. Raises InputError if names or shapes differ."""
     own = {name: tensor.shape for name, tensor in adapter_state(module).items()}
     if own != {name: tensor.shape for name, tensor in state.items()}:
-        raise InputError("the adapters do not fit: give the LoRA settings (rank, targets) and base of their own run")
+        raise InputError("the adapters do not fit; give the LoRA settings (rank, targets) and base of their own run")
     module.load_state_dict(state, strict=False)
 
 
 def rescaled(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """Adapters whose update is `factor` times that of the given ones."""
+    """Return adapters whose update is `factor` times that of the given ones."""
     return {name: tensor * factor if name.endswith("lora_B") else tensor for name, tensor in state.items()}
 
 
 def merged(base: dict[str, Tensor], adapter: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Return the base weights with the updates added: W + scale B A, computed in float32, kept in the base's type.
+    """Return the base weights with the updates added: W + scale B A, computed in float32, stored in the base's type.
 
-    base: a state dict without adapters, which stays as it is; weights without an update are the base's own tensors, so
-    that names that share one go on sharing it. adapter: what `adapter_state` gave. scale: alpha / rank.
+    base: a state dict without adapters, which is not changed. Weights without an update are the base's own tensors, so
+    tied weights stay tied. adapter: the result of `adapter_state`. scale: alpha / rank.
     """
     result = dict(base)
     layers = sorted({name.rpartition(".")[0] for name in adapter})
-    strange = [layer for layer in layers if f"{layer}.weight" not in base]
-    if strange:
-        raise InputError(f"the adapters belong to another model: it has no layer {strange[0]}")
+    unknown = [layer for layer in layers if f"{layer}.weight" not in base]
+    if unknown:
+        raise InputError(f"the adapters belong to another model: it has no layer {unknown[0]}. Give their own base")
     for layer in layers:
         update = adapter[f"{layer}.lora_B"].float() @ adapter[f"{layer}.lora_A"].float()
         weight = base[f"{layer}.weight"]

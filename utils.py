@@ -1,4 +1,4 @@
-"""What several scripts share: options, their checks, the device, threads, work in parallel, reading a text."""
+"""Functions that several scripts share: options, checks, device, threads, parallel work, and reading texts."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def add_folders(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Add `--model-dir`, `--data-dir`, `--output-dir`, as far as `names` (model, data, output) asks."""
+    """Add those of `--model-dir`, `--data-dir` and `--output-dir` that `names` (model, data, output) asks for."""
     group = parser.add_argument_group("folders")
     if "model" in names:
         group.add_argument("--model-dir", type=Path, help="base model (default: CosyVoice-300M, else -mini)")
@@ -31,7 +31,7 @@ def add_folders(parser: argparse.ArgumentParser, *names: str) -> None:
 
 
 def repeated(args: argparse.Namespace, *names: str) -> str:
-    """Folder options and `--device` as far as they differ from the defaults, for a command to be run next."""
+    """Return the folder options and `--device` that differ from the defaults, to print the next command."""
     defaults = {"model": None, "data": DATA_DIR, "output": OUTPUT_DIR}
     folders = {name: getattr(args, f"{name}_dir") for name in names}
     given = {name: folder for name, folder in folders.items() if folder != defaults[name]}
@@ -40,7 +40,7 @@ def repeated(args: argparse.Namespace, *names: str) -> str:
 
 
 def quoted(text: str | Path) -> str:
-    """As an argument to be pasted into a shell of this system."""
+    """Return `text` as an argument to paste into a shell of this system."""
     return subprocess.list2cmdline([str(text)]) if os.name == "nt" else shlex.quote(str(text))
 
 
@@ -60,18 +60,18 @@ def add_seeds(parser: argparse.ArgumentParser) -> None:
 
 
 class _Seeds(argparse.Action):
-    """Whole numbers from 0 up. A `type` could not say what is wrong: argparse replaces the message of a ValueError."""
+    """An action for whole numbers from 0 up. With `type` argparse would replace the message of a ValueError."""
 
     def __call__(self, parser: Any, namespace: Any, values: str | list[str], option_string: str | None = None) -> None:
         texts = values if isinstance(values, list) else [values]
         if wrong := [text for text in texts if not text.isdecimal()]:
-            raise InputError(f"{option_string} {wrong[0]}: a whole number from 0 up is needed")
+            raise InputError(f"{option_string} {wrong[0]} is not possible; give a whole number from 0 up")
         seeds = [int(text) for text in texts]
         setattr(namespace, self.dest, seeds if isinstance(values, list) else seeds[0])
 
 
 def pick_device(name: str) -> "torch.device":
-    """`auto`, `cpu` or `cuda` as a torch device. Raises InputError where CUDA is asked for and cannot compute."""
+    """Return `auto`, `cpu` or `cuda` as a torch device. Raises InputError if CUDA is asked for and cannot compute."""
     import torch
 
     from cosyvoice.runtime.device import cuda_problem, fastest_device
@@ -84,7 +84,7 @@ def pick_device(name: str) -> "torch.device":
 
 
 def limit_threads(folder: ModelFolder) -> None:
-    """Let torch compute with as many threads as suit the base model, unless OMP_NUM_THREADS says how many."""
+    """Set the number of torch threads that suits the base model, unless OMP_NUM_THREADS sets it."""
     import torch
 
     threads = folder.threads
@@ -93,7 +93,7 @@ def limit_threads(folder: ModelFolder) -> None:
 
 
 def check_writable(folder: Path, model_dir: Path | None = None) -> None:
-    """Raise InputError, before any work, where results could not be written, or would lie in the model folder."""
+    """Raise InputError, before any work, if results could not be written or would lie in the model folder."""
     if model_dir is not None and folder.resolve().is_relative_to(model_dir.resolve()):
         raise InputError(f"{folder} is in the model folder, whose files must stay as they are; choose another folder")
     try:
@@ -105,7 +105,7 @@ def check_writable(folder: Path, model_dir: Path | None = None) -> None:
 
 
 def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
-    """`work(item)` of all items, in their order, from several threads; Ctrl-C waits only for those under way."""
+    """Yield `work(item)` of all items in order, from several threads. Ctrl-C waits only for items already started."""
     pool = ThreadPoolExecutor(workers)
     try:
         yield from pool.map(work, items)
@@ -114,7 +114,7 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int) 
 
 
 def is_unicode(text: str) -> bool:
-    """Whether it is text, and not bytes of another encoding that the system has passed on."""
+    """Return whether it is valid text, not bytes of another encoding that the system passed on."""
     return text.encode(errors="replace").decode() == text
 
 

@@ -2,15 +2,15 @@
 
     python bench/decode.py
 
-At the sizes of CosyVoice-300M and CosyVoice2 with random weights; `--model-dir` measures a model of your own. A step
-reads each weight once, whatever its place; only the cached keys, values and positions grow. Before each step the
-machine's reading is measured, and all precisions and places take turns, so that other load falls on all alike. `of
-limit` is the time in which the machine reads the weights of blocks and head, over the time taken at the first place.
-The error is that of log-probabilities along a sentence that float32 wrote, fed token by token. Each row follows as a
-line of JSON.
+It uses random weights in the sizes of CosyVoice-300M and CosyVoice2; `--model-dir` measures your own model. A step
+reads each weight once, whatever its position; only the cached keys, values and positions grow. The machine's read speed
+is measured before each step, and all precisions and positions take turns, so that other load affects all alike. `of
+limit` is the time in which the machine reads the weights of blocks and head, divided by the time at the first position.
+The errors compare log-probabilities along a sentence generated in float32 and fed token by token. Each row is also
+printed as a line of JSON.
 
-On CUDA a step is captured when it is first needed, also where a sequence grows beyond the graphs that are there. That
-shows in the most milliseconds, not in the median.
+On CUDA a graph is captured when it is first needed, and again when a sequence outgrows the captured ones. This shows in
+the largest time, not in the median.
 """
 
 import argparse
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from cosyvoice.llm.speech_token_lm import SpeechTokenLM
 
-SIZES = ("300m", "cosyvoice2")  # a small model's step is not the reading of its weights
+SIZES = ("300m", "cosyvoice2")  # the time of a small model's step is not that of reading its weights
 BYTES_PER_WEIGHT = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 WARM_UP = 2  # rounds that are not counted
 
@@ -67,16 +67,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_models(parser, SIZES)
     add_precisions(parser, ("float32", "float16", "int8"))
     parser.add_argument("--tokens", type=positive, nargs="+", default=places, metavar="N",
-                        help="places compared (default: 50 500 1000)")  # fmt: skip
+                        help="positions compared (default: 50 500 1000)")  # fmt: skip
     parser.add_argument("--compared", type=positive, default=60, metavar="N",
                         help="tokens of the sentence for the error (default: 60)")  # fmt: skip
     add_device(parser)
-    add_measuring(parser, 20, "steps timed at each place")
+    add_measuring(parser, 20, "steps timed at each position")
     return parser.parse_args(argv)
 
 
 def measure(model_name: str, source: Path, args: argparse.Namespace, device: str) -> None:
-    """Show a row for each precision of one model."""
+    """Print a row for each precision of one model."""
     plain = build(source, "llm").to(device)
     weights = step_weights(plain)
     prefix, tokens = sentence(plain, args.compared)
@@ -94,14 +94,14 @@ def measure(model_name: str, source: Path, args: argparse.Namespace, device: str
 
 
 def prepared(plain: "SpeechTokenLM", precision: str) -> "SpeechTokenLM":
-    """Return a copy that decodes in this precision, and shares nothing."""
+    """Return a copy that decodes in this precision and shares no tensor."""
     model = copy.deepcopy(plain)
     model.prepare_decoding(precision)
     return model
 
 
 def sentence(llm: "SpeechTokenLM", count: int) -> "tuple[Tensor, list[int]]":
-    """What is read first, (1, L, C), and the tokens that follow by the model's own sampling."""
+    """Return a random prefix (1, L, C) and the tokens that the model samples after it."""
     import torch
 
     from cosyvoice.utils.frames import SPEAKER_DIMENSIONS
@@ -116,7 +116,7 @@ def sentence(llm: "SpeechTokenLM", count: int) -> "tuple[Tensor, list[int]]":
 
 
 def log_probabilities(llm: "SpeechTokenLM", prefix: "Tensor", tokens: list[int]) -> "Tensor":
-    """(N + 1, V): of the token after the prefix and after each of the N tokens."""
+    """Return the log-probabilities (N + 1, V) after the prefix and after each of the N tokens."""
     import torch
 
     steps = llm.following(prefix.to(llm.llm_embedding.weight.dtype), len(tokens))
@@ -131,7 +131,7 @@ def compare(found: "Tensor", expected: "Tensor") -> dict[str, float]:
 def time_steps(
     models: "dict[str, SpeechTokenLM]", places: Sequence[int], repeats: int, device: str
 ) -> tuple[dict[str, dict[int, list[float]]], list[float]]:
-    """Seconds of single steps by precision and frames cached, and of reading `READ_BYTES`, in turns."""
+    """Return the seconds of single steps by precision and cached frames, and of reading `READ_BYTES`, in turns."""
     import torch
 
     memory, reads = torch.ones(READ_BYTES // BYTES_PER_FLOAT32, device=device), []
@@ -154,7 +154,7 @@ def time_steps(
 
 
 def figures(seconds: dict[int, list[float]], limit: float) -> dict[str, Any]:
-    """Milliseconds by place: median, least and most; and the share of the limit at the first place."""
+    """Return median, minimum and maximum milliseconds by position, and the share of the limit at the first one."""
     milliseconds = {
         place: [round(1e3 * value, 2) for value in (statistics.median(taken), min(taken), max(taken))]
         for place, taken in seconds.items()

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: the models they measure, the machine's limits, timing, and rows."""
+"""Functions that the scripts of this folder share: models, the machine's limits, timing, and result rows."""
 
 import argparse
 import json
@@ -26,15 +26,15 @@ CONFIGS = {
     "cosyvoice2": ROOT / "examples" / "libritts" / "cosyvoice2" / "conf" / "cosyvoice2.yaml",
 }
 BYTES_PER_FLOAT32 = 4
-READ_BYTES = 2**27  # more than any cache holds
-MATRIX_ROWS = 2048  # of the square matrices whose product shows the peak
+READ_BYTES = 2**27  # more than fits into any cache
+MATRIX_ROWS = 2048  # of the square matrices whose product measures the peak
 LIMIT_RUNS = 5
-ENOUGH_SECONDS = 10.0  # what has taken this long is not repeated further
+ENOUGH_SECONDS = 10.0  # stop repeating after this time
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The device, and what it can do at most as measured before everything else."""
+    """The device and its limits, measured before everything else."""
 
     device: str  # cpu or cuda
     threads: int
@@ -46,7 +46,7 @@ class Machine:
 
 
 def add_models(parser: argparse.ArgumentParser, sizes: Sequence[str] = tuple(CONFIGS)) -> None:
-    """Add what `sources` reads. sizes: those that can be asked for."""
+    """Add the options that `sources` reads. sizes: the choices."""
     group = parser.add_argument_group("model")
     group.add_argument("--model-dir", type=Path, help="model folder (default: random weights)")
     group.add_argument("--sizes", nargs="+", default=list(sizes), choices=sizes, metavar="NAME",
@@ -54,14 +54,14 @@ def add_models(parser: argparse.ArgumentParser, sizes: Sequence[str] = tuple(CON
 
 
 def add_precisions(parser: argparse.ArgumentParser, usual: Sequence[str] = ("float32", "int8")) -> None:
-    """Add what `precisions` reads."""
-    parser.add_argument("--precisions", nargs="+", metavar="NAME", help="as inference_joint.py takes them (default: "
-                        f"of {' '.join(usual)} those that the device gains from)")  # fmt: skip
+    """Add the options that `precisions` reads."""
+    parser.add_argument("--precisions", nargs="+", metavar="NAME", help="as in inference_joint.py (default: those of "
+                        f"{' '.join(usual)} that are faster on the device)")  # fmt: skip
     parser.set_defaults(usual=usual)
 
 
 def precisions(args: argparse.Namespace) -> list[str]:
-    """Those asked for, else the usual ones of this device. Raises InputError for one that it gains nothing from."""
+    """Return the chosen precisions, else the device's usual ones. Raises InputError for one that does not help it."""
     import torch
 
     from cosyvoice.runtime.errors import InputError
@@ -92,7 +92,7 @@ def add_measuring(parser: argparse.ArgumentParser, repeats: int, repeated_what: 
 
 
 def positive(text: str) -> int:
-    """The type of an option that counts something."""
+    """Parse an option's count, at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: at least 1 is needed")
@@ -103,7 +103,7 @@ def positive(text: str) -> int:
 
 
 def sources(args: argparse.Namespace) -> dict[str, Path]:
-    """What `build` takes, by the name that rows give it. Raises InputError for a folder that holds no model."""
+    """Return the arguments of `build` by the names used in rows. Raises InputError for a folder without a model."""
     from config import find_model_dir
 
     if args.model_dir:
@@ -112,7 +112,7 @@ def sources(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def build(source: Path, part: str) -> "nn.Module":
-    """`llm`, `flow` or `hift` of a model folder, or with random weights in the sizes of a .yaml file, in eval mode."""
+    """Return `llm`, `flow` or `hift` in eval mode, from a model folder or with random weights for a .yaml file."""
     from cosyvoice.model_folder.weights import load_part
 
     if source.is_dir():
@@ -122,14 +122,14 @@ def build(source: Path, part: str) -> "nn.Module":
 
 
 def model_folder(source: Path) -> "ModelFolder":
-    """The folder of a source, which is one itself or the YAML in it."""
+    """Return the model folder of a source, which is a folder or the YAML in it."""
     from cosyvoice.model_folder.folder import ModelFolder
 
     return ModelFolder(source if source.is_dir() else source.parent)
 
 
 def with_config(folder: Path, config: Path) -> "ModelFolder":
-    """Make `folder` a model folder of a .yaml file, its lexicon and its text model, without weights and encoders."""
+    """Make a model folder from a .yaml file, its lexicon and its text model, without weights and encoders."""
     from tools.random_blank_en import write_blank_en
     from tools.random_model import SIZES
 
@@ -142,7 +142,7 @@ def with_config(folder: Path, config: Path) -> "ModelFolder":
 
 
 def step_weights(llm: "SpeechTokenLM") -> int:
-    """How many weights of blocks and head one step reads: all linear ones but those that project distances."""
+    """Return how many weights of blocks and head a step reads: all linear ones except the projections of positions."""
     from cosyvoice.llm.qwen2_encoder import Qwen2Encoder
 
     blocks = llm.llm.layers if isinstance(llm.llm, Qwen2Encoder) else llm.llm.encoders
@@ -154,9 +154,9 @@ def step_weights(llm: "SpeechTokenLM") -> int:
 
 
 def measure_machine(args: argparse.Namespace) -> Machine:
-    """Measure and show the limits of device and threads in `args`; torch uses these threads and the seed from now on.
+    """Measure and print the limits of the device and threads in `args`, and set torch's threads and seed.
 
-    Raises InputError where CUDA is asked for and missing.
+    Raises InputError if CUDA is asked for and missing.
     """
     import torch
 
@@ -170,7 +170,7 @@ def measure_machine(args: argparse.Namespace) -> Machine:
     seconds = []
     for work in (memory.sum, lambda: left @ right):
         work()  # not counted: wakes threads and loads kernels
-        seconds.append(min(timed(work, device) for _ in range(LIMIT_RUNS)))  # the least: other load is no limit
+        seconds.append(min(timed(work, device) for _ in range(LIMIT_RUNS)))  # the minimum excludes other load
     machine = Machine(device, args.threads, READ_BYTES / seconds[0], 2 * MATRIX_ROWS**3 / seconds[1])
     read, product = machine.bytes_per_second / 1e9, machine.flops_per_second / 1e9
     print(f"{device}, {args.threads} threads: reading {read:.1f} GB/s, float32 matrix products {product:.0f} GFLOP/s")
@@ -180,13 +180,13 @@ def measure_machine(args: argparse.Namespace) -> Machine:
 
 
 def count_flops(work: Callable[[], Any]) -> int:
-    """Floating-point operations of the matrix products and convolutions in `work`, which runs once."""
+    """Return the floating-point operations of the matrix products and convolutions in `work`, which runs once."""
     import torch
     from torch.ops import aten
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    # torch counts no fused attention of CPUs, and none whose heads share keys. After the shapes come options that
-    # change no number.
+    # torch does not count fused attention on CPUs, nor attention whose heads share keys. The arguments after the
+    # shapes do not affect the count.
     names = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
     fused: dict[Any, Callable[..., int]] = {}
     for name in names:
@@ -196,7 +196,7 @@ def count_flops(work: Callable[[], Any]) -> int:
             grad, *keys_of_each_head(*x[:3])
         )
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what the flow does in others would not be counted
+    torch.set_num_threads(1)  # the flow's work in other threads would not be counted
     try:
         with FlopCounterMode(display=False, custom_mapping=fused) as counter:
             work()
@@ -206,7 +206,7 @@ def count_flops(work: Callable[[], Any]) -> int:
 
 
 def keys_of_each_head(query: Sequence[int], *shared: Sequence[int]) -> list[Sequence[int]]:
-    """Shapes (B, H, T, D) of attention whose keys and values (B, H or fewer, T, D) may be shared by several heads."""
+    """Return the shapes (B, H, T, D) of attention whose keys and values (B, H or fewer, T, D) heads may share."""
     return [query, *((shape[0], query[1], *shape[2:]) for shape in shared)]
 
 
@@ -214,14 +214,14 @@ def keys_of_each_head(query: Sequence[int], *shared: Sequence[int]) -> list[Sequ
 
 
 def timed(work: Callable[[], Any], device: str = "cpu") -> float:
-    """Seconds until the device has done the work."""
+    """Return the seconds until the device has finished the work."""
     start = clock(device)
     work()
     return clock(device) - start
 
 
 def clock(device: str) -> float:
-    """Seconds, read when a GPU has done all that it was given."""
+    """Return the time in seconds, after a GPU has finished all its work."""
     if device == "cuda":
         import torch
 
@@ -230,7 +230,7 @@ def clock(device: str) -> float:
 
 
 def repeated(work: Callable[[], Any], repeats: int, device: str = "cpu") -> list[float]:
-    """Seconds of each of `repeats` runs; of fewer, at least one, where these take long."""
+    """Return the seconds of each of at most `repeats` runs, fewer if they take long."""
     seconds = [timed(work, device)]
     while len(seconds) < repeats and sum(seconds) < ENOUGH_SECONDS:
         seconds.append(timed(work, device))
@@ -243,10 +243,10 @@ def repeated(work: Callable[[], Any], repeats: int, device: str = "cpu") -> list
 def show(
     machine: Machine, labels: dict[str, Any], seconds: list[float], limit_seconds: float | None, **figures: float
 ) -> None:
-    """Print one measurement, as a row of a table and as a line of JSON.
+    """Print one measurement as a row of a table and as a line of JSON.
 
-    labels: first `bench`, the script; then `what` was measured, and with what. limit_seconds: the least time that the
-    machine needs for it, where that is known. figures: what else follows.
+    labels: `bench`, the script, then `what` was measured, and with what. limit_seconds: the least time that the
+    machine needs for it, if known. figures: further results.
     """
     median, least, most = statistics.median(seconds), min(seconds), max(seconds)
     times: dict[str, Any] = {"runs": len(seconds), "seconds": [median, least, most]}

@@ -1,10 +1,10 @@
-"""Which operations the time goes to, in decoding, flow, vocoder and training.
+"""Share of each operation in the time of decoding, flow, vocoder and training.
 
     python bench/operations.py
 
-At the sizes of CosyVoice-300M, CosyVoice-mini and CosyVoice2 with random weights; `--model-dir` profiles a model of
-your own. A share is that of an operation's own time in the time of all operations, on the CPU with one thread: several
-also wait for each other, which would count as work. Each row follows as a line of JSON.
+It uses random weights in the sizes of CosyVoice-300M, CosyVoice-mini and CosyVoice2; `--model-dir` profiles your own
+model. A share is an operation's own time divided by the time of all operations, on one CPU thread, since with several
+the waiting would count as work. Each row is also printed as a line of JSON.
 """
 
 import argparse
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from cosyvoice.llm.speech_token_lm import SpeechTokenLM
 
 STEPS_BEFORE, STEPS = 50, 20  # of decoding: not profiled, profiled
-LEAST_SHARE = 0.02  # what takes less is not shown
+LEAST_SHARE = 0.02  # smaller shares are not shown
 TRAINED = ("llm_only", "flow_only")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler reports an error where there is no GPU
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # without it the profiler reports an error if there is no GPU
     machine = measure_machine(args)
     import torch
 
@@ -56,7 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def profile_speaking(machine: Machine, name: str, precision: str, source: Path) -> None:
-    """Decoding steps, and flow and vocoder of the speech of a training clip's text."""
+    """Profile decoding steps, and the flow and vocoder for speech as long as a training clip."""
     speaker = Speaker(machine, name, precision, source, repeats=1)
     tokens = speaker.speech_tokens(TEXT_TOKENS)
     parts = {
@@ -69,7 +69,7 @@ def profile_speaking(machine: Machine, name: str, precision: str, source: Path) 
 
 
 def decoding(llm: "SpeechTokenLM") -> Callable[[], None]:
-    """Work that writes `STEPS` tokens more of a sentence."""
+    """Return a function that decodes `STEPS` more tokens of a sentence."""
     import torch
 
     following = llm.following(torch.randn(1, STEPS_BEFORE, llm.speech_embedding.embedding_dim), 2 * STEPS)
@@ -83,7 +83,7 @@ def decoding(llm: "SpeechTokenLM") -> Callable[[], None]:
 
 
 def show_shares(labels: dict[str, Any], work: Callable[[], Any]) -> None:
-    """Run the work twice, the first time to warm up, and print the operations that the second run's time went to."""
+    """Run the work twice, first to warm up, and print each operation's share of the second run's time."""
     from torch.profiler import ProfilerActivity, profile
 
     work()

@@ -1,11 +1,11 @@
-"""Clips that prepare_joint_data.py prepares in a second.
+"""Clips per second that prepare_joint_data.py prepares.
 
     python bench/preparation.py
 
-On the recordings in examples/raw_audio, each time into an empty folder, with as many clips at a time as threads.
-Without `--model-dir` the two ONNX encoders are small and have random weights: what takes time then is all the rest,
-reading, resampling, features, text, and writing. There is no share of a limit, because nothing counts the encoders'
-floating-point operations. The row follows as a line of JSON.
+It prepares the recordings in examples/raw_audio, each time into an empty folder, with as many clips at a time as
+threads. Without `--model-dir` the two ONNX encoders are small and have random weights, so the time is that of reading,
+resampling, features, text, and writing. There is no share of a limit, because the encoders' floating-point operations
+are not counted. The row is also printed as a line of JSON.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def random_encoders(folder: Path, seed: int) -> Path:
 
 
 def prepare(model_dir: Path, args: argparse.Namespace) -> None:
-    """All recordings, with what the command prints left out."""
+    """Prepare all recordings and discard what the command prints."""
     from prepare_joint_data import main as prepare_joint_data
 
     with TemporaryDirectory() as data_dir, redirect_stdout(io.StringIO()):

@@ -1,11 +1,11 @@
-"""Time from typing a command to its first answer: `inference_joint.py --help`, and the first wav.
+"""Time from the start of a command to its first result: `inference_joint.py --help`, and the first wav.
 
     python bench/start_up.py
 
-Each run is a fresh Python. The wav is one short word, spoken with random weights in the sizes of CosyVoice-300M,
-CosyVoice-mini and CosyVoice2; `--model-dir` takes a model of your own. The weights have just been written, so the
-system still holds them in memory. A share of the limit is the time in which the machine reads the weights once, over
-the time taken. Each row follows as a line of JSON.
+Each run starts a new Python. The wav is one short word, spoken with random weights in the sizes of CosyVoice-300M,
+CosyVoice-mini and CosyVoice2; `--model-dir` measures your own model. The weights have just been written, so the system
+still has them in memory. The share of the limit is the time in which the machine reads the weights once, divided by the
+time taken. Each row is also printed as a line of JSON.
 """
 
 import argparse
@@ -35,7 +35,7 @@ TEXT = "Hello."
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     machine = measure_machine(args)
-    inference("--help", threads=args.threads)  # not counted: compiles what Python has not compiled yet
+    inference("--help", threads=args.threads)  # not counted: compiles Python files
     seconds = repeated(lambda: inference("--help", threads=args.threads), args.repeats)
     show(machine, {"bench": "start_up", "what": "inference_joint.py --help"}, seconds, None)
     for name, source in sources(args).items():
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def random_weights(config: Path, folder: Path, seed: int) -> Path:
-    """A model folder of this configuration, without the encoders, which speaking does not need."""
+    """Make a model folder of this configuration, without the encoders, which speaking does not need."""
     from tools.random_model import write_weights
 
     write_weights(with_config(folder, config), seed)
@@ -74,7 +74,7 @@ def first_wav(machine: Machine, name: str, folder: Path, wav: Path, args: argpar
 
 
 def inference(*options: object, threads: int) -> None:
-    """Run the command in a fresh Python, to its end."""
+    """Run the command in a new Python until it ends."""
     command = [sys.executable, ROOT / "inference_joint.py", *options]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run([str(word) for word in command], env=environment, stdout=subprocess.DEVNULL, check=True)

@@ -1,15 +1,15 @@
-"""Clips a second and peak of memory of one optimiser step in each training mode.
+"""Clips per second and peak memory of an optimiser step in each training mode.
 
     python bench/train_steps.py
 
-At the sizes of CosyVoice-300M, CosyVoice-mini and CosyVoice2 with random weights; `--model-dir` measures a model of
-your own. A step is one batch through the trainer, with the adapters and the precision of config.py: losses, gradients,
-their clipping, and the optimiser. A clip has 30 text tokens and the speech tokens of the flow's window of
-`max_feat_len` frames (145, CosyVoice2's 125), or some times as many, of which the flow sees one window. A share of the
-limit is the time that the floating-point operations of losses and gradients take at the speed of a large float32 matrix
-product, over the time taken; a GPU, which trains in half precision, may pass it. Each measurement has a process of its
-own, and with it a peak of memory of its own: on a CPU that of the process, on CUDA that of its tensors. Each row
-follows as a line of JSON.
+It uses random weights in the sizes of CosyVoice-300M, CosyVoice-mini and CosyVoice2; `--model-dir` measures your own
+model. A step is one batch through the trainer with the adapters and the precision of config.py: losses, gradients,
+gradient clipping, and the optimiser. A clip has 30 text tokens and the speech tokens of the flow's window of
+`max_feat_len` frames (145, or 125 for CosyVoice2), or a multiple of both, of which the flow sees one window. The share
+of the limit is the time that the floating-point operations of losses and gradients take at the speed of a large float32
+matrix product, divided by the time taken; a GPU, which trains in half precision, may exceed it. Each measurement runs
+in its own process to get its own peak memory: on a CPU that of the process, on CUDA that of the tensors. Each row is
+also printed as a line of JSON.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def cases(args: argparse.Namespace) -> list[tuple[str, int, int]]:
-    """Mode, batch size and length of each measurement; from the first of each, one varies at a time."""
+    """Return mode, batch size and length of each measurement. Only one at a time differs from the first choice."""
     (mode, *modes), (size, *sizes), (length, *lengths) = args.modes, args.batch_sizes, args.lengths
     return [
         (mode, size, length),
@@ -89,7 +89,7 @@ def cases(args: argparse.Namespace) -> list[tuple[str, int, int]]:
 
 
 def measure(machine: Machine, name: str, source: Path, case: tuple[str, int, int], repeats: int, seed: int) -> None:
-    """Train for a few steps in this process, and show how long one takes."""
+    """Train for a few steps in this process, and print the time of one."""
     import torch
 
     mode, batch_size, length = case
@@ -105,7 +105,7 @@ def measure(machine: Machine, name: str, source: Path, case: tuple[str, int, int
 
 
 def joint_model(source: Path, mode: str, seed: int, batch_size: int = 1) -> "JointModel":
-    """The model as train_joint.py trains it, but each batch is one optimiser step."""
+    """Return the model as train_joint.py trains it, but with one optimiser step per batch."""
     import torch
 
     from llm_flow_model import JointModel
@@ -122,7 +122,7 @@ def settings_of(source: Path) -> dict[str, Any]:
 
 
 def random_clip(source: Path, length: int) -> "Clip":
-    """A clip of `length` windows of the flow."""
+    """Return a clip of `length` windows of the flow."""
     import torch
 
     from cosyvoice.utils.frames import MEL_BINS
@@ -136,7 +136,7 @@ def random_clip(source: Path, length: int) -> "Clip":
 
 
 def gradients(model: "JointModel", clips: "list[Clip]") -> None:
-    """One batch's losses and gradients, which are not kept."""
+    """Compute one batch's losses and gradients, and discard them."""
     from dataset import collate
 
     losses = model.losses(collate(clips), model.active())
@@ -145,7 +145,7 @@ def gradients(model: "JointModel", clips: "list[Clip]") -> None:
 
 
 def time_steps(model: "JointModel", clips: "list[Clip]", device: str, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` steps, after one that is not counted."""
+    """Return the seconds of each of `repeats` steps, after one that is not counted."""
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import LambdaCallback
     from torch.utils.data import DataLoader
@@ -169,13 +169,13 @@ def time_steps(model: "JointModel", clips: "list[Clip]", device: str, repeats: i
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with warnings.catch_warnings(action="ignore"):  # about all that training.py wants otherwise, and no log
+    with warnings.catch_warnings(action="ignore"):  # about the missing log and other settings
         trainer.fit(model, DataLoader(clips * (1 + repeats), len(clips), collate_fn=collate))
     return [end - start for start, end in pairwise(ends)]
 
 
 def peak_bytes(device: str) -> int:
-    """Return the most memory in use so far. Raises InputError where the system does not count it."""
+    """Return the peak memory so far. Raises InputError if the system does not count it."""
     if device == "cuda":
         import torch
 
@@ -183,8 +183,8 @@ def peak_bytes(device: str) -> int:
     try:
         import resource
     except ImportError:
-        raise InputError("this system does not tell how much memory a process took; use Linux or macOS") from None
-    unit = 1 if sys.platform == "darwin" else 1024  # of what the system counts in
+        raise InputError("this system does not count the memory of a process; use Linux or macOS") from None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

@@ -1,4 +1,4 @@
-"""What is measured of a clip, what no clip may be, and what makes one doubtful."""
+"""Measures of a clip, the reasons to leave one out, and the warnings about doubtful ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,30 +13,30 @@ from cosyvoice.utils.audio import is_silent
 from cosyvoice.utils.frontend_utils import contains_chinese, has_words
 
 MIN_SECONDS, MAX_SECONDS = 0.5, 30.0
-MIN_RATE_HZ, DULL_RATE_HZ = 4000, 16000  # below the first, nothing of speech is left
+MIN_RATE_HZ, DULL_RATE_HZ = 4000, 16000  # below the first, speech cannot be understood
 QUIET_DBFS = -30.0
 FRAME_SECONDS = 0.02
-PAUSE_DB, LOUDEST_PAUSE_DB = -40.0, -20.0  # frames at this level below the loudest are pauses; where there is noise,
-ABOVE_NOISE_DB = 10.0  # those at this level above it
+PAUSE_DB, LOUDEST_PAUSE_DB = -40.0, -20.0  # a frame this far below the loudest is a pause; in noise,
+ABOVE_NOISE_DB = 10.0  # one less than this above the noise is one too
 LONG_CUT_SECONDS = 1.0
 CLIPPED_PAIRS = 10  # neighbouring samples that are both the largest
-CONSTANT_SHARE = 0.1  # of a wave's strength in its mean
-PACES = {"chinese": (0.5, 15.0), "other": (1.5, 40.0)}  # characters a second that someone can speak
-ODD_PACE = 1.7  # times the median, or as much below
-ALIKE = 0.4  # cosine of the speaker vectors that clips of one voice exceed
+CONSTANT_SHARE = 0.1  # of a waveform's RMS, for its mean
+PACES = {"chinese": (0.5, 15.0), "other": (1.5, 40.0)}  # possible characters a second
+ODD_PACE = 1.7  # factor above or below the median
+SAME_VOICE = 0.4  # cosine similarity of speaker vectors; clips of one voice lie above it
 FEWEST_TO_COMPARE = 5  # clips
 
 
 @dataclass
 class Outcome:
-    """What became of a recording; what is not known stays None. It was kept where it has a row."""
+    """The result for a recording. Unknown values are None; a recording that was kept has a row."""
 
     utt: str
-    seconds: float | None = None  # without the pauses that were cut off
-    cut_seconds: float | None = None  # of pause at both ends
+    seconds: float | None = None  # after long pauses were cut off
+    cut_seconds: float | None = None  # cut off both ends
     speech_tokens: int | None = None
     text_tokens: int | None = None
-    characters_per_second: float | None = None  # of the text as written, without blanks
+    characters_per_second: float | None = None  # of the text as written, not counting spaces
     peak_dbfs: float | None = None
     silence_share: float | None = None
     warnings: list[str] = field(default_factory=list)  # what makes a kept clip doubtful
@@ -46,47 +46,47 @@ class Outcome:
 
 
 def check_waveform(wav: Tensor, rate: int, outcome: Outcome) -> None:
-    """Measure a waveform (1, samples). Raises InputError where it is no use for training."""
+    """Measure a waveform (1, samples). Raises InputError if it cannot be trained on."""
     if not wav.isfinite().all():
-        raise InputError("the audio holds samples that are not numbers")
+        raise InputError("the audio has samples that are not numbers")
     outcome.seconds = wav.shape[1] / rate
     outcome.peak_dbfs = decibels(wav.abs().max())
     if rate < MIN_RATE_HZ:
-        raise InputError(f"the audio has {rate} samples a second; at least {MIN_RATE_HZ} are needed")
+        raise InputError(f"the audio has {rate} samples a second; it needs at least {MIN_RATE_HZ}")
     if outcome.seconds < MIN_SECONDS:
-        raise InputError(f"the audio has {outcome.seconds:.3f} s; at least {MIN_SECONDS} s are needed")
+        raise InputError(f"the audio lasts {outcome.seconds:.3f} s; it must last at least {MIN_SECONDS} s")
     if outcome.seconds > MAX_SECONDS:
-        raise InputError(f"the audio has {outcome.seconds:.3f} s; at most {MAX_SECONDS:.0f} s are possible")
+        raise InputError(f"the audio lasts {outcome.seconds:.3f} s; it may last at most {MAX_SECONDS:.0f} s")
     outcome.silence_share = silence_share(wav, rate)
     if is_silent(wav):
         raise InputError("the audio is silent")
 
 
 def check_pace(text: str, outcome: Outcome) -> None:
-    """Raises InputError for a text without words, or one that nobody can speak in the clip's time."""
+    """Raise InputError for a text without words, or one that nobody can speak in the clip's time."""
     outcome.characters_per_second = len("".join(text.split())) / outcome.seconds
     if not has_words(text):
-        raise InputError("the text holds nothing to speak" if text else "the text is empty")
+        raise InputError("the text has nothing to speak" if text else "the text is empty")
     slowest, fastest = PACES["chinese" if contains_chinese(text) else "other"]
     if not slowest <= outcome.characters_per_second <= fastest:
-        problem = f"its {outcome.characters_per_second:.1f} characters a second cannot be spoken"
-        raise InputError(f"{problem} ({slowest:g} to {fastest:g} can): is this the right text?")
+        problem = f"the text has {outcome.characters_per_second:.1f} characters a second of audio"
+        raise InputError(f"{problem}; {slowest:g} to {fastest:g} are possible. Check that it belongs to this clip")
 
 
-def warnings_of(wav: Tensor, rate: int) -> list[str]:
-    """What is wrong with a waveform (1, samples) that can be learnt from all the same."""
+def find_warnings(wav: Tensor, rate: int) -> list[str]:
+    """Return the faults of a waveform (1, samples) that can still be trained on."""
     peak, largest = decibels(wav.abs().max()), wav == wav.abs().max()
     found = {
         f"it is quiet ({peak:.0f} dB below full scale)": peak < QUIET_DBFS,
         "it is clipped": int((largest[:, 1:] & largest[:, :-1]).sum()) >= CLIPPED_PAIRS,
-        "its zero line is off": bool(wav.mean().abs() > CONSTANT_SHARE * wav.square().mean().sqrt()),
-        f"it has only {rate} samples a second: the voice will be dull": rate < DULL_RATE_HZ,
+        "it has a DC offset": bool(wav.mean().abs() > CONSTANT_SHARE * wav.square().mean().sqrt()),
+        f"it has only {rate} samples a second, so the voice will sound dull": rate < DULL_RATE_HZ,
     }
     return [warning for warning, holds in found.items() if holds]
 
 
 def compare(outcomes: Sequence[Outcome]) -> None:
-    """Add warnings to the kept clips that differ from the others in pace or voice, or lost long pauses."""
+    """Add warnings to kept clips that lost long pauses, or whose pace or voice differs from the others'."""
     kept = [outcome for outcome in outcomes if outcome.row is not None]
     for outcome in kept:
         if (outcome.cut_seconds or 0) > LONG_CUT_SECONDS:
@@ -95,20 +95,21 @@ def compare(outcomes: Sequence[Outcome]) -> None:
         return
     usual = median(outcome.characters_per_second for outcome in kept)
     vectors = torch.tensor([outcome.row["utt_embedding"][0].as_py() for outcome in kept])  # (clips, 192)
-    likeness = (vectors @ vectors.T).fill_diagonal_(0).sum(dim=1) / (len(kept) - 1)
-    one_voice = likeness.median() > ALIKE
-    for outcome, alike in zip(kept, likeness.tolist(), strict=True):
+    similarities = (vectors @ vectors.T).fill_diagonal_(0).sum(dim=1) / (len(kept) - 1)
+    one_voice = similarities.median() > SAME_VOICE
+    for outcome, similarity in zip(kept, similarities.tolist(), strict=True):
         pace = outcome.characters_per_second
         if not usual / ODD_PACE <= pace <= usual * ODD_PACE:
-            outcome.warnings.append(f"{pace:.0f} characters a second, the others about {usual:.0f}: the right text?")
-        if one_voice and alike < ALIKE / 2:
+            warning = f"{pace:.0f} characters a second, where the others have about {usual:.0f}: check its text"
+            outcome.warnings.append(warning)
+        if one_voice and similarity < SAME_VOICE / 2:
             outcome.warnings.append("it sounds like another voice")
 
 
-def without_edges(wav: Tensor, rate: int, seconds: float) -> Tensor:
-    """The waveform (1, samples) with at most so many seconds of pause at each end.
+def trim_pauses(wav: Tensor, rate: int, seconds: float) -> Tensor:
+    """Return the waveform (1, samples) with at most `seconds` of pause at each end.
 
-    A pause is what lies 40 dB below the loudest frame of 20 ms, or less than 10 dB above the noise.
+    A frame of 20 ms is a pause if it is 40 dB below the loudest one, or less than 10 dB above the noise.
     """
     size, margin = round(FRAME_SECONDS * rate), round(seconds * rate)
     level = frame_decibels(wav, rate)
@@ -121,17 +122,17 @@ def without_edges(wav: Tensor, rate: int, seconds: float) -> Tensor:
 
 
 def silence_share(wav: Tensor, rate: int) -> float:
-    """Share of the frames of 20 ms of (1, samples) that lie 40 dB or more below the loudest one."""
+    """Return the share of the 20 ms frames of (1, samples) that are at least 40 dB below the loudest one."""
     return (frame_decibels(wav, rate) <= PAUSE_DB).float().mean().item()
 
 
 def frame_decibels(wav: Tensor, rate: int) -> Tensor:
-    """The level of each frame of 20 ms of (1, samples), relative to the loudest one: (frames,)."""
+    """Return the level (frames,) of each 20 ms frame of (1, samples), relative to the loudest one."""
     size = round(FRAME_SECONDS * rate)
     power = wav[0].unfold(0, size, size).square().mean(dim=1)
     return 10 * (power / power.max().clamp(min=1e-12)).clamp(min=1e-12).log10()
 
 
 def decibels(amplitude: Tensor) -> float:
-    """Relative to full scale; -120 for anything below."""
+    """Return an amplitude's level relative to full scale, at least -120."""
     return 20 * amplitude.clamp(min=1e-6).log10().item()

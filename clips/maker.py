@@ -1,4 +1,4 @@
-"""From a recording and its text to one row of training data, or to the reason why there is none."""
+"""Makes a row of training data from a recording and its text, or gives the reason why there is none."""
 
 import hashlib
 from typing import Any
@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from clips.checks import MAX_SECONDS, Outcome, check_pace, check_waveform, warnings_of, without_edges
+from clips.checks import MAX_SECONDS, Outcome, check_pace, check_waveform, find_warnings, trim_pauses
 from clips.recordings import AUDIO_KINDS, Recording
 from clips.store import with_column
 from cosyvoice.cli.frontend import FRONTEND_PARTS, open_front_end
@@ -18,14 +18,14 @@ from cosyvoice.utils.audio import PROMPT_RATE_HZ, aligned, read_wav, resample
 from dataset import SCHEMA
 from utils import decode_text
 
-ROW_VERSION = "2"  # raise it when rows are made differently, so that old ones are made anew
+ROW_VERSION = "2"  # raise it when rows are made differently, so that old ones are replaced
 
 
 class ClipMaker:
     """Makes rows with the front end of a model folder, from several threads at once.
 
-    `known` holds rows of earlier runs by content hash. `edge_seconds` of pause stay before and after speech; None
-    leaves recordings as they are. Raises InputError for a folder that does not serve.
+    `known` holds rows of earlier runs by content hash. `edge_seconds` of pause stay before and after speech; with None
+    recordings stay as they are. Raises InputError if the folder is incomplete or damaged.
     """
 
     def __init__(
@@ -33,27 +33,27 @@ class ClipMaker:
     ) -> None:
         self.frontend = open_front_end(folder, folder.parts(FRONTEND_PARTS), device)
         self.generation, self.rates = folder.generation, folder.rates
-        self.frontend.encode("")  # what is wrong with the folder shows here, not clip by clip
+        self.frontend.encode("")  # a fault of the folder shows here, not clip by clip
         self.frontend.speech_tokenizer.open()
         self.frontend.speaker_encoder.open()
         self.known, self.edge_seconds = known, edge_seconds
         self.encoders = folder.encoders()
         yaml = fingerprint_file(folder.yaml)
-        how = [ROW_VERSION, edge_seconds, self.frontend.normalizer.wetext, yaml, self.encoders]
-        self._made_with = " ".join(map(str, how)).encode()
+        origin = [ROW_VERSION, edge_seconds, self.frontend.normalizer.wetext, yaml, self.encoders]
+        self._made_with = " ".join(map(str, origin)).encode()
 
     def make(self, recording: Recording) -> Outcome:
-        """The recording's row, from an earlier run where nothing changed, or the reason why it has none."""
+        """Return the recording's row, taken from an earlier run if nothing changed, or the reason why it has none."""
         outcome = Outcome(recording.utt)
         try:
             _check_complete(recording)
             audio_data, text_data = recording.audio.read_bytes(), recording.text_bytes()
             wav, rate = read_wav(recording.audio, MAX_SECONDS)
-            wav = self._judge(outcome, wav, rate)
+            wav = self._check_and_trim(outcome, wav, rate)
             text = decode_text(text_data)
             check_pace(text, outcome)
             if self.frontend.unknown_letters(text):
-                outcome.warnings.append("its text has letters that this model never saw")
+                outcome.warnings.append("its text has letters that this model was not trained on")
             content_hash = self._hash(audio_data, text_data)
             names = {"utt": recording.utt, "wav": str(recording.audio)}
             row = self.known.get(content_hash)
@@ -76,21 +76,21 @@ class ClipMaker:
         digests = [hashlib.sha256(part).digest() for part in (self._made_with, audio_data, text_data)]
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
-    def _judge(self, outcome: Outcome, wav: Tensor, rate: int) -> Tensor:
+    def _check_and_trim(self, outcome: Outcome, wav: Tensor, rate: int) -> Tensor:
         """Measure a waveform (1, samples), and return it without long pauses at its ends.
 
-        Raises InputError where it is no use for training.
+        Raises InputError if it cannot be trained on.
         """
         check_waveform(wav, rate, outcome)
-        outcome.warnings += warnings_of(wav, rate)
+        outcome.warnings += find_warnings(wav, rate)
         if self.edge_seconds is not None:
-            whole, wav = wav, without_edges(wav, rate, self.edge_seconds)
+            whole, wav = wav, trim_pauses(wav, rate, self.edge_seconds)
             outcome.cut_seconds = (whole.shape[1] - wav.shape[1]) / rate
             check_waveform(wav, rate, outcome)
         return wav
 
     def _columns(self, outcome: Outcome, wav: Tensor, rate: int, text: str) -> dict[str, Any]:
-        """What the model makes of a clip; as much of it as is known goes into the outcome, too."""
+        """Return the columns that the model computes from a clip, and note in `outcome` what is known so far."""
         text_token = self._text_tokens(text)
         outcome.text_tokens = len(text_token)
         features = self._features(outcome, wav, rate)
@@ -103,8 +103,8 @@ class ClipMaker:
     def _features(self, outcome: Outcome, wav: Tensor, rate: int) -> dict[str, Any]:
         """Return the speaker vector, the speech tokens and the mel of (1, samples).
 
-        Where a token lasts a whole number of frames, both end together: zeros fill the last token, and what one has
-        beyond the other is cut off.
+        If a token lasts a whole number of frames, tokens and mel end together: zeros fill the last token, and the
+        longer of the two is cut.
         """
         wav = wav / wav.abs().max().clamp(min=1)  # decoders of lossy formats overshoot full scale
         wav_16k = resample(wav, rate, PROMPT_RATE_HZ)
@@ -125,7 +125,7 @@ class ClipMaker:
         }
 
     def _check_token_rate(self, outcome: Outcome) -> None:
-        """Raise InputError for so many tokens that another model's tokenizer must have made them."""
+        """Raise InputError if the number of tokens shows that another model's tokenizer made them."""
         expected = outcome.seconds * self.rates.token_rate
         if abs(outcome.speech_tokens - expected) > 0.1 * expected + 5:
             raise InputError(
@@ -136,7 +136,7 @@ class ClipMaker:
 
 def _check_complete(recording: Recording) -> None:
     if recording.audio is None:
-        raise InputError(f"it has no recording. Convert what is neither {AUDIO_KINDS}")
+        raise InputError(f"it has no recording. Convert its audio to {AUDIO_KINDS}")
     if recording.text is None and recording.similar:
         raise InputError(f"it has no text. Did you mean {recording.similar.name}? Rename that to {recording.utt}.txt")
     if recording.text is None:

@@ -1,4 +1,4 @@
-"""The recordings of a folder and their texts: a file beside each, or a list like LJSpeech's or GPT-SoVITS's."""
+"""The recordings of a folder and their texts, which are files beside them or a list like LJSpeech's or GPT-SoVITS's."""
 
 import re
 import unicodedata
@@ -12,33 +12,33 @@ from cosyvoice.utils.text_files import decode_lines
 from utils import is_unicode
 
 LIBSNDFILE_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".oga", ".aiff", ".aif", ".caf", ".w64", ".au")
-AUDIO_SUFFIXES = (*LIBSNDFILE_SUFFIXES, *FFMPEG_SUFFIXES)  # where two files have the same name, the first suffix counts
+AUDIO_SUFFIXES = (*LIBSNDFILE_SUFFIXES, *FFMPEG_SUFFIXES)  # of two files with the same name, the first suffix wins
 AUDIO_KINDS = "wav, flac, mp3, ogg, opus, aiff, m4a, aac, webm or wma"
-TEXT_SUFFIXES = (".txt", ".normalized.txt")  # where both are there, the second counts
+TEXT_SUFFIXES = (".txt", ".normalized.txt")  # if both exist, the second is used
 LJSPEECH_LIST = "metadata.csv"  # lines of name|text or name|text|normalised text
 GPT_SOVITS_SUFFIX = ".list"  # lines of path|speaker|language|text
 
 
 @dataclass
 class Recording:
-    """An audio file and what is said in it, as a file or as the text of a list; one of the two may be missing."""
+    """An audio file and its text, which is a file or a list's entry. One of the two may be missing."""
 
     utt: str
     audio: Path | None
     text: Path | str | None
-    similar: Path | None = None  # a text file without a recording, whose name is nearly that of this recording
+    similar: Path | None = None  # a text file without a recording whose name resembles this one's
 
     def text_bytes(self) -> bytes:
         return self.text.encode() if isinstance(self.text, str) else self.text.read_bytes()
 
 
 def find_recordings(folder: Path, speaker: str | None = None) -> list[Recording]:
-    """Return the recordings and texts of a folder, paired by name, in the order of the names.
+    """Return the recordings and texts of a folder, paired and sorted by name.
 
-    Where no recording has a text file, a list in the folder tells the texts, and its recordings may lie in subfolders.
-    Of a list with several speakers, the given one counts. Names are compared in Unicode's composed form, since some
-    programs write "é" as two characters. Raises InputError if there is no recording, if none has a text, and if a
-    file's name is in another encoding.
+    If no recording has a text file, the texts come from a list in the folder, whose recordings may lie in subfolders.
+    From a list of several speakers only the recordings of `speaker` are taken. Names are compared in Unicode's composed
+    form, since some programs write "é" as two characters. Raises InputError if there is no recording, if none has a
+    text, or if a file name is not UTF-8.
     """
     files = _visible_files(folder)
     audio, texts = _audio_by_name(files), _texts_by_name(files)
@@ -48,10 +48,10 @@ def find_recordings(folder: Path, speaker: str | None = None) -> list[Recording]
         ]
         audio, texts = _audio_by_name(nearby), _read_list(found, speaker)
     if not audio:
-        raise InputError(f"{folder} holds no recording ({AUDIO_KINDS}). {_where_to_look(folder)}")
-    left_over = {_loosely(utt): text for utt, text in texts.items() if utt not in audio and isinstance(text, Path)}
+        raise InputError(f"{folder} has no recording ({AUDIO_KINDS}). {_where_to_look(folder)}")
+    unpaired = {_simplified(utt): text for utt, text in texts.items() if utt not in audio and isinstance(text, Path)}
     recordings = [
-        Recording(utt, audio.get(utt), texts.get(utt), None if utt in texts else left_over.get(_loosely(utt)))
+        Recording(utt, audio.get(utt), texts.get(utt), None if utt in texts else unpaired.get(_simplified(utt)))
         for utt in sorted(audio.keys() | texts.keys())
     ]
     if not audio.keys() & texts.keys():
@@ -64,7 +64,7 @@ def _visible_files(folder: Path) -> list[Path]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     for path in files:
         if not is_unicode(str(path)):
-            raise InputError(f"the file name {path.name!r} in {folder} is not UTF-8; rename the file, 001.wav for one")
+            raise InputError(f"the file name {path.name!r} in {folder} is not UTF-8; rename it, for example to 001.wav")
     return files
 
 
@@ -72,7 +72,7 @@ def _audio_by_name(files: Sequence[Path]) -> dict[str, Path]:
     audio: dict[str, Path] = {}
     for path in (path for suffix in AUDIO_SUFFIXES for path in files if path.suffix.lower() == suffix):
         utt = _composed(path.stem)
-        audio[_composed(path.name) if utt in audio else utt] = path  # the second of a name gets no text
+        audio[_composed(path.name) if utt in audio else utt] = path  # the second file of a name gets no text
     return audio
 
 
@@ -102,10 +102,10 @@ def _read_list(path: Path, speaker: str | None) -> dict[str, str]:
         else:
             form = "path|speaker|language|text" if path.suffix == GPT_SOVITS_SUFFIX else "name|text"
             raise InputError(f"{path}, line {number}, is not of the form {form}. Correct the line")
-        file_name = PureWindowsPath(name).name  # of a path of any system
+        file_name = PureWindowsPath(name).name  # of a Windows or POSIX path
         utt = _composed(Path(file_name).stem if file_name.lower().endswith(AUDIO_SUFFIXES) else file_name)
         if utt in texts:
-            raise InputError(f"{path}, line {number}: {utt} is there twice. Delete one of the lines")
+            raise InputError(f"{path}, line {number}: {utt} is listed twice. Delete one of the lines")
         texts[utt], speakers[utt] = text, spoken_by
     names = sorted(set(speakers.values()))
     if len(names) > 1:
@@ -124,7 +124,7 @@ def _split_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _where_to_look(folder: Path) -> str:
     for child in sorted(folder.iterdir()):
         if child.is_dir() and any(path.suffix.lower() in AUDIO_SUFFIXES for path in child.iterdir()):
-            return f"Its subfolder {child.name} does: give {child}"
+            return f"Its subfolder {child.name} has some: give {child}"
     return "Put 001.wav and 001.txt there"
 
 
@@ -132,8 +132,8 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _loosely(name: str) -> str:
-    """Return a name without what people get wrong in it: case, zeros before a number, and the audio file's suffix."""
+def _simplified(name: str) -> str:
+    """Return a name in lower case, without leading zeros of numbers and without the audio file's suffix."""
     name = name.lower()
     for suffix in AUDIO_SUFFIXES:
         name = name.removesuffix(suffix)

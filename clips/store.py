@@ -1,4 +1,4 @@
-"""Prepared clips on disk: how a run's parquet files replace those before."""
+"""Prepared clips on disk, and how a run's parquet files replace those of earlier runs."""
 
 import shutil
 import threading
@@ -15,19 +15,19 @@ from cosyvoice.utils.file_utils import atomic_write
 from dataset import SCHEMA
 
 CLIPS_PER_FILE = 100
-UNFINISHED = ".unfinished"  # folder of the rows that an interrupted run had made
+UNFINISHED = ".unfinished"  # folder with the rows of an interrupted run
 
-_saving = threading.Lock()  # two copies of a recording are one file
+_saving = threading.Lock()  # two copies of a recording share one file
 
 
 def with_column(table: pa.Table, name: str, values: Sequence[Any]) -> pa.Table:
-    """The table with one column of SCHEMA replaced."""
+    """Return the table with one column of SCHEMA replaced."""
     column = SCHEMA.field(name)
     return table.set_column(SCHEMA.get_field_index(name), column, pa.array(values, column.type))
 
 
 def known_rows(data_dir: Path) -> dict[str, pa.Table]:
-    """One-row tables of earlier runs, finished or not, by content hash. Unreadable files hold none."""
+    """Return one-row tables of earlier runs, finished or not, by content hash. Unreadable files are skipped."""
     rows = {}
     for path in [*data_dir.glob("clips-*.parquet"), *(data_dir / UNFINISHED).glob("*.parquet")]:
         try:
@@ -41,15 +41,15 @@ def known_rows(data_dir: Path) -> dict[str, pa.Table]:
 
 
 def save_unfinished(row: pa.Table, data_dir: Path) -> None:
-    """Keep a new row at once, so that a run that is interrupted can be taken up again."""
-    content_hash = row["content_hash"][0].as_py()  # names of recordings can be too long for one more suffix
+    """Save a new row at once, so that an interrupted run can be resumed."""
+    content_hash = row["content_hash"][0].as_py()  # a recording's name may be too long for another suffix
     with _saving, atomic_write(data_dir / UNFINISHED / f"{content_hash}.parquet") as path:
         pq.write_table(row, path)
 
 
 def write_clips(rows: Sequence[pa.Table], speaker: str, data_dir: Path) -> None:
-    """Write the one-row tables of one speaker to parquet files, in place of all clips of earlier runs."""
-    # rows read from a file name the items of their lists differently: the bytes would tell which those were
+    """Write the one-row tables of one speaker to parquet files, which replace all clips of earlier runs."""
+    # rows read from a file name their list items differently; without the cast the new file's bytes would differ
     table = pa.concat_tables([row.cast(SCHEMA) for row in rows])
     mean = np.mean(table["utt_embedding"].to_pylist(), axis=0)  # (192,)
     table = with_column(table, "spk", [speaker] * len(table))

@@ -207,7 +207,7 @@ MISTAKES = [
     # recordings and prepared data
     ("prepare", "--input-dir {root}/nowhere", "nowhere does not exist"),
     ("prepare", "--input-dir {file}", "file does not exist"),
-    ("prepare", "--input-dir {empty}", "holds no recording", "Put 001.wav and 001.txt there"),
+    ("prepare", "--input-dir {empty}", "has no recording", "Put 001.wav and 001.txt there"),
     ("prepare", "--input-dir {unpaired}", "has a text", "Put 001.txt beside 001.wav"),
     ("train", "--data-dir {root}/nowhere", "no parquet file", "run prepare_joint_data.py first"),
     ("train", "--data-dir {root}/hidden", "no parquet file", "run prepare_joint_data.py first"),
@@ -215,7 +215,7 @@ MISTAKES = [
     ("train", "--data-dir {root}/cut", "x.parquet cannot be read", "delete it and run prepare_joint_data.py"),
     ("train", "--data-dir {root}/foreign", "columns spk, utt_embedding", "move it away"),
     ("train", "--data-dir {root}/numbers_as_text", "columns utt are", "another type", "move it away"),
-    ("train", "--data-dir {root}/no_rows", "hold no clip", "run prepare_joint_data.py again"),
+    ("train", "--data-dir {root}/no_rows", "have no clip", "run prepare_joint_data.py again"),
     ("train", "--data-dir {root}/two_speakers", "several speakers (ann, bob)", "prepare one at a time"),
     # checkpoints
     ("merge", "--output-dir {empty}", "no joint_<mode>_last.ckpt", "run train_joint.py first"),
@@ -351,7 +351,7 @@ def test_more_faults_of_single_clips(
     expected = {
         long_name: "",
         "utf-16": "text is not UTF-8",
-        "utf-16-le": "it holds NUL characters",
+        "utf-16-le": "it has NUL characters",
         "emoji": "nothing to speak",
         "rate": "20 samples a second",
         "cut": "cannot be decoded",
@@ -385,7 +385,7 @@ def test_a_second_run_in_the_same_folder_is_refused(name: str, folder: str, scra
     with alone_in(scratch[folder], script):
         before = files(scratch[folder])
         assert command(name, "", scratch) == 2
-        assert f"another {script} is at work in {scratch[folder]}; wait for its end" in capsys.readouterr().err
+        assert f"another {script} is at work in {scratch[folder]}; wait until it ends" in capsys.readouterr().err
         assert files(scratch[folder]) == before
     if name == "merge":
         assert command(name, "", scratch) == 0

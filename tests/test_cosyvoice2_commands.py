@@ -136,7 +136,7 @@ def test_tokens_that_the_model_has_no_vector_for_are_refused(places: dict[str, P
     clips, module = load_clips(places["data"], folder), load_part(folder, part)
     check_vocabularies(clips, module)
     getattr(clips[0], f"{kind}_token")[0] = 6561  # of speech: the end token
-    with pytest.raises(InputError, match=f"has the {kind} token 6561, and the model only those below"):
+    with pytest.raises(InputError, match=f"has the {kind} token 6561, but the model's end at"):
         check_vocabularies(clips, module)
 
 

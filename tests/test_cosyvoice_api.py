@@ -201,7 +201,7 @@ def test_signs_alone_are_passed_over_with_a_warning(voice: CosyVoice, caplog: py
 
 
 def test_a_prompt_of_another_kind_is_refused(voice: CosyVoice) -> None:
-    with pytest.raises(InputError, match="a prompt is a path, .* not NoneType"):
+    with pytest.raises(InputError, match="a prompt must be a path, .* not NoneType"):
         list(voice.inference_zero_shot(TEXT, "Hi.", None))
 
 

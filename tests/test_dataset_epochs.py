@@ -142,9 +142,9 @@ def test_mistakes(corpus: Path, tmp_path: Path) -> None:
 
 def test_a_worker_reports_a_mistake_in_one_line(corpus: Path) -> None:
     def unreadable(data: Iterable[dict], mode: str) -> Iterator[dict]:
-        raise InputError("0 is no readable parquet file; make it anew")
+        raise InputError("0 is not a readable parquet file; make it again")
         yield
 
     with pytest.raises(InputError) as caught:
         list(EpochLoader(Dataset(corpus, [unreadable, batched]), num_workers=1, prefetch=1))
-    assert str(caught.value) == "0 is no readable parquet file; make it anew"
+    assert str(caught.value) == "0 is not a readable parquet file; make it again"

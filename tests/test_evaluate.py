@@ -460,7 +460,7 @@ def test_originals_of_which_too_few_can_be_used_are_refused_before_any_work(fold
         text.write_bytes("Grüße".encode("utf-16"))
     with pytest.raises(InputError, match="002.txt: the text is not UTF-8"):
         listening.read_sayings(originals)
-    with pytest.raises(InputError, match="rms holds 1 recordings with texts; at least 2 are needed"):
+    with pytest.raises(InputError, match="rms has 1 recordings with texts; at least 2 are needed"):
         evaluate.main([*folders, "--wavs", str(RECORDINGS), "--reference", str(originals)])
 
 

@@ -147,7 +147,7 @@ def test_a_stored_prompt_equals_the_prompt(frontend: CosyVoiceFrontEnd, prompt: 
         (lambda frontend, prompt: frontend.frontend_sft("Hi.", "bob"), "'bob'.*anna"),
         (lambda frontend, prompt: frontend.frontend_sft("", "anna"), "nothing to speak"),
         (lambda frontend, prompt: frontend.frontend_sft("?! ...", "anna"), "nothing to speak"),
-        (lambda frontend, prompt: frontend.frontend_sft("Hi.", "nan"), "'nan' holds values that are not numbers"),
+        (lambda frontend, prompt: frontend.frontend_sft("Hi.", "nan"), "'nan' has values that are not numbers"),
         (lambda frontend, prompt: frontend.text_normalize("caf\udce9"), "not valid Unicode .*UTF-8"),
         (lambda frontend, prompt: frontend.text_normalize("caf\udce9", text_frontend=False), "not valid Unicode"),
         (lambda frontend, prompt: frontend.frontend_vc(torch.zeros(1, 31 * 16000), prompt), "31.00 s"),
@@ -160,7 +160,7 @@ def test_a_stored_prompt_equals_the_prompt(frontend: CosyVoiceFrontEnd, prompt: 
         (lambda frontend, prompt: frontend.frontend_vc(torch.ones(1, 16000), prompt), "the audio is silent"),
         (lambda frontend, prompt: frontend.frontend_vc(NOISE / 0, prompt), "not numbers"),
         (lambda frontend, prompt: frontend.frontend_vc(NOISE > 0, prompt), "not torch.bool"),
-        (lambda frontend, prompt: frontend.text_normalize(None), "a text is a str, not NoneType"),
+        (lambda frontend, prompt: frontend.text_normalize(None), "a text must be a str, not NoneType"),
         (lambda frontend, prompt: frontend.text_normalize(["Hi."], text_frontend=False), "not list"),
         (lambda frontend, prompt: frontend.frontend_sft("Hi.", ["anna"]), "no stored voice"),
     ],
@@ -181,7 +181,7 @@ def test_networks_are_opened_only_when_used(tmp_path: Path, prompt: Path) -> Non
 def test_a_damaged_network_is_named(tmp_path: Path, prompt: Path) -> None:
     (tmp_path / "tokenizer.onnx").write_bytes(b"not a network")
     frontend = CosyVoiceFrontEnd(WHISPER, MEL, tmp_path / "campplus.onnx", tmp_path / "tokenizer.onnx")
-    with pytest.raises(InputError, match="tokenizer.onnx is no ONNX model"):
+    with pytest.raises(InputError, match="tokenizer.onnx is not an ONNX model"):
         frontend.frontend_vc(prompt, prompt)
 
 
@@ -423,13 +423,13 @@ def test_a_wav_whose_size_was_left_open_is_read_to_its_end(tmp_path: Path, size:
 def test_a_file_that_is_cut_off_says_so(tmp_path: Path) -> None:
     whole = wav_bytes()
     (tmp_path / "cut.wav").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"cut.wav is cut off: it tells of \d+ bytes and holds \d+. Copy it again"):
+    with pytest.raises(InputError, match=r"cut.wav is cut off: it claims \d+ bytes and has \d+. Copy it again"):
         read_wav(tmp_path / "cut.wav")
     soundfile.write(tmp_path / "whole.mp3", glide(rate=16000), 16000, format="MP3")
     mp3 = (tmp_path / "whole.mp3").read_bytes()
     read_wav(tmp_path / "whole.mp3")
     (tmp_path / "cut.mp3").write_bytes(mp3[: 2 * len(mp3) // 3])
-    with pytest.raises(InputError, match=r"cut.mp3 is cut off: it tells of [\d.]+ s and holds [\d.]+"):
+    with pytest.raises(InputError, match=r"cut.mp3 is cut off: it claims [\d.]+ s and has [\d.]+"):
         read_wav(tmp_path / "cut.mp3")
 
 
@@ -453,10 +453,10 @@ def test_an_impossible_header_is_refused_before_anything_is_decoded(
 
 
 def test_a_recording_that_is_too_long_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    read_wav(io.BytesIO(wav_bytes()), most_seconds=1)
+    read_wav(io.BytesIO(wav_bytes()), max_seconds=1)
     monkeypatch.setattr(soundfile.SoundFile, "read", None)
-    with pytest.raises(InputError, match=r"stream lasts 1.000 s; at most 0.9 s are possible"):
-        read_wav(io.BytesIO(wav_bytes()), most_seconds=0.9)
+    with pytest.raises(InputError, match=r"stream lasts 1.000 s; it may last at most 0.9 s"):
+        read_wav(io.BytesIO(wav_bytes()), max_seconds=0.9)
 
 
 @pytest.mark.parametrize("content", [b"", b"no audio at all"])

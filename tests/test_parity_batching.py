@@ -195,7 +195,7 @@ def test_parquet_rows_become_samples(tmp_path: Path) -> None:
     parsed = next(processor.parse_embedding([{**samples[0], "spk_embedding": [0.0, 2.0]}], normalize=True))
     assert_close(parsed["utt_embedding"], torch.tensor([0.6, 0.8]), atol=1e-7)
     path.write_bytes(b"PAR1 nothing")
-    with pytest.raises(InputError, match="x.parquet is no readable parquet file"):
+    with pytest.raises(InputError, match="x.parquet is not a readable parquet file"):
         list(processor.parquet_opener([{"src": str(path)}]))
 
 

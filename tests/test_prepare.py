@@ -20,7 +20,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 from parity import PARITY_DIR
 
 from clips import store
-from clips.checks import Outcome, compare, silence_share, warnings_of
+from clips.checks import Outcome, compare, find_warnings, silence_share
 from clips.maker import ClipMaker
 from clips.recordings import find_recordings
 from cosyvoice.model_folder.folder import ModelFolder
@@ -326,11 +326,11 @@ def test_what_cannot_be_read_is_left_out_and_told(model_dir: Path, raw: Path, ca
     printed = capsys.readouterr().out
     assert len(rows(data)) == 1
     assert "left out 2: " in printed and "2.flac cannot be decoded as audio; convert it to wav" in printed
-    assert "left out 3: it has no recording. Convert what is neither wav, flac, mp3," in printed
+    assert "left out 3: it has no recording. Convert its audio to wav, flac, mp3," in printed
 
 
 def test_mistakes_are_named(model_dir: Path, raw: Path) -> None:
-    with pytest.raises(InputError, match="holds no recording"):
+    with pytest.raises(InputError, match="has no recording"):
         prepare(model_dir, raw)
     path = add(raw, "1.wav", tone(1.0))
     path.with_suffix(".txt").rename(raw / "2.txt")
@@ -458,10 +458,10 @@ def test_pauses_at_the_ends_are_cut_for_all_features_and_said(model_dir: Path, r
 @pytest.mark.parametrize(
     ("text", "seconds", "reason"),
     [
-        ("word " * 200, 2.0, "400.0 characters a second cannot be spoken"),
-        ("Hi.", 5.0, "0.6 characters a second cannot be spoken"),
-        ("7" * 100_000, 2.0, "cannot be spoken"),
-        ("你好" * 20, 2.0, "20.0 characters a second cannot be spoken"),
+        ("word " * 200, 2.0, "400.0 characters a second of audio"),
+        ("Hi.", 5.0, "0.6 characters a second of audio"),
+        ("7" * 100_000, 2.0, "characters a second of audio"),
+        ("你好" * 20, 2.0, "20.0 characters a second of audio"),
         ("你好", 3.0, ""),
         ("Hi.", 1.5, ""),
     ],
@@ -477,11 +477,11 @@ def test_a_text_that_nobody_can_speak_in_the_time_is_refused(
 
 def test_what_is_wrong_with_a_waveform_is_said() -> None:
     good = torch.from_numpy(tone(1.0)).unsqueeze(0)
-    assert warnings_of(good, 16000) == []
-    assert warnings_of(good * 0.02, 16000) == ["it is quiet (-42 dB below full scale)"]
-    assert warnings_of((good * 4).clamp(-1, 1), 16000) == ["it is clipped"]
-    assert warnings_of(good + 0.1, 16000) == ["its zero line is off"]
-    assert warnings_of(good, 8000) == ["it has only 8000 samples a second: the voice will be dull"]
+    assert find_warnings(good, 16000) == []
+    assert find_warnings(good * 0.02, 16000) == ["it is quiet (-42 dB below full scale)"]
+    assert find_warnings((good * 4).clamp(-1, 1), 16000) == ["it is clipped"]
+    assert find_warnings(good + 0.1, 16000) == ["it has a DC offset"]
+    assert find_warnings(good, 8000) == ["it has only 8000 samples a second, so the voice will sound dull"]
 
 
 def test_clips_unlike_the_others_are_named() -> None:
@@ -498,7 +498,7 @@ def test_clips_unlike_the_others_are_named() -> None:
     compare(outcomes)
     found = {outcome.utt: outcome.warnings for outcome in outcomes if outcome.warnings}
     assert found == {
-        "fast": ["30 characters a second, the others about 15: the right text?"],
+        "fast": ["30 characters a second, where the others have about 15: check its text"],
         "other": ["it sounds like another voice"],
     }
 

@@ -383,7 +383,7 @@ def test_names_that_tables_cannot_hold_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content, message",
-    [(b"u1 a\nu1 b\n", "line 2: u1 is there twice"), (b"u1 \xff\n", "not UTF-8"), (b"\n", "is empty")],
+    [(b"u1 a\nu1 b\n", "line 2: u1 is listed twice"), (b"u1 \xff\n", "not UTF-8"), (b"\n", "is empty")],
 )
 def test_tables_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "text").write_bytes(content)

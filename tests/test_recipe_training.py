@@ -211,7 +211,7 @@ def test_a_damaged_file_of_data_is_named(recipe: Recipe, tmp_path: Path) -> None
     file = Path(data.read_text().splitlines()[0])
     content = file.read_bytes()
     file.write_bytes(content[:4] + bytes(20) + content[24:])
-    with pytest.raises(InputError, match=f"{file} is no readable parquet file: .*; make it anew"):
+    with pytest.raises(InputError, match=f"{file} is not a readable parquet file: .*; make it again"):
         recipe.train("llm", "damaged", "--train_data", str(data))
 
 

@@ -50,7 +50,7 @@ def test_a_text_with_nearly_the_name_is_suggested(tmp_path: Path, audio: str, te
 
 def test_recordings_in_a_subfolder_are_pointed_at(tmp_path: Path) -> None:
     add_files(tmp_path, "session/1.wav", "session/1.txt")
-    with pytest.raises(InputError, match=f"subfolder session does: give {tmp_path / 'session'}"):
+    with pytest.raises(InputError, match=f"subfolder session has some: give {tmp_path / 'session'}"):
         find_recordings(tmp_path)
 
 
@@ -94,7 +94,7 @@ def test_texts_beside_the_recordings_count_more_than_a_list(tmp_path: Path) -> N
     ("name", "lines", "message"),
     [
         ("metadata.csv", ["1|a", "2,b"], "line 2, is not of the form name|text. Correct"),
-        ("metadata.csv", ["1|a", "1.wav|b"], "line 2: 1 is there twice"),
+        ("metadata.csv", ["1|a", "1.wav|b"], "line 2: 1 is listed twice"),
         ("a.list", ["1.wav|anna|hello"], "line 1, is not of the form path|speaker|language|text"),
     ],
 )

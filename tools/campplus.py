@@ -1,9 +1,9 @@
-"""CAM++, a network that tells speakers apart (Wang et al. 2023, "CAM++: A Fast and Efficient Network for Speaker
+"""CAM++, a speaker verification network (Wang et al. 2023, "CAM++: A Fast and Efficient Network for Speaker
 Verification Using Context-Aware Masking").
 
-Two-dimensional convolutions look at the spectrum first. Then come three blocks of time-delay layers, each of which
-sees the outputs of all layers of its block before it, and whose channels are masked by what is heard around them.
-The names and shapes of the weights are those of 3D-Speaker's `campplus_cn_en_common.pt`.
+Two-dimensional convolutions process the spectrum first. Three blocks of time-delay layers follow. Each layer sees the
+outputs of all earlier layers of its block, and masks its channels by their context. The names and shapes of the weights
+are those of 3D-Speaker's `campplus_cn_en_common.pt`.
 
 Axes: B batch, C channels, M mel bins, T frames of 10 ms, S frames of 20 ms.
 """
@@ -18,16 +18,16 @@ from cosyvoice.model_folder.weights import NoRandomInit, load_strict, read_state
 
 MELS = 80
 HEAD_CHANNELS = 32
-HEAD_STRIDE = 8  # mel bins that become one
-CHANNELS = 128  # before the first block, and of the inside of each layer
+HEAD_STRIDE = 8  # input mel bins per output bin
+CHANNELS = 128  # before the first block, and inside each layer
 GROWTH = 32  # channels that a layer adds
 BLOCKS = ((12, 1), (24, 2), (16, 2))  # layers, dilation
-MASK_FRAMES = 100  # the mask of a frame sees the mean of its segment of so many, and of all
+MASK_FRAMES = 100  # per segment; a frame's mask sees the means of its segment and of all frames
 DIMENSIONS = 192
 
 
 class CAMPlus(nn.Module):
-    """Speaker vectors (B, 192) of Kaldi filterbanks (B, T, 80) at 100 frames a second, less their mean over time."""
+    """A network from Kaldi filterbanks (B, T, 80), 100 frames a second minus the mean, to speaker vectors (B, 192)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class CAMPlus(nn.Module):
 
 
 class Head(nn.Module):
-    """Convolutions over mel bins and frames, (B, M, T) to (B, 320, T); they keep every frame."""
+    """Convolutions over mel bins and frames, (B, M, T) to (B, 320, T), which keep the frame rate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Head(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two convolutions over (B, C, M, T), and a shortcut past them."""
+    """Two convolutions over (B, C, M, T) with a shortcut."""
 
     def __init__(self, mel_stride: int) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class TimeDelay(nn.Module):
 
 
 class DenseBlock(nn.ModuleDict):
-    """Layers that each add GROWTH channels to all that came before: (B, C, S) to (B, C + count * GROWTH, S)."""
+    """Layers that each append GROWTH channels to their input: (B, C, S) to (B, C + count * GROWTH, S)."""
 
     def __init__(self, channels: int, count: int, dilation: int) -> None:
         super().__init__({f"tdnnd{n + 1}": DenseLayer(channels + n * GROWTH, dilation) for n in range(count)})
@@ -127,7 +127,7 @@ class DenseBlock(nn.ModuleDict):
 
 
 class DenseLayer(nn.Module):
-    """(B, C, S) to (B, GROWTH, S)."""
+    """A bottleneck layer with a masked convolution: (B, C, S) to (B, GROWTH, S)."""
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class DenseLayer(nn.Module):
 
 
 class MaskedConvolution(nn.Module):
-    """A convolution whose channels are weighed between 0 and 1 by their context (section 2.2)."""
+    """A convolution whose channels are scaled between 0 and 1 by their context (section 2.2)."""
 
     def __init__(self, dilation: int) -> None:
         super().__init__()
@@ -168,14 +168,14 @@ class Transit(nn.Module):
 
 
 class MeanAndDeviation(nn.Module):
-    """(B, C, S) to (B, 2 C, 1)."""
+    """Mean and standard deviation over time: (B, C, S) to (B, 2 C, 1)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x.mean(dim=2, keepdim=True), x.std(dim=2, keepdim=True)], dim=1)
 
 
 class Projection(nn.Module):
-    """(B, C, 1) to (B, C')."""
+    """A linear layer and batch norm: (B, C, 1) to (B, C')."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class Projection(nn.Module):
 
 
 def load_campplus(weights: Path) -> CAMPlus:
-    """Return the network with the weights of a file, in eval mode. Raises InputError where they do not fit."""
+    """Return the network with the weights of a file, in eval mode. Raises InputError if they do not fit."""
     with NoRandomInit():
         network = CAMPlus()
     load_strict(network, read_state_dict(weights), str(weights))

@@ -1,4 +1,4 @@
-"""An evaluation in three forms: a table, JSON, and a picture."""
+"""Reports of an evaluation: a table, JSON, and a picture."""
 
 import json
 import math
@@ -21,17 +21,20 @@ WIDTH_INCHES, HEIGHT_INCHES, DOTS_PER_INCH = 10, 9, 120
 
 @dataclass
 class Evaluation:
-    """Everything that was found out, and from what."""
+    """The results of an evaluation, and what they were made from."""
 
     made_with: dict[str, Any]  # options and voice
     pace_seconds_per_character: float
     spoken: list[Clip]
     originals: list[Clip]
-    real_time_factor: float | None  # where the speaking was timed
+    real_time_factor: float | None  # if the speaking was timed
 
     @cached_property
     def figures(self) -> dict[str, Figures]:
-        """Of what is judged, of each seed where there are several, and of the originals, which are the ceiling."""
+        """Return the figures of the spoken clips, of each seed if there are several, and of the originals.
+
+        The originals show the best figures that can be reached.
+        """
         seeds = dict.fromkeys(clip.seed for clip in self.spoken)
         found = {"spoken": figures(self.spoken, self.real_time_factor)}
         if len(seeds) > 1:
@@ -43,7 +46,7 @@ class Evaluation:
         return any(voice.nearest_base for voice in self.figures["originals"].voices.values())
 
     def notes(self) -> list[str]:
-        """What a reader of the figures must know."""
+        """Return notes that a reader of the figures must know."""
         notes = []
         for name, found in self.figures.items():
             for unit, content in found.contents.items():
@@ -67,7 +70,7 @@ def table(evaluation: Evaluation) -> str:
 
 
 def column(found: Figures) -> dict[str, str]:
-    """The cells of one set of clips by their labels."""
+    """Return the cells of one set of clips by label."""
     cells = {"sentences": str(found.sentences)}
     for unit, content in found.contents.items():
         cells[f"{unit} error"] = number(content.error)
@@ -109,7 +112,7 @@ def write_json(evaluation: Evaluation, path: Path) -> None:
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:
-    """Draw errors, duration and similarity of every sentence: first what was spoken, then the originals."""
+    """Draw errors, duration and similarity of every sentence, first of the spoken clips, then of the originals."""
     with optional():
         from matplotlib.figure import Figure
 
@@ -138,7 +141,7 @@ def plot(
     mark: str = "o",
     colour: str = "tab:blue",
 ) -> None:
-    """One mark a sentence, and a line between the two sets."""
+    """Draw a mark for each sentence, and a line between the two sets."""
     values = [value(clip) for clip in (*evaluation.spoken, *evaluation.originals)]
     axes.plot(range(1, len(values) + 1), values, mark, color=colour)
     axes.axvline(len(evaluation.spoken) + 0.5, color="black", linewidth=0.8)

@@ -1,4 +1,4 @@
-"""Kaldi-style corpus folders: tables of one utterance a line, vectors and tokens by utterance, what failed."""
+"""Kaldi-style corpus folders: tables with an utterance per line, vectors and tokens by utterance, and failures."""
 
 import sys
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ Numbers = list[float] | list[int]  # a speaker vector (192) or speech tokens (N)
 
 
 def read_table(path: Path) -> dict[str, str]:
-    """{first word of a line: the rest of it}, in the file's order; empty lines do not count.
+    """Return {first word of a line: the rest of it} in the file's order, without empty lines.
 
-    Raises InputError for a missing or empty file, one that is not UTF-8, and two lines with the same first word.
+    Raises InputError if the file is missing, empty or not UTF-8, or if two lines have the same first word.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist; local/prepare_data.py makes {', '.join(TABLES)}")
@@ -24,7 +24,7 @@ def read_table(path: Path) -> dict[str, str]:
     for number, line in enumerate(decode_lines(path.read_bytes(), str(path)), start=1):
         key, value = [*line.strip().split(maxsplit=1), "", ""][:2]
         if key in table:
-            raise InputError(f"{path}, line {number}: {key} is there twice; give every utterance its own name")
+            raise InputError(f"{path}, line {number}: {key} is listed twice; give every utterance its own name")
         if key:
             table[key] = value
     if not table:
@@ -33,7 +33,7 @@ def read_table(path: Path) -> dict[str, str]:
 
 
 def write_table(table: Mapping[str, str], path: Path) -> None:
-    """The file that `read_table` reads."""
+    """Write a file that `read_table` reads."""
     with atomic_write(path) as temporary:
         temporary.write_text("".join(f"{key} {value}\n" for key, value in table.items()), encoding="utf-8")
 
@@ -41,7 +41,7 @@ def write_table(table: Mapping[str, str], path: Path) -> None:
 def write_tables(
     wavs: Mapping[str, str], texts: Mapping[str, str], speakers: Mapping[str, str], folder: Path
 ) -> int:
-    """The four tables of a folder, of recording, text and speaker by utterance. Returns how many speakers there are."""
+    """Write the tables of a folder from recording, text and speaker by utterance. Return the number of speakers."""
     spk2utt: dict[str, list[str]] = {}
     for utt, spk in speakers.items():
         spk2utt.setdefault(spk, []).append(utt)
@@ -52,15 +52,15 @@ def write_tables(
 
 
 def read_numbers(path: Path) -> dict[str, Numbers]:
-    """A file of `save_tensors({utterance or speaker: list of numbers})`. Raises InputError where it is none."""
+    """Read a file of `save_tensors({utterance or speaker: list of numbers})`. Raises InputError for any other file."""
     content = load_tensors(path, "run the stage before this one again")
     if not isinstance(content, dict) or not all(map(_is_entry, content.items())):
-        raise InputError(f"{path} does not hold a list of numbers by name; delete it and make it anew")
+        raise InputError(f"{path} does not have lists of numbers by name; delete it and make it again")
     return content
 
 
 def _is_entry(entry: tuple[object, object]) -> bool:
-    """Return whether it is a name and its numbers, which may follow a stamp."""
+    """Return whether `entry` is a name and its numbers, which may follow a stamp."""
     name, values = entry
     if not isinstance(name, str) or not isinstance(values, list):
         return False
@@ -69,7 +69,7 @@ def _is_entry(entry: tuple[object, object]) -> bool:
 
 
 def file_stamp(path: Path) -> str:
-    """Changes when the file is moved or written anew; the same for every file that does not exist."""
+    """Return a stamp that changes when the file is moved or rewritten, and is the same for all missing files."""
     try:
         state = path.stat()
     except OSError:
@@ -78,9 +78,9 @@ def file_stamp(path: Path) -> str:
 
 
 def report_failures(failures: Mapping[str, str], total: int, path: Path) -> None:
-    """Write {utterance: reason} to `path`, empty where there is none, and say on stderr how many there are.
+    """Write {utterance: reason} to `path`, even if it is empty, and print the number of failures on stderr.
 
-    Raises InputError where all of `total` utterances failed.
+    Raises InputError if all of `total` utterances failed.
     """
     write_table({utt: " ".join(reason.split()) for utt, reason in failures.items()}, path)
     if not failures:

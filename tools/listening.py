@@ -1,4 +1,4 @@
-"""From recordings and their texts to what the judges say of each."""
+"""Passes recordings and their texts to the judges."""
 
 import sys
 from collections.abc import Sequence
@@ -32,17 +32,17 @@ from tools.measures import (
 from tools.recognisers import Recogniser
 from utils import decode_text
 
-MIN_VOICED_CLIPS = 2  # of each voice: the target's are compared with one another
+MIN_VOICED_CLIPS = 2  # of each voice, since the target's are compared with each other
 
 
 @dataclass
 class Saying:
-    """A recording and what it is to say."""
+    """A recording and its text."""
 
     audio: Path
     text: str
     wav_16k: Tensor  # (1, samples)
-    seed: int | None = None  # of what was spoken here
+    seed: int | None = None  # of speech made here
 
     @property
     def seconds(self) -> float:
@@ -54,10 +54,10 @@ class Saying:
 
 
 def read_sayings(folder: Path, all_needed: bool = True) -> list[Saying]:
-    """The recordings of a folder with their texts.
+    """Return the recordings of a folder with their texts.
 
-    Raises InputError where one cannot be read or has no text with words, or a text no recording; unless all are needed,
-    it is left out, and said to be.
+    Raises InputError if a recording is unreadable or has no text with words, or if a text has no recording. Unless
+    `all_needed`, it is reported and left out instead.
     """
     if not folder.is_dir():
         raise InputError(f"the folder of recordings {folder} does not exist")
@@ -74,7 +74,7 @@ def read_sayings(folder: Path, all_needed: bool = True) -> list[Saying]:
                 raise
             print(f"left out: {error}", file=sys.stderr)
     if len(sayings) < MIN_VOICED_CLIPS and not all_needed:
-        raise InputError(f"{folder} holds {len(sayings)} recordings with texts; at least {MIN_VOICED_CLIPS} are needed")
+        raise InputError(f"{folder} has {len(sayings)} recordings with texts; at least {MIN_VOICED_CLIPS} are needed")
     return sayings
 
 
@@ -85,7 +85,7 @@ def read_saying(audio: Path, text: str, seed: int | None = None) -> Saying:
 
 
 def read_voices(folder: Path, target: Path) -> dict[str, list[Tensor]]:
-    """Recordings (1, samples) at 16 kHz by voice: every folder in `folder` is one, but for the target's own."""
+    """Return recordings (1, samples) at 16 kHz by voice: a voice for each folder in `folder` except the target's."""
     if not folder.is_dir():
         raise InputError(f"the folder of base voices {folder} does not exist")
     voices: dict[str, list[Tensor]] = {}
@@ -93,7 +93,7 @@ def read_voices(folder: Path, target: Path) -> dict[str, list[Tensor]]:
         if path.suffix.lower() in AUDIO_SUFFIXES and path.parent.resolve() != target.resolve():
             voices.setdefault(path.parent.name, []).append(load_wav(path, PROMPT_RATE_HZ, MIN_RATE_HZ))
     if not voices:
-        raise InputError(f"{folder} holds no recordings of base voices; put those of each into a folder of its name")
+        raise InputError(f"{folder} has no recordings of base voices; put those of each into a folder of its name")
     return voices
 
 
@@ -103,7 +103,7 @@ def recognise(sayings: Sequence[Saying], judge: Recogniser) -> list[Heard]:
 
 
 def judge_speech(sayings: Sequence[Saying], judges: Judges, seconds_per_character: float) -> list[Clip]:
-    """Judge what is heard, how good it sounds and how long it takes; voices are not judged yet."""
+    """Judge content, quality and duration; `judge_voices` judges the voices."""
     heard = {judge.unit: recognise(sayings, judge) for judge in judges.recognisers}
     return [
         Clip(
@@ -124,19 +124,19 @@ def embed(wavs_16k: Sequence[Tensor], judge: SpeakerJudge) -> list[Vector | None
 
 
 def center(vectors: Sequence[Vector | None], voice: str) -> Vector:
-    """The centroid of a voice. Raises InputError where too few clips hold one."""
+    """Return the centroid of a voice. Raises InputError if too few clips have one."""
     present = [vector for vector in vectors if vector is not None]
     if len(present) < MIN_VOICED_CLIPS:
-        raise InputError(f"{voice}: speech is heard in {len(present)} recordings; at least {MIN_VOICED_CLIPS} must")
+        raise InputError(f"{voice}: {len(present)} recordings have audible speech; give at least {MIN_VOICED_CLIPS}")
     return centroid(present)
 
 
 def judge_voices(
     spoken: Sequence[Saying], originals: Sequence[Saying], bases: dict[str, list[Tensor]], judge: SpeakerJudge
 ) -> tuple[list[ClipVoice | None], list[ClipVoice | None]]:
-    """Where the voices of both sets lie between the target, who speaks the originals, and the base voices.
+    """Return the similarities of both sets to the target, who speaks the originals, and to the base voices.
 
-    An original is compared with the other originals, not with itself.
+    An original is compared with the other originals only.
     """
     target_vectors = embed([saying.wav_16k for saying in originals], judge)
     target = center(target_vectors, "the target speaker")
@@ -154,7 +154,7 @@ def judge_all(
     bases: dict[str, list[Tensor]],
     judges: Judges,
 ) -> tuple[list[Clip], list[Clip]]:
-    """What was spoken and the target speaker's originals, judged alike."""
+    """Judge the spoken clips and the target speaker's originals in the same way."""
     rate = original_pace(originals)
     sets = judge_speech(spoken, judges, rate), judge_speech(originals, judges, rate)
     for speaker_judge in judges.speakers:
@@ -166,5 +166,5 @@ def judge_all(
 
 
 def original_pace(originals: Sequence[Saying]) -> float:
-    """Seconds per character of the target speaker."""
+    """Return the target speaker's seconds per character."""
     return pace([saying.seconds for saying in originals], [saying.words for saying in originals])

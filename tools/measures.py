@@ -1,4 +1,4 @@
-"""The arithmetic of an evaluation: errors, durations, similarities. No judge is asked here."""
+"""The arithmetic of an evaluation: errors, durations and similarities of judged clips."""
 
 import re
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from cosyvoice.utils.frontend_utils import CHINESE
 if TYPE_CHECKING:
     from whisper.normalizers import EnglishTextNormalizer
 
-# Unseen sentences of 6 to 14 words lie between 0.85 and 1.36 of what the same speaker's pace makes of them (40 by each
-# of flite's rms, slt, awb and kal16 and espeak-ng's en-us+f2, paces of 20 clips). With another sentence behind them
-# all of rms's are above TALKS_ON_RATIO, with their last third cut off 34 of 40 are below STOPS_EARLY_RATIO.
+# Unseen sentences of 6 to 14 words last 0.85 to 1.36 times as long as their speaker's pace predicts (40 by each of
+# flite's rms, slt, awb and kal16 and espeak-ng's en-us+f2, pace from 20 clips). With another sentence appended, all of
+# rms's are above TALKS_ON_RATIO; with their last third cut off, 34 of 40 are below STOPS_EARLY_RATIO.
 TALKS_ON_RATIO = 1.5
 STOPS_EARLY_RATIO = 0.75
-WRONG_TEXT_FLOOR = 0.8  # a judge that finds fewer errors in the wrong text hears what it expects, not what is said
+WRONG_TEXT_FLOOR = 0.8  # a judge that finds fewer errors in a wrong text hears what it expects, not what is said
 
 WORD = re.compile(rf"{CHINESE.pattern}|[^\W\d_\u4e00-\u9fff]+(?:'[^\W\d_\u4e00-\u9fff]+)*|\d")
 
@@ -33,10 +33,10 @@ def words_of(text: str) -> Units:
 
 
 def english_words_of(text: str) -> Units:
-    """Return the words as they are spoken, with one spelling for what English writes in several ways.
+    """Return the words as they are spoken, with one spelling for each English word.
 
-    That is: contractions in full, American spelling, titles in full, no accents, no "um" (Radford et al. 2022,
-    appendix C). A text of nothing else keeps its words.
+    Contractions and titles are written in full, in American spelling, without accents and "um" (Radford et al. 2022,
+    appendix C). A text that consists only of "um" keeps it.
     """
     words = words_of(text)
     return _english_normalizer()(" ".join(words)).split() or words
@@ -57,12 +57,12 @@ def _english_normalizer() -> "EnglishTextNormalizer":
     from whisper.normalizers import EnglishTextNormalizer
 
     normalizer = EnglishTextNormalizer()
-    normalizer.standardize_numbers = str  # leave them as words: as digits, neighbouring numbers would run together
+    normalizer.standardize_numbers = str  # keep numbers as words, since neighbouring digits would run together
     return normalizer
 
 
 def count_errors(hypothesis: Units, reference: Units) -> int:
-    """Return the least number of units to put in, leave out or replace to make one the other (Levenshtein 1966)."""
+    """Return the least number of insertions, deletions and replacements between the two (Levenshtein 1966)."""
     row = list(range(len(reference) + 1))  # row[j]: errors between what was heard so far and reference[:j]
     for heard, unit_heard in enumerate(hypothesis, start=1):
         diagonal, row[0] = row[0], heard
@@ -74,7 +74,7 @@ def count_errors(hypothesis: Units, reference: Units) -> int:
 
 @dataclass
 class Heard:
-    """What a judge of content heard in one clip and what should be heard there, in units joined by spaces."""
+    """The text that a judge heard in a clip and the text that is said there, in units joined by spaces."""
 
     heard: str
     said: str
@@ -90,12 +90,12 @@ def compare(heard: Units, said: Units) -> Heard:
 
 
 def error_rate(clips: Sequence[Heard]) -> float:
-    """Return the errors of all clips by their units. It exceeds 1 where much is heard that nobody said."""
+    """Return the errors of all clips divided by their units. It exceeds 1 if much is heard that nobody said."""
     return sum(clip.errors for clip in clips) / max(1, sum(len(clip.said.split()) for clip in clips))
 
 
 def wrong_text_error_rate(clips: Sequence[Heard]) -> float | None:
-    """Return the control: what is heard in every clip against all sentences except its own. None for one sentence."""
+    """Return the error rate of every clip against all sentences except its own, a control. None for one sentence."""
     sentences = {clip.said for clip in clips}
     if len(sentences) < 2:
         return None
@@ -107,7 +107,7 @@ def characters(words: Units) -> int:
 
 
 def pace(seconds: Sequence[float], sentences: Sequence[Units]) -> float:
-    """Seconds per character of a speaker's clips."""
+    """Return the seconds per character of a speaker's clips."""
     return sum(seconds) / sum(map(characters, sentences))
 
 
@@ -116,17 +116,17 @@ def unit(vector: np.ndarray) -> Vector:
 
 
 def centroid(vectors: Sequence[Vector]) -> Vector:
-    """The direction of the mean."""
+    """Return the normalised mean."""
     return unit(np.mean(vectors, axis=0))
 
 
 def similarities(vectors: Sequence[Vector | None], center: Vector) -> list[float | None]:
-    """Cosine similarities to a centroid; None for clips without a voice."""
+    """Return cosine similarities to a centroid; None for clips without a voice."""
     return [None if vector is None else float(vector @ center) for vector in vectors]
 
 
 def similarities_to_others(vectors: Sequence[Vector | None]) -> list[float | None]:
-    """Each clip's cosine similarity to the centroid of the others: what a clip of the same voice reaches."""
+    """Return each clip's cosine similarity to the centroid of the others, which shows what the same voice reaches."""
     results: list[float | None] = []
     for own, vector in enumerate(vectors):
         others = [other for i, other in enumerate(vectors) if i != own and other is not None]
@@ -144,7 +144,7 @@ class ClipVoice:
 
 @dataclass
 class Quality:
-    """How clean the speech, how quiet its background and how good all together sound, each from 1 to 5."""
+    """Scores from 1 to 5 of the speech signal, the background and the overall quality."""
 
     sig: float
     bak: float
@@ -153,13 +153,13 @@ class Quality:
 
 @dataclass
 class Clip:
-    """One sentence and what the judges say of it."""
+    """A sentence and its judgements."""
 
     name: str
     text: str
-    seed: int | None  # of what was spoken here
+    seed: int | None  # of speech made here
     seconds: float
-    duration_ratio: float  # to what the target speaker would take at their pace
+    duration_ratio: float  # to the duration at the target speaker's pace
     contents: dict[str, Heard]  # by unit
     quality: Quality
     voices: dict[str, ClipVoice | None] = field(default_factory=dict)  # by speaker judge; None: no voice is heard
@@ -175,7 +175,7 @@ class ContentFigures:
 
 @dataclass
 class VoiceFigures:
-    """Means over the clips with a voice; None where there is nothing to compare."""
+    """Means over the clips with a voice; None if there is nothing to compare."""
 
     similarity: float | None  # to the target's centroid
     nearest_base: str | None
@@ -187,7 +187,7 @@ class VoiceFigures:
 
 @dataclass
 class Figures:
-    """What is said of a set of sentences."""
+    """The results for a set of sentences."""
 
     sentences: int
     contents: dict[str, ContentFigures]  # by unit
@@ -197,13 +197,13 @@ class Figures:
     stop_early: int  # sentences below STOPS_EARLY_RATIO
     quality: Quality  # means
     voices: dict[str, VoiceFigures]  # by speaker judge
-    real_time_factor: float | None  # seconds of work a second of speech, where the speaking was timed
+    real_time_factor: float | None  # seconds of work per second of speech, if the speaking was timed
 
 
 def clip_voices(
     vectors: Sequence[Vector | None], to_target: Sequence[float | None], bases: dict[str, Vector]
 ) -> list[ClipVoice | None]:
-    """Where the clips' voices lie between the target and the base voices, given by their centroids."""
+    """Return the clips' similarities to the target and to the base voices, given by their centroids."""
     return [
         None if vector is None else ClipVoice(target, {base: float(vector @ center) for base, center in bases.items()})
         for vector, target in zip(vectors, to_target, strict=True)

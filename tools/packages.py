@@ -1,4 +1,4 @@
-"""Packages that carry weights, which the suite itself does without: for judging, and for making CosyVoice-mini."""
+"""Packages with weights that only judging and making CosyVoice-mini need."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ INSTALL = {OF_JUDGES: "make eval", OF_MINI: f"python -m pip install --no-deps -r
 
 @contextmanager
 def optional(requirements: str = OF_JUDGES) -> Iterator[None]:
-    """Import a package of such a file inside this. Raises InputError with the remedy where it is missing."""
+    """Turn a failing import of a package of `requirements` inside the block into an InputError with the remedy."""
     try:
         yield
     except ImportError as error:
@@ -23,14 +23,14 @@ def optional(requirements: str = OF_JUDGES) -> Iterator[None]:
 
 
 def remedy(requirements: str = OF_JUDGES) -> str:
-    """Return what to do where its packages are damaged."""
+    """Return what to do if the packages are damaged."""
     return f"Run: python -m pip install --force-reinstall --no-deps -r {requirements}"
 
 
 def packaged_file(package: str, path: str, requirements: str = OF_JUDGES) -> Path:
-    """Return where an installed package keeps a file, without importing the package.
+    """Return the path of an installed package's file, without importing the package.
 
-    Raises InputError where the package or the file is missing.
+    Raises InputError if the package or the file is missing.
     """
     with optional(requirements):
         file = Path(distribution(package).locate_file(path))

@@ -1,9 +1,9 @@
-"""Makes a model folder in a public model's exact format with random weights: everything runs, and speaks noise.
+"""Makes a model folder in a public model's format with random weights, which speaks noise.
 
     python tools/random_model.py --output pretrained_models/random --seed 1
 
-Classes, file names and interfaces are the real ones, and so are the speech tokens and the 80 mels. CosyVoice-300M keeps
-its text vocabulary; CosyVoice2 gets a small byte-pair tokenizer of our own. The same seed gives the same files.
+Classes, file names and interfaces are the public model's, and so are the speech tokens and the 80 mels. CosyVoice-300M
+keeps its text vocabulary; CosyVoice2 gets a small byte-pair tokenizer of our own. Equal seeds give equal files.
 """
 
 import argparse
@@ -24,12 +24,12 @@ CONFIGS = ROOT / "examples" / "libritts"
 
 @dataclass(frozen=True)
 class Size:
-    """One size of one generation."""
+    """A size of a generation's models."""
 
-    config: Path  # at the sizes of the public model
+    config: Path  # in the sizes of the public model
     speech_tokens: int
-    changes: Mapping[str, Any] = field(default_factory=dict)  # in the configuration, by the path of the key
-    text_model: Mapping[str, Any] = field(default_factory=dict)  # the sizes of its Qwen2 model, where it has one
+    changes: Mapping[str, Any] = field(default_factory=dict)  # to the configuration, by the path of the key
+    text_model: Mapping[str, Any] = field(default_factory=dict)  # sizes of its Qwen2 model, if it has one
 
 
 COSYVOICE_300M, COSYVOICE2 = (CONFIGS / name / "conf" / f"{name}.yaml" for name in ("cosyvoice", "cosyvoice2"))
@@ -108,8 +108,8 @@ SIZES = {
         },
     ),
 }
-# The end token's logit at every step, where those of speech lie about 0: speech ends soon after its least
-# length, and does not run to the limit.
+# The end token's logit at every step, while those of speech are about 0, so that speech ends soon after its minimum
+# length.
 END_LOGIT = 2.5
 
 
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--size",
         choices=sorted(SIZES),
         default="small",
-        help="of CosyVoice-300M: small trains in seconds on a CPU, 300m has the real sizes, 1.8 GB; of CosyVoice2: "
+        help="for CosyVoice-300M: small trains in seconds on a CPU, 300m has the real sizes, 1.8 GB; for CosyVoice2: "
         "small2, and cosyvoice2-0.5b, 2.6 GB (default: small)",
     )
     args = parser.parse_args(argv)
@@ -140,21 +140,21 @@ def make_random_model(folder: Path, seed: int, size: str = "small") -> Path:
     from tools.random_blank_en import write_blank_en
     from tools.random_onnx import write_speaker_encoder, write_speech_tokenizer
 
-    made = SIZES[size]
-    with atomic_write(folder / made.config.name) as temporary:
-        temporary.write_text(resized(made.config.read_text(encoding="utf-8"), made.changes), encoding="utf-8")
+    chosen = SIZES[size]
+    with atomic_write(folder / chosen.config.name) as temporary:
+        temporary.write_text(resized(chosen.config.read_text(encoding="utf-8"), chosen.changes), encoding="utf-8")
     model = ModelFolder(folder)
     if model.text_model:
-        write_blank_en(model.text_model, dict(made.text_model))
+        write_blank_en(model.text_model, dict(chosen.text_model))
     write_weights(model, seed)
     random = np.random.default_rng(seed)
-    write_speech_tokenizer(model.speech_tokenizer, random, model.rates.token_rate, made.speech_tokens)
+    write_speech_tokenizer(model.speech_tokenizer, random, model.rates.token_rate, chosen.speech_tokens)
     write_speaker_encoder(model.speaker_encoder, random)
     return folder
 
 
 def resized(text: str, sizes: Mapping[str, Any]) -> str:
-    """Return the configuration with other values for the keys in `sizes`, e.g. `llm.llm.num_blocks`; all else stays."""
+    """Return the configuration with the values of `sizes`, whose keys are paths such as `llm.llm.num_blocks`."""
     lines, path, left = [], [], dict(sizes)
     for line in text.splitlines():
         content = line.lstrip()
@@ -171,7 +171,7 @@ def resized(text: str, sizes: Mapping[str, Any]) -> str:
 
 
 def write_weights(model: "ModelFolder", seed: int) -> None:
-    """Write fresh weights of llm, flow and hift. The caller's random state stays as it was."""
+    """Write random weights of llm, flow and hift. The caller's random state does not change."""
     import torch
 
     from cosyvoice.utils.file_utils import save_tensors

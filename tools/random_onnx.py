@@ -1,4 +1,4 @@
-"""Two small ONNX networks with random weights and the interfaces of the public models'."""
+"""Two small ONNX networks with random weights and the public models' interfaces."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ SPEAKER_SIZE = 192
 FRAME_RATE_HZ = 100  # of Whisper's log-mel
 TOKENIZER_CHANNELS = 16
 SPEAKER_CHANNELS = 64
-OPSET, IR_VERSION = 17, 8  # old enough for any onnxruntime of the last years
+OPSET, IR_VERSION = 17, 8  # old enough for recent releases of onnxruntime
 
 
 def write_speech_tokenizer(path: Path, random: np.random.Generator, token_rate: int, speech_tokens: int) -> None:
-    """`feats` (1, 128, T) float32 Whisper log-mel, `feats_length` (1,) int32 -> (1, N) int32.
+    """Write a network from `feats` (1, 128, T) float32 Whisper log-mel and `feats_length` (1,) int32 to (1, N) int32.
 
-    Of the 100 frames a second, `token_rate` become a token each: N is T / 2 or T / 4, rounded up. A token is made by a
-    random convolution, less the mean over time; then by the nearest of `speech_tokens` random directions.
+    N is T / 2 or T / 4, rounded up, as `token_rate` asks. A random convolution of the frames minus their mean over time
+    gives a vector; the token is the nearest of `speech_tokens` random directions.
     """
     stride = FRAME_RATE_HZ // token_rate
     nodes = [
@@ -49,9 +49,9 @@ def write_speech_tokenizer(path: Path, random: np.random.Generator, token_rate: 
 
 
 def write_speaker_encoder(path: Path, random: np.random.Generator) -> None:
-    """`input` (1, T, 80) float32 Kaldi filterbank less its mean -> `output` (1, 192) float32.
+    """Write a network from `input` (1, T, 80) float32, Kaldi filterbank minus its mean, to `output` (1, 192) float32.
 
-    A random projection, squashed (or the mean over time would be zero), averaged over time, projected again.
+    A random projection and tanh (without which the mean would be zero) are averaged over time and projected again.
     """
     nodes = [
         helper.make_node("MatMul", ["input", "into"], ["projected"]),  # (1, T, C)

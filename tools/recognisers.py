@@ -1,7 +1,7 @@
 """Judges of content: Whisper base counts wrong words, hama counts wrong phonemes.
 
-Neither was trained here, and neither knows the sentences. Whisper has read so much text that it guesses half-heard
-words from their neighbours. hama has no language model: it writes down one sound after the other.
+Neither was trained here, and neither knows the sentences. Whisper was trained on so much text that it guesses
+half-heard words from their neighbours. hama has no language model: it transcribes sound by sound.
 """
 
 import hashlib
@@ -25,21 +25,21 @@ WHISPER_PARTS = tuple(
 )
 WHISPER_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"  # of the joined parts
 WHISPER_MELS = 80
-WHISPER_BEAMS = 1  # a search among several hears half-said words better than people do
+WHISPER_BEAMS = 1  # a wider search understands half-spoken words better than people do
 WINDOW_SAMPLES = MAX_PROMPT_SECONDS * PROMPT_RATE_HZ
 
 
 class Recogniser(Protocol):
-    """Writes down what is said, in words or in phonemes."""
+    """A speech recogniser that writes words or phonemes."""
 
     name: str
     unit: str  # "word" or "phoneme"
 
     def hear(self, wav_16k: Tensor) -> Units:
-        """Return what is heard in (1, samples) at 16 kHz, which is empty where nothing is."""
+        """Return the units heard in (1, samples) at 16 kHz, possibly none."""
 
     def expect(self, text: str) -> Units:
-        """Return what should be heard where the text is said."""
+        """Return the units that should be heard if the text is said."""
 
 
 class WhisperRecogniser:
@@ -79,18 +79,18 @@ class WhisperRecogniser:
 
 
 def whisper_files() -> dict[str, bytes]:
-    """Return Whisper base as CTranslate2's files, by name. Raises InputError where the weights are others."""
+    """Return Whisper base as CTranslate2's files, by name. Raises InputError if the weights are different ones."""
     (package, first), _ = WHISPER_PARTS
     folder = packaged_file(package, first).parent
     weights = b"".join(packaged_file(*part).read_bytes() for part in WHISPER_PARTS)
     if hashlib.sha256(weights).hexdigest() != WHISPER_SHA256:
-        raise InputError(f"{folder} does not hold the known weights of Whisper. {remedy()}")
+        raise InputError(f"{folder} does not have the known weights of Whisper. {remedy()}")
     others = ("config.json", "tokenizer.json", "vocabulary.txt")
     return {"model.bin": weights} | {name: (folder / name).read_bytes() for name in others}
 
 
 class HamaRecogniser:
-    """hama's phoneme recogniser, for English. What should be heard is what its own dictionary network reads."""
+    """hama's phoneme recogniser, for English. The expected phonemes come from its own pronunciation network."""
 
     name, unit = "hama", "phoneme"
 
@@ -115,6 +115,6 @@ class HamaRecogniser:
 
 
 def open_recognisers(language: str) -> list[Recogniser]:
-    """Return Whisper and, in English, hama. Raises InputError where one is missing."""
+    """Return Whisper and, for English, hama. Raises InputError if one is missing."""
     whisper = WhisperRecogniser(language)
     return [whisper, HamaRecogniser()] if whisper.is_english else [whisper]

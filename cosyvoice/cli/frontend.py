@@ -1,4 +1,4 @@
-"""From text and prompt recordings to the tensors that the model speaks from."""
+"""Turns text and prompt recordings into the model's input tensors."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 Prompt = str | Path | BinaryIO | Tensor  # a recording, or (1, samples) at 16 kHz
-FRONTEND_PARTS = ("get_tokenizer", "feat_extractor", "allowed_special")  # what it needs of a YAML
+FRONTEND_PARTS = ("get_tokenizer", "feat_extractor", "allowed_special")  # entries of a YAML that it needs
 PCM_PEAKS = {torch.int16: 2**15, torch.int32: 2**31}
-# What a stored voice may hold: by name its shape, with None for any size, and whether it holds fractions.
+# The tensors of a stored voice by name: the shape, with None for any size, and whether it is floating point.
 STORED_INPUTS = {
     **dict.fromkeys(("embedding", "llm_embedding", "flow_embedding"), ((1, None), True)),
     "prompt_speech_feat": ((1, None, None), True),
@@ -35,14 +35,14 @@ END_OF_INSTRUCTION = "<endofprompt>"  # as CosyVoice-300M-Instruct was trained; 
 
 
 class CosyVoiceFrontEnd:
-    """Text and prompts to model inputs: CPU tensors by name, batch size 1, int32 lengths of shape (1,).
+    """A front end that makes model inputs: CPU tensors by name, batch size 1, int32 lengths of shape (1,).
 
-    What CosyVoice-300M needs is here; a subclass changes what another generation does differently.
+    This class serves CosyVoice-300M; subclasses override what other generations do differently.
 
-    get_tokenizer and feat_extractor are the YAML's functions; campplus_model and speech_tokenizer_model are
-    ONNX files, opened at first use; spk2info is a file of stored voices that may be absent. normalizer is
-    "wetext" or None, see TextNormalizer; text_split holds arguments of TextSplit. Prompt mels are computed at the
-    model's own sample rate, which `rates` has. device, "auto", "cpu" or "cuda", is where the ONNX networks run.
+    get_tokenizer and feat_extractor are the YAML's functions; campplus_model and speech_tokenizer_model are ONNX
+    files, opened at first use; spk2info is a file of stored voices that may be absent. normalizer is "wetext" or None,
+    see TextNormalizer; text_split has arguments of TextSplit. Prompt mels are computed at the model's sample rate,
+    which comes from `rates`. device, "auto", "cpu" or "cuda", is where the ONNX networks run.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class CosyVoiceFrontEnd:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors that it makes are. The model takes them from there."""
+        """Return where the front end's tensors are. The model moves them to its own device."""
         return torch.device("cpu")
 
     @property
@@ -90,27 +90,27 @@ class CosyVoiceFrontEnd:
         return self.speech_tokenizer.open()
 
     def encode(self, text: str) -> list[int]:
-        """Text token ids."""
+        """Return text token ids."""
         return self.tokenizer.encode(text, allowed_special=self.allowed_special)
 
     def unknown_letters(self, text: str) -> list[str]:
-        """Return the letters of the text that the model cannot have learnt to read, as far as its tokenizer knows."""
+        """Return the letters of the text that the tokenizer knows to be missing from the model's training."""
         known_by_tokenizer = getattr(self.tokenizer, "unknown_letters", None)
         return known_by_tokenizer(text) if known_by_tokenizer else []
 
     def text_normalize(
         self, text: str | Iterator[str], split: bool = True, text_frontend: bool = True
     ) -> list[str] | list[Iterator[str]] | str:
-        """Return the text in words, in pieces as text_split has them (split) or whole.
+        """Return the text in words, whole or (split) in pieces of the lengths in text_split.
 
-        Text with special tokens (`<|...|>`), or with text_frontend off, stays as it is, in one piece. So does one that
-        is still being written: an iterator of texts comes back in a list, and nothing of it is read. The list is empty
-        where there is only punctuation. Raises InputError for what is not a text, and for text that is no Unicode.
+        Text with special tokens (`<|...|>`), or with text_frontend off, stays as it is, in one piece. An iterator of
+        texts, which is still being written, is returned in a list without being read. The list is empty if there is
+        only punctuation. Raises InputError for anything that is not a text, or not valid Unicode.
         """
         if isinstance(text, Iterator):
             return [text]
         if not isinstance(text, str):
-            raise InputError(f"a text is a str, not {type(text).__name__}")
+            raise InputError(f"a text must be a str, not {type(text).__name__}")
         try:
             text.encode()
         except UnicodeEncodeError as error:  # a byte of another encoding, as Python passes it on from a command line
@@ -121,7 +121,7 @@ class CosyVoiceFrontEnd:
         return self.normalizer.split(text) if split else text
 
     def frontend_sft(self, tts_text: str | Iterator[str], spk_id: str) -> dict[str, Tensor]:
-        """A stored voice. Raises InputError where it is unknown, or the text empty."""
+        """Return the inputs for a stored voice. Raises InputError if it is unknown or the text is empty."""
         embedding = self._stored_voice(spk_id).get("embedding")
         if embedding is None:
             raise InputError(f"the voice {spk_id!r} is stored with its prompt; name it as zero_shot_spk_id")
@@ -135,7 +135,7 @@ class CosyVoiceFrontEnd:
         resample_rate: int | None = None,
         zero_shot_spk_id: str = "",
     ) -> dict[str, Tensor]:
-        """A voice and its manner, given by a recording and its text, or stored as zero_shot_spk_id.
+        """Return the inputs for a voice and its manner, given by a recording and its text, or by zero_shot_spk_id.
 
         resample_rate overrides the rate of the prompt mel, in Hz.
         """
@@ -154,13 +154,13 @@ class CosyVoiceFrontEnd:
         resample_rate: int | None = None,
         zero_shot_spk_id: str = "",
     ) -> dict[str, Tensor]:
-        """As zero-shot, but the language model sees no prompt, so that the languages may differ."""
+        """Return zero-shot inputs without the language model's prompt, so that the languages may differ."""
         inputs = self.frontend_zero_shot(tts_text, "", prompt_wav, resample_rate, zero_shot_spk_id)
         llm_prompt = ("prompt_text", "llm_prompt_speech_token")
         return {name: value for name, value in inputs.items() if not name.startswith(llm_prompt)}
 
     def frontend_instruct(self, tts_text: str, spk_id: str, instruct_text: str) -> dict[str, Tensor]:
-        """A stored voice that follows an instruction; the language model gets no speaker vector."""
+        """Return the inputs for a stored voice that follows an instruction, without the LLM's speaker vector."""
         inputs = self.frontend_sft(tts_text, spk_id)
         del inputs["llm_embedding"]  # it would outweigh the instruction
         if "endofprompt" not in instruct_text:
@@ -171,7 +171,7 @@ class CosyVoiceFrontEnd:
     def frontend_vc(
         self, source_speech_16k: Prompt, prompt_wav: Prompt, resample_rate: int | None = None
     ) -> dict[str, Tensor]:
-        """What one recording says in the voice of another."""
+        """Return the inputs to speak one recording's content in the voice of another."""
         tokens, token_len = self._extract_speech_token(source_speech_16k)
         return {"source_speech_token": tokens, "source_speech_token_len": token_len} | self._flow_prompt(
             prompt_wav, resample_rate
@@ -180,7 +180,7 @@ class CosyVoiceFrontEnd:
     def prompt_inputs(
         self, prompt_text: str, prompt_wav: Prompt, resample_rate: int | None = None
     ) -> dict[str, Tensor]:
-        """All inputs of zero-shot but the text to speak: what is stored of a voice with its prompt."""
+        """Return all zero-shot inputs except the text to speak. They are stored for a voice with its prompt."""
         inputs = self._flow_prompt(prompt_wav, resample_rate)
         text, text_len = self._extract_text_token(prompt_text)
         return inputs | {
@@ -204,14 +204,14 @@ class CosyVoiceFrontEnd:
 
     def _text_inputs(self, tts_text: str | Iterator[str]) -> dict[str, Any]:
         if isinstance(tts_text, str) and not has_words(tts_text):
-            raise InputError(f"nothing to speak in the text {tts_text!r}; give it words or numbers")
+            raise InputError(f"there is nothing to speak in the text {tts_text!r}; give it words or numbers")
         text, text_len = self._extract_text_token(tts_text)
         return {"text": text, "text_len": text_len}
 
     def _extract_text_token(self, text: str | Iterator[str]) -> tuple[Tensor | Iterator[Tensor], Tensor]:
         """Return token ids int32 (1, N) and their number (1,).
 
-        Of a text that is still being written, return its ids (1, 1) one by one as they come, and 0.
+        For a text that is still being written, return an iterator over its ids (1, 1), and 0.
         """
         if isinstance(text, Iterator):
             ids = (number for piece in text for number in self.encode(piece))
@@ -223,48 +223,48 @@ class CosyVoiceFrontEnd:
         return with_length(self.speech_tokenizer(load_prompt(prompt_wav, PROMPT_RATE_HZ)))
 
     def _extract_spk_embedding(self, prompt_wav: Prompt) -> Tensor:
-        """Speaker vector float32 (1, 192)."""
+        """Return the speaker vector float32 (1, 192)."""
         return self.speaker_encoder(load_prompt(prompt_wav, PROMPT_RATE_HZ))
 
     def _extract_speech_feat(self, prompt_wav: Prompt, resample_rate: int | None = None) -> tuple[Tensor, Tensor]:
-        """Log-mel (1, T, 80) at the model's sample rate, and its number of frames (1,)."""
+        """Return the log-mel (1, T, 80) at the model's sample rate, and its number of frames (1,)."""
         wav = load_prompt(prompt_wav, resample_rate or self.sample_rate)
         return with_length(self.feat_extractor(wav).transpose(1, 2))  # (1, 80, T) -> (1, T, 80)
 
     def _stored_voice(self, spk_id: str) -> dict[str, Tensor]:
         if not isinstance(spk_id, str) or spk_id not in self.spk2info:
-            known = ", ".join(self.spk2info) or "none: this model folder has no spk2info.pt"
-            raise InputError(f"no stored voice {spk_id!r}; there are: {known}")
+            known = ", ".join(self.spk2info) or "none, since this model folder has no spk2info.pt"
+            raise InputError(f"there is no stored voice {spk_id!r}; known voices: {known}")
         voice = self.spk2info[spk_id]
         if not all(value.isfinite().all() for value in voice.values() if isinstance(value, Tensor)):
-            raise InputError(f"the stored voice {spk_id!r} holds values that are not numbers; make it anew")
+            raise InputError(f"the stored voice {spk_id!r} has values that are not numbers; make it again")
         return voice
 
 
 def load_prompt(prompt_wav: Prompt, rate: int) -> Tensor:
-    """Return a prompt as mono float32 (1, samples) at rate Hz. Tensors are at 16 kHz, and integers are PCM."""
+    """Return a prompt as mono float32 (1, samples) at rate Hz. A tensor is at 16 kHz; integers are PCM."""
     if isinstance(prompt_wav, Tensor):
         if prompt_wav.dtype in PCM_PEAKS:
             prompt_wav = prompt_wav / PCM_PEAKS[prompt_wav.dtype]
         if not prompt_wav.is_floating_point():
-            raise InputError(f"a prompt tensor holds floating point numbers, int16 or int32, not {prompt_wav.dtype}")
+            raise InputError(f"a prompt tensor must be floating point, int16 or int32, not {prompt_wav.dtype}")
         wav = prompt_wav.float()
         check_prompt(wav)
         return resample(wav, PROMPT_RATE_HZ, rate)
     if not isinstance(prompt_wav, str | Path):
         if not hasattr(prompt_wav, "seek"):
             kind = type(prompt_wav).__name__
-            raise InputError(f"a prompt is a path, an open file or a tensor (1, samples) at 16 kHz, not {kind}")
-        prompt_wav.seek(0)  # a stream is read once for every feature
+            raise InputError(f"a prompt must be a path, an open file or a tensor (1, samples) at 16 kHz, not {kind}")
+        prompt_wav.seek(0)  # every feature reads the stream again
     return load_wav(prompt_wav, rate)
 
 
 def open_front_end(
     folder: ModelFolder, parts: Mapping[str, Any], device: str, kind: type[CosyVoiceFrontEnd] = CosyVoiceFrontEnd
 ) -> CosyVoiceFrontEnd:
-    """Return the front end of a model folder. parts: FRONTEND_PARTS of its YAML, and maybe text_split.
+    """Return the front end of a model folder. parts: FRONTEND_PARTS of its YAML, and text_split if it has one.
 
-    kind: the class of the front end; what comes without prompts is the same in all.
+    kind: the class of the front end; all classes treat text without prompts alike.
     """
     return kind(
         parts["get_tokenizer"],
@@ -280,15 +280,15 @@ def open_front_end(
 
 
 def read_spk2info(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Stored voices by name, on the CPU; none where the file is absent.
+    """Return stored voices by name, on the CPU; none if the file is absent.
 
-    Raises InputError where it is damaged, holds code, or holds no voices.
+    Raises InputError if the file is damaged, contains code, or is not a dict of voices.
     """
     if not path.is_file():
         return {}
     voices = load_tensors(path, "delete it or copy it again")
     if not isinstance(voices, dict) or not all(isinstance(voice, dict) for voice in voices.values()):
-        raise InputError(f"{path} holds no voices by name; give the spk2info.pt of a model or of a merge")
+        raise InputError(f"{path} has no voices by name; give the spk2info.pt of a model or of a merge")
     for name, voice in voices.items():
         if not isinstance(name, str) or not all(_is_input(key, value) for key, value in voice.items()):
             raise InputError(f"{path}: the voice {name!r} is damaged; give the spk2info.pt of a model or of a merge")
@@ -296,8 +296,7 @@ def read_spk2info(path: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _is_input(name: str, value: Any) -> bool:
-    """Return whether a stored value is what `prompt_inputs` makes under its name; names that it does not make may hold
-    anything."""
+    """Return whether a stored value has the type of `prompt_inputs`. Under other names it may be anything."""
     if name not in STORED_INPUTS:
         return True
     dims, is_float = STORED_INPUTS[name]

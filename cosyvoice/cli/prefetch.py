@@ -1,4 +1,4 @@
-"""Run a generator ahead of its consumer."""
+"""Runs a generator ahead of its consumer."""
 
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,20 +12,20 @@ _END = object()
 
 
 def prefetch(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
-    """The same items, made by a thread while the consumer works on earlier ones.
+    """Yield the same items, made by a thread while the consumer works on earlier ones.
 
     An exception in `items` is raised here, after the items before it. Closing this generator stops the thread
-    at its next item and waits for it, so that no work goes on for a consumer who left.
+    at its next item and waits for it, so that no work continues for a consumer who left.
     """
     queue: SimpleQueue = SimpleQueue()
-    left = Event()
+    closed = Event()
 
     def produce() -> None:
         try:
             with closing(items):  # closed by the thread that ran it: contexts held inside are per thread
                 for item in items:
                     queue.put(item)
-                    if left.is_set():
+                    if closed.is_set():
                         return
         finally:
             queue.put(_END)
@@ -37,4 +37,4 @@ def prefetch(items: Generator[Item, None, None]) -> Generator[Item, None, None]:
                 yield item
             producer.result()
         finally:
-            left.set()
+            closed.set()

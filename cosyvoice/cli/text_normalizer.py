@@ -1,4 +1,4 @@
-"""From a text as people write it to pieces as the language model can speak them."""
+"""Turns text as people write it into pieces that the language model can speak."""
 
 import re
 import threading
@@ -25,20 +25,20 @@ from cosyvoice.utils.frontend_utils import (
 
 @dataclass(frozen=True)
 class TextSplit:
-    """How long the pieces of a text are: characters in Chinese, else tokens. The defaults are CosyVoice-300M's.
+    """Lengths of the pieces of a text, in characters for Chinese and tokens otherwise. Defaults are CosyVoice-300M's.
 
-    A model's YAML may name others as `text_split`, for tokens of another size. Raises InputError for numbers that
-    leave no room.
+    A model's YAML may give others as `text_split`, if its tokens have another size. Raises InputError for numbers in
+    the wrong order.
     """
 
     max_tokens: int = 80  # a piece is closed before it exceeds this,
     min_tokens: int = 60  # once it has more than this
-    merge_tokens: int = 20  # a shorter rest joins the piece before it
-    sentence_tokens: int = 200  # the longest text that the model was trained on: a longer sentence is broken
+    merge_tokens: int = 20  # a shorter remainder joins the piece before it
+    sentence_tokens: int = 200  # the longest text that the model was trained on; longer sentences are broken
 
     @classmethod
     def of(cls, settings: Mapping[str, int]) -> "TextSplit":
-        """From the YAML's mapping."""
+        """Return the lengths from the YAML's mapping. Raises InputError for an unknown name."""
         known = [field.name for field in fields(cls)]
         if not isinstance(settings, Mapping) or settings.keys() - set(known):
             raise InputError(f"text_split takes {', '.join(known)}, not {settings}")
@@ -48,17 +48,17 @@ class TextSplit:
         numbers = (self.merge_tokens, self.min_tokens, self.max_tokens, self.sentence_tokens)
         if not all(isinstance(number, int) for number in numbers) or list(numbers) != sorted(numbers) or numbers[0] < 0:
             raise InputError(
-                "text_split: whole numbers with 0 <= merge_tokens <= min_tokens <= max_tokens <= sentence_tokens "
-                f"are needed, not {', '.join(map(str, numbers))}"
+                "text_split needs whole numbers with 0 <= merge_tokens <= min_tokens <= max_tokens <= sentence_tokens, "
+                f"not {', '.join(map(str, numbers))}"
             )
 
 
 class TextNormalizer:
-    """Numbers, dates and symbols in words, and long text in pieces.
+    """A normalizer that writes numbers, dates and symbols in words and cuts long text into pieces.
 
-    Chinese rules serve every text that holds a Chinese character, English rules the rest. With normalizer "wetext" the
-    rules of `cosyvoice.text.written_forms` come first, then its grammars, where that package is installed; None keeps
-    to the plain rules, which are those of the public code.
+    Chinese rules apply to every text with a Chinese character, English rules to the rest. With normalizer "wetext" the
+    rules of `cosyvoice.text.written_forms` come first, then wetext's grammars if that package is installed. None uses
+    the plain rules only, which are those of the public code.
     """
 
     def __init__(
@@ -68,21 +68,21 @@ class TextNormalizer:
         text_split: TextSplit = TextSplit(),
     ) -> None:
         if normalizer not in ("wetext", None):
-            raise InputError(f"no text normalizer {normalizer!r}; there are 'wetext' and None (plain rules)")
+            raise InputError(f"there is no text normalizer {normalizer!r}; use 'wetext' or None (plain rules)")
         self.encode = encode
         self.text_split = text_split
         self.plain = normalizer is None
         self.wetext = not self.plain and find_spec("wetext") is not None
-        self._one_at_a_time = threading.Lock()  # inflect keeps its place in a number, and wetext promises nothing
+        self._lock = threading.Lock()  # inflect keeps state, and wetext does not promise to be thread-safe
 
     def normalize(self, text: str) -> str:
-        """The whole text in words."""
+        """Return the whole text in words."""
         text = text.strip()
-        with self._one_at_a_time:
+        with self._lock:
             return self._chinese(text) if contains_chinese(text) else self._english(text)
 
     def split(self, text: str) -> list[str]:
-        """A normalised text in pieces that each hold something to speak; possibly none."""
+        """Return the pieces of a normalised text that have something to speak; possibly none."""
         lang = "zh" if contains_chinese(text) else "en"
         sizes = self.text_split
         pieces = split_paragraph(text, self.encode, lang, sizes.max_tokens, sizes.min_tokens, sizes.merge_tokens)
@@ -117,17 +117,17 @@ class TextNormalizer:
         return spell_out_number(text, self._inflect) if has_digits else text
 
     def _expand(self, text: str, lang: str) -> str:
-        """The text through wetext's grammar, where that is in use and can read it."""
+        """Return the text after wetext's grammar, if it is in use and can read the text."""
         if not self.wetext:
             return text
         try:
             expanded = self._grammar.normalize(text, lang=lang)
-        except AssertionError:  # wetext 0.1.8 on some signs: the words without them are still to be read
+        except AssertionError:  # wetext 0.1.8 fails on some signs; the words without them can still be read
             words = re.split(r"(\s+)", text)
             if len(words) == 1:
                 return text
             return "".join(self._expand(word, lang) if has_words(word) else word for word in words)
-        if has_words(text) and not has_words(expanded):  # 0.1.8 drops some texts with odd signs whole
+        if has_words(text) and not has_words(expanded):  # 0.1.8 drops some texts with odd signs altogether
             return text
         return re.sub(r'\\(["\\])', r"\1", expanded)  # it escapes quotes and backslashes
 
@@ -139,6 +139,6 @@ class TextNormalizer:
 
     @cached_property
     def _inflect(self) -> Any:
-        import inflect  # 2 seconds: only for numbers
+        import inflect  # takes 2 seconds, so only for numbers
 
         return inflect.engine()

@@ -1,4 +1,4 @@
-"""Runs of samples, and the padded tensors of a run."""
+"""Groups samples into runs, and pads a run to tensors."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,7 +12,7 @@ Sample = dict[str, Any]
 
 
 def frame_count(sample: Sample) -> int:
-    """Return the mel frames of a sample, or its speech tokens where it has no mel."""
+    """Return the number of mel frames of a sample, or of its speech tokens if it has no mel."""
     return len(sample["speech_feat" if "speech_feat" in sample else "speech_token"])
 
 
@@ -31,7 +31,7 @@ def runs(data: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
 def runs_of_frames(data: Iterable[Sample], max_frames: int) -> Iterator[list[Sample]]:
     """Yield consecutive runs whose padded size, longest length times count, is at most `max_frames`.
 
-    A sample that is too long by itself makes a run of its own.
+    A sample that is too long for that gets its own run.
     """
     run: list[Sample] = []
     longest = 0
@@ -46,7 +46,7 @@ def runs_of_frames(data: Iterable[Sample], max_frames: int) -> Iterator[list[Sam
 
 
 def token_tensors(samples: list[Sample], name: str) -> list[Tensor]:
-    """Return ids as int64, copied: Arrow's arrays are read-only."""
+    """Return copies of the ids as int64, since Arrow's arrays are read-only."""
     return [torch.from_numpy(np.array(sample[name], dtype=np.int64)) for sample in samples]
 
 

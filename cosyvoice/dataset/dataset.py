@@ -1,4 +1,4 @@
-"""A corpus of parquet files as an endless supply of epochs, shared out over processes and workers."""
+"""A corpus of parquet files as epochs of batches, divided among processes and workers."""
 
 import hashlib
 import random
@@ -22,11 +22,11 @@ Step = Callable[..., Iterable[Any]]
 
 
 class Dataset(IterableDataset):
-    """The files of a list, put through the steps of a recipe's `data_pipeline`.
+    """The files of a list, processed by the steps of a recipe's `data_pipeline`.
 
-    The files are dealt to as many streams as there are processes times workers. Order, share and all random
-    draws of the steps follow from seed, epoch and stream alone, so that an epoch can be repeated, and so
-    that two processes of one worker see the batches that one process of two workers sees.
+    The files are dealt to processes times workers streams. Order, share and random draws depend on seed, epoch and
+    stream only. So an epoch can be repeated, and two processes with one worker each see the same batches as one process
+    with two workers.
     """
 
     def __init__(
@@ -40,10 +40,11 @@ class Dataset(IterableDataset):
         partition: bool = True,
         seed: int = 1986,
     ) -> None:
-        """data_list_file: one parquet file a line. gan: add waveform and pitch to the batches. dpo: leave out
-        recordings without rejected speech tokens, and add these to the batches.
+        """Read the list. Raises InputError if it is missing or empty.
 
-        Without partition every process gets all files. Raises InputError where the list is missing or empty.
+        data_list_file: a parquet file on each line. gan: add waveform and pitch to the batches. dpo: leave out
+        recordings without rejected speech tokens, and add these to the batches. partition: give each process a share
+        of the files, not all of them.
         """
         self.files = read_list(Path(data_list_file))
         self.name = str(data_list_file)
@@ -59,11 +60,11 @@ class Dataset(IterableDataset):
         return int(self.shared_epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Takes effect at the next `iter`, in all workers. Without shuffle every epoch is the same."""
+        """Set the epoch of the next `iter`, for all workers. Without shuffle every epoch is the same."""
         self.shared_epoch.fill_(epoch if self.shuffle else 0)
 
     def set_share(self, rank: int, processes: int) -> None:
-        """This is process `rank` of `processes`. Raises InputError where there are fewer files than processes."""
+        """Take the share of process `rank`. Raises InputError if there are fewer files than processes."""
         if self.partition and len(self.files) < processes:
             raise InputError(
                 f"{self.name} lists {len(self.files)} parquet file(s) for {processes} processes; write smaller ones "
@@ -72,9 +73,9 @@ class Dataset(IterableDataset):
         self.rank, self.processes = (rank, processes) if self.partition else (0, 1)
 
     def fingerprint(self) -> str:
-        """Changes when a file of the list is written anew with other rows; reads no row.
+        """Return a digest that changes when a file of the list is replaced by one with other rows. It reads no rows.
 
-        Raises InputError for a file that cannot be read.
+        Raises InputError if a file cannot be read.
         """
         digest = hashlib.sha256()
         for file in self.files:
@@ -84,10 +85,11 @@ class Dataset(IterableDataset):
         return digest.hexdigest()
 
     def __iter__(self) -> Iterator[Batch]:
-        """This worker's batches of the current epoch."""
+        """Return an iterator over this worker's batches of the current epoch."""
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        stream = number * self.processes + self.rank  # the first streams, which get the most, go to different processes
+        # the first streams get the most files and belong to different processes
+        stream = number * self.processes + self.rank
         files = list(self.files)
         if self.shuffle:
             random.Random(seed_of(self.seed, self.epoch)).shuffle(files)
@@ -118,7 +120,7 @@ def seed_of(*numbers: int) -> int:
 
 
 def with_own_random(items: Iterator[Any], seed: int) -> Iterator[Any]:
-    """The items, made with a state of Python's global generator that nothing else sees or moves."""
+    """Yield the items, which see a state of Python's global generator that nothing else sees or changes."""
     own = random.Random(seed).getstate()
     while True:
         outside = random.getstate()

@@ -11,21 +11,21 @@ from cosyvoice.runtime.errors import InputError
 
 
 class EpochLoader:
-    """One pass over it is one epoch of this process's batches.
+    """An iterable whose passes are epochs of this process's batches.
 
-    All processes end an epoch together, with the first that has no batch left: gradients are averaged over all
-    processes, which would wait for the missing one for ever.
+    All processes end an epoch as soon as one of them has no batch left: gradients are averaged over all processes, and
+    the others would wait for it forever.
     """
 
     def __init__(self, dataset: Dataset, num_workers: int = 0, prefetch: int = 100, pin_memory: bool = False) -> None:
-        """prefetch: batches that each worker prepares in advance."""
+        """Set up the workers. prefetch: batches that each worker prepares in advance."""
         self.dataset = dataset
         self.loader = DataLoader(
             dataset,
             batch_size=None,  # the pipeline makes the batches
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
-            persistent_workers=num_workers > 0,  # starting one takes seconds, which short epochs would spend on it
+            persistent_workers=num_workers > 0,  # starting one takes seconds, too long for short epochs
             pin_memory=pin_memory,
         )
         self.epoch = 0
@@ -33,14 +33,14 @@ class EpochLoader:
 
     @property
     def sampler(self) -> "EpochLoader":
-        """Where the trainer looks for `set_epoch`."""
+        """Return the object whose `set_epoch` the trainer calls."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises InputError where no utterance passes the pipeline, or a file cannot be read."""
+        """Yield the epoch's batches. Raises InputError if no utterance passes the pipeline or a file is unreadable."""
         self.dataset.set_share(*rank_and_processes())
         self.dataset.set_epoch(self.epoch)
         skip, self.skip = self.skip, 0
@@ -50,12 +50,12 @@ class EpochLoader:
             if seen > skip:
                 yield batch
         if not seen:
-            raise InputError(f"no utterance of {self.dataset.name} can be trained on; look at filter in the YAML")
+            raise InputError(f"no utterance of {self.dataset.name} can be trained on; check filter in the YAML")
 
     def batches(self) -> Iterator[Batch]:
         try:
             yield from self.loader
-        except InputError as error:  # a worker's comes with its traceback, the message at the end
+        except InputError as error:  # a worker's error has a traceback before its message
             message = str(error).strip().splitlines()[-1]
             raise InputError(message.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from None
 
@@ -65,7 +65,7 @@ def rank_and_processes() -> tuple[int, int]:
 
 
 def in_step(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches as long as every process has one."""
+    """Yield batches as long as every process has one."""
     for batch in batches:
         if not everywhere(True):
             return
@@ -74,7 +74,7 @@ def in_step(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def everywhere(here: bool) -> bool:
-    """Whether `here` is true in all processes, which must all ask."""
+    """Return whether `here` is true in all processes, which must all call this."""
     if rank_and_processes()[1] == 1:
         return here
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

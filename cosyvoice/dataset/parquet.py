@@ -1,4 +1,4 @@
-"""The rows of a corpus's parquet files, and what each column must hold."""
+"""Reads the rows of a corpus's parquet files, and checks the values of each column."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ VECTORS = ("utt_embedding", "spk_embedding")
 
 
 def rows(file: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a parquet file. Raises InputError for one that cannot be read."""
+    """Yield the rows of a parquet file. Raises InputError if it cannot be read."""
     with readable_parquet(file):
         for group in pyarrow.parquet.ParquetFile(file).iter_batches(ROWS_AT_ONCE):
             columns = [column.to_numpy(zero_copy_only=False) for column in group.columns]
@@ -25,17 +25,17 @@ def rows(file: str) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def readable_parquet(file: str) -> Iterator[None]:
-    """Inside, an error of reading is an InputError that names the file."""
+    """Turn errors of reading inside the block into an InputError that names the file."""
     try:
         yield
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # the last for the columns' names
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # the last: column names
         reason = " ".join(str(error).split())
-        remedy = "make it anew, or start in the folder that its path counts from"
-        raise InputError(f"{file} is no readable parquet file: {reason}; {remedy}") from error
+        remedy = "make it again, or start in the folder that its path is relative to"
+        raise InputError(f"{file} is not a readable parquet file: {reason}; {remedy}") from error
 
 
 def is_intact(name: str, value: Any) -> bool:
-    """Return whether a value is of the kind that `make_parquet_list.py` writes into the column."""
+    """Return whether a value is of the type that `make_parquet_list.py` writes into the column."""
     if name in ("utt", "spk", "text", "wav"):
         return isinstance(value, str)
     if name == "audio_data":
@@ -47,4 +47,4 @@ def is_intact(name: str, value: Any) -> bool:
         return True  # only preference training needs it
     if name in ("speech_token", "reject_speech_token"):
         return numbers.dtype.kind in "iu" and bool((numbers >= 0).all())
-    return True  # a column that nothing here reads
+    return True  # nothing here reads the column

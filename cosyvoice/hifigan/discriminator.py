@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from cosyvoice.runtime.errors import InputError
 
 LRELU_SLOPE = 0.1
-MAGNITUDE_FLOOR = 1e-7  # of the power, so that the root has a gradient at silence
+MAGNITUDE_FLOOR = 1e-7  # added to the power, so that the root has a gradient at silence
 
 Scored = tuple[Tensor, list[Tensor]]  # scores (B, N), and every hidden layer
 
@@ -31,7 +31,7 @@ class SpecDiscriminator(nn.Module):
         self.out = conv(channels, 1, 3)
 
     def forward(self, speech: Tensor) -> Scored:
-        """Speech (B, samples)."""
+        """Score speech (B, samples)."""
         spectrum = torch.stft(
             speech, self.fft_size, self.shift_size, self.win_length, self.window, return_complex=True
         )
@@ -46,7 +46,7 @@ class SpecDiscriminator(nn.Module):
 
 
 class MultiResSpecDiscriminator(nn.Module):
-    """One discriminator a resolution. Defaults are UnivNet's resolutions, in samples."""
+    """A discriminator for each resolution. The defaults are UnivNet's resolutions, in samples."""
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class MultiResSpecDiscriminator(nn.Module):
         )
 
     def forward(self, speech: Tensor) -> list[Scored]:
-        """Speech (B, samples) -> scores and hidden layers of each discriminator."""
-        return [judge(speech) for judge in self.discriminators]
+        """Return the scores and hidden layers of each discriminator for speech (B, samples)."""
+        return [discriminator(speech) for discriminator in self.discriminators]
 
 
 class MultipleDiscriminator(nn.Module):
@@ -76,5 +76,5 @@ class MultipleDiscriminator(nn.Module):
         self.mpd, self.mrd = mpd, mrd
 
     def forward(self, speech: Tensor) -> list[Scored]:
-        """Speech (B, samples) -> scores and hidden layers of each discriminator."""
+        """Return the scores and hidden layers of each discriminator for speech (B, samples)."""
         return [*self.mpd(speech), *self.mrd(speech)]

@@ -9,9 +9,9 @@ NUM_LAYERS = 5
 
 
 class ConvRNNF0Predictor(nn.Module):
-    """Five convolutions and a linear head that give one pitch value in Hz per mel frame, 0 or more.
+    """Five convolutions and a linear head that predict a pitch in Hz, 0 or more, for each mel frame.
 
-    The name is upstream's; there is no recurrence in it.
+    The name is upstream's; the network is not recurrent.
     """
 
     def __init__(self, num_class: int = 1, in_channels: int = 80, cond_channels: int = 512) -> None:
@@ -25,6 +25,6 @@ class ConvRNNF0Predictor(nn.Module):
         self.classifier = nn.Linear(cond_channels, num_class)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mel (B, M, T) -> f0 in Hz (B, T)."""
+        """Predict f0 in Hz (B, T) from a mel (B, M, T)."""
         hidden = self.condnet(x).transpose(1, 2)  # (B, C, T) -> (B, T, C)
         return self.classifier(hidden).squeeze(-1).abs()

@@ -22,9 +22,9 @@ INITIAL_LOG_MAGNITUDE = -4.0  # of every bin: about the level of speech
 
 
 class HiFTGenerator(nn.Module):
-    """Vocoder: mel frames of 80 bins -> samples in [-audio_limit, audio_limit].
+    """A vocoder that turns mel frames of 80 bins into samples in [-audio_limit, audio_limit].
 
-    Keyword arguments are those of the shipped YAML. A frame becomes `samples_per_frame` samples.
+    The keyword arguments are those of the shipped YAML. A frame becomes `samples_per_frame` samples.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class HiFTGenerator(nn.Module):
         bins = self.n_fft // 2 + 1
 
         options = (sampling_rate, nb_harmonics, nsf_alpha, nsf_sigma, nsf_voiced_threshold)
-        # upstream chooses by the rate too: the weights are trained with one or the other
+        # as upstream chooses: the weights are trained with one or the other
         by_sample = sampling_rate == SAMPLE_RATE_HZ
         sine_gen = SineGen(*options) if by_sample else FrameSineGen(self.samples_per_frame, *options)
         self.m_source = SourceModuleHnNSF(sine_gen)
@@ -67,7 +67,7 @@ class HiFTGenerator(nn.Module):
             self.ups.append(
                 weight_norm(nn.ConvTranspose1d(2 * width, width, kernel, rate, padding=(kernel - rate) // 2))
             )
-            # the source's spectrogram has the frame rate of the last stage; earlier stages are slower
+            # the source's spectrogram has the last stage's frame rate; earlier stages have lower ones
             self.source_downs.append(_downsample(2 * bins, width, factor=prod(upsample_rates[i + 1 :])))
             self.source_resblocks.append(
                 ResBlock(width, source_resblock_kernel_sizes[i], source_resblock_dilation_sizes[i])
@@ -77,14 +77,14 @@ class HiFTGenerator(nn.Module):
         self.conv_post = weight_norm(nn.Conv1d(width, 2 * bins, 7, padding=3))
         self.f0_predictor = f0_predictor
         self.register_buffer("stft_window", torch.hann_window(self.n_fft), persistent=False)
-        self._let_the_source_be_heard(bins)
+        self._init_harmonics(bins)
 
     @torch.no_grad()
-    def _let_the_source_be_heard(self, bins: int) -> None:
-        """Before training: harmonics in phase, a strong way in for them, and a quiet output.
+    def _init_harmonics(self, bins: int) -> None:
+        """Set initial weights: harmonics in phase, a strong path for the source, and a quiet output.
 
-        With torch's default weights the source's changes are a tenth of the mel's, and training takes the frame rate
-        for the pitch long before it finds the harmonics.
+        With torch's default weights the source contributes a tenth as much as the mel, and training mistakes the frame
+        rate for the pitch long before it finds the harmonics.
         """
         self.m_source.l_linear.weight.fill_(1.0)
         self.m_source.l_linear.bias.zero_()
@@ -96,9 +96,9 @@ class HiFTGenerator(nn.Module):
     def forward(
         self, batch: Mapping[str, Tensor], device: torch.device | str, pitch: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Training: `batch["speech_feat"]` (B, T, M) -> speech (B, N), f0 in Hz (B, T).
+        """Return speech (B, N) and predicted f0 in Hz (B, T) of `batch["speech_feat"]` (B, T, M), for training.
 
-        pitch (B, T) in Hz: what the source follows instead of the predicted f0.
+        pitch (B, T) in Hz: the source follows it instead of the predicted f0.
         """
         mel = batch["speech_feat"].to(device).transpose(1, 2)  # (B, T, M) -> (B, M, T)
         f0 = self.f0_predictor(mel)
@@ -106,10 +106,10 @@ class HiFTGenerator(nn.Module):
 
     @torch.inference_mode()
     def inference(self, speech_feat: Tensor, cache_source: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mel (1, M, T) -> speech (1, N), source (1, 1, N).
+        """Return speech (1, N) and its source (1, 1, N) for a mel (1, M, T).
 
-        `cache_source` (1, 1, C) holds the source that the first C samples had in the call before; it is used
-        again, so that consecutive pieces fit together.
+        `cache_source` (1, 1, C) is the source that the first C samples had in the previous call. It is reused, so that
+        consecutive pieces fit together.
         """
         source = self._source(self.f0_predictor(speech_feat))
         if cache_source is not None and cache_source.shape[-1] > 0:
@@ -117,7 +117,7 @@ class HiFTGenerator(nn.Module):
         return self.decode(speech_feat, source), source
 
     def decode(self, x: Tensor, s: Tensor) -> Tensor:
-        """Mel (B, M, T) and source (B, 1, N) -> speech (B, N), N = T * samples_per_frame."""
+        """Return speech (B, N) for a mel (B, M, T) and a source (B, 1, N), where N = T * samples_per_frame."""
         window = self.stft_window
         spectrum = torch.stft(s.squeeze(1), self.n_fft, self.hop, window=window, return_complex=True)
         source = torch.cat([spectrum.real, spectrum.imag], dim=1)  # (B, 2 * bins, frames)
@@ -134,9 +134,9 @@ class HiFTGenerator(nn.Module):
         return speech.clamp(-self.audio_limit, self.audio_limit)
 
     def remove_weight_norm(self) -> None:
-        """Fold every normalised weight into a plain one: the same output, faster, for inference only.
+        """Fold every normalised weight into a plain one, which makes inference faster and leaves the output the same.
 
-        The state dict's names change with it, so weights must be loaded before.
+        The state dict's names change too, so load weights first.
         """
         for module in list(self.modules()):
             if parametrize.is_parametrized(module, "weight"):
@@ -147,7 +147,7 @@ class HiFTGenerator(nn.Module):
         return self.m_source(f0)
 
     def _upsample(self, x: Tensor, source: Tensor, stage: int) -> Tensor:
-        """(B, 2C, T) -> (B, C, T * rate), with the source added, through the stage's residual stacks."""
+        """Upsample (B, 2C, T) to (B, C, T * rate), add the source, and apply the stage's residual blocks."""
         x = self.ups[stage](F.leaky_relu(x, self.lrelu_slope))
         if stage == len(self.ups) - 1:
             x = F.pad(x, (1, 0), mode="reflect")  # a centred transform of n samples has n / hop + 1 frames

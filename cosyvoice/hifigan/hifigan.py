@@ -14,14 +14,14 @@ Losses = dict[str, Tensor]  # `loss`, which is minimised, and its terms, all 0-d
 class HiFiGan(nn.Module):
     """A generator from mel to waveform and pitch, its discriminators, and the losses of both.
 
-    Generator: least-squares GAN + 45 mel distance + 2 feature matching (HiFi-GAN, Kong et al. 2020, section 2.4) +
-    truncated relativistic loss + L1 distance of the pitch in Hz. The weights are keywords.
+    The generator's loss is least-squares GAN + 45 mel distance + 2 feature matching (HiFi-GAN, Kong et al. 2020,
+    section 2.4) + truncated relativistic loss + L1 distance of the pitch in Hz. The weights are keywords.
 
-    What a small vocoder is trained with, which has no time for an adversarial phase:
-    discriminator None: spectral distances alone.
-    spectral_loss: one more distance of (real, generated) waveforms, with the weight 1.
-    pitch_loss_floor: the pitch's distance is that of log(Hz + floor), so that low voices count as much as high ones.
-    true_pitch: the source follows the recording's pitch while training, not the predictor's guess.
+    A small vocoder, which cannot afford adversarial training, uses these options:
+    discriminator: None trains with spectral distances alone.
+    spectral_loss: another distance of (real, generated) waveforms, with the weight 1.
+    pitch_loss_floor: pitch is compared as log(Hz + floor), so that low voices count as much as high ones.
+    true_pitch: in training the source follows the recording's pitch, not the predicted one.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class HiFiGan(nn.Module):
         self.true_pitch = true_pitch
 
     def forward(self, batch: dict[str, Any], device: Any) -> Losses:
-        """The losses of one side: `batch["turn"]` is `generator` or `discriminator`.
+        """Return the losses of the generator or the discriminator, whichever `batch["turn"]` names.
 
         batch: `speech` (B, samples), `speech_feat` (B, T, 80) of the same samples, `pitch_feat` (B, T).
         """
@@ -58,7 +58,7 @@ class HiFiGan(nn.Module):
             return self.forward_generator(batch, device)
         if batch["turn"] == "discriminator" and self.discriminator is not None:
             return self.forward_discriminator(batch, device)
-        raise InputError(f"HiFiGan has no turn {batch['turn']!r}; use 'generator', or 'discriminator' where it has one")
+        raise InputError(f"HiFiGan has no turn {batch['turn']!r}; use 'generator', or 'discriminator' if it has one")
 
     def forward_generator(self, batch: dict[str, Any], device: Any) -> Losses:
         generated, f0 = self.generate(batch, device)
@@ -69,11 +69,11 @@ class HiFiGan(nn.Module):
         return self.discriminator_losses(batch["speech"].to(device), generated)
 
     def generate(self, batch: dict[str, Any], device: Any) -> tuple[Tensor, Tensor]:
-        """The generator's waveform (B, samples) and predicted pitch (B, T) in Hz."""
+        """Return the generator's waveform (B, samples) and predicted pitch (B, T) in Hz."""
         return self.generator(batch, device, batch["pitch_feat"] if self.true_pitch else None)
 
     def generator_losses(self, speech: Tensor, pitch: Tensor, generated: Tensor, f0: Tensor) -> Losses:
-        """speech, generated: (B, samples). pitch, f0: (B, T) in Hz."""
+        """Return the generator's losses. speech, generated: (B, samples). pitch, f0: (B, T) in Hz."""
         terms = {"loss_f0": pitch_loss(pitch, f0, self.pitch_loss_floor)}
         weights = {"loss_mel": self.multi_mel_spectral_recon_loss_weight}
         if self.mel_spec_transform:
@@ -90,7 +90,10 @@ class HiFiGan(nn.Module):
         return {"loss": sum(weights.get(name, 1.0) * term for name, term in terms.items()), **terms}
 
     def discriminator_losses(self, speech: Tensor, generated: Tensor) -> Losses:
-        """speech, generated: (B, samples); the generator gets no gradient."""
+        """Return the discriminators' losses, which have no gradient for the generator.
+
+        speech, generated: (B, samples).
+        """
         real, _ = zip(*self.discriminator(speech), strict=True)
         fake, _ = zip(*self.discriminator(generated.detach()), strict=True)
         terms = {"loss_disc": discriminator_loss(real, fake), "loss_tpr": tpr_loss(real, fake, self.tpr_loss_tau)}

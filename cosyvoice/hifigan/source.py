@@ -1,4 +1,4 @@
-"""The excitation of the vocoder: a pitch track becomes a mix of harmonics and noise.
+"""The vocoder's excitation signal: harmonics and noise made from a pitch track.
 
 Source module of the neural source-filter model (Wang, Takaki, Yamagishi 2019, "Neural source-filter-based
 waveform model for statistical parametric speech synthesis", section III).
@@ -14,16 +14,16 @@ from cosyvoice.runtime.draws import generator
 
 
 class SineGen(nn.Module):
-    """Sines at the multiples 1..harmonics of the pitch, with weak noise; noise alone where there is no voice.
+    """Sines at the multiples 1..harmonics of the pitch plus weak noise; noise alone in unvoiced parts.
 
-    The phase adds up sample by sample, from a random start: the source of 22.05 kHz models.
+    The phase is accumulated sample by sample, from a random start. This is the source of 22.05 kHz models.
 
     Args:
         samp_rate: samples per second
         harmonic_num: harmonics above the fundamental
-        sine_amp: amplitude of each sine; unvoiced noise has a third of it as standard deviation
+        sine_amp: amplitude of each sine; the standard deviation of unvoiced noise is a third of it
         noise_std: standard deviation of the noise added to voiced samples
-        voiced_threshold: Hz; a sample is voiced where its pitch is above it
+        voiced_threshold: Hz; a sample is voiced if its pitch is above it
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class SineGen(nn.Module):
     def phases(self, turns: Tensor, start: Tensor) -> Tensor:
         """Return the phases (B, H, N) in radians.
 
-        turns: (B, H, N), what each sample adds, in turns; start: (B, H, 1), radians.
+        turns: (B, H, N), each sample's phase step, in turns; start: (B, H, 1), radians.
         """
         start[:, 0] = 0  # the fundamental starts at zero
         return 2 * math.pi * (torch.cumsum(turns, dim=-1) % 1) + start
 
     @torch.no_grad()
     def forward(self, f0: Tensor) -> tuple[Tensor, Tensor]:
-        """Pitch per sample in Hz (B, 1, N) -> sines (B, H, N), voiced 1.0 or 0.0 (B, 1, N)."""
+        """Return sines (B, H, N) and voicing, 1.0 or 0.0 (B, 1, N), for a pitch in Hz per sample (B, 1, N)."""
         start, noise = self.draw(f0)
         k = torch.arange(1, self.harmonics + 1, device=f0.device).view(1, -1, 1)
         sines = self.sine_amp * torch.sin(self.phases(f0 * k / self.sampling_rate, start))
@@ -72,12 +72,12 @@ class SineGen(nn.Module):
 
 
 class FrameSineGen(SineGen):
-    """A SineGen whose phase adds up frame by frame, and is a straight line from one frame's middle to the next.
+    """A SineGen whose phase is accumulated frame by frame, and interpolated linearly between the frames' centres.
 
-    Before the first middle and after the last the phase stands still. The source of 24 kHz models.
+    The phase is constant before the first centre and after the last. This is the source of 24 kHz models.
 
-    The start phase is drawn, but has no effect: upstream adds it to the very first sample, where its interpolation
-    never looks. Without the draw a seed would give another waveform.
+    The start phase is drawn but has no effect: upstream adds it to the first sample only, which its interpolation
+    never reads. Without the draw a seed would give a different waveform.
 
     Args:
         samples_per_frame: the pitch must be constant within a frame
@@ -91,7 +91,7 @@ class FrameSineGen(SineGen):
     def normal(self, batch: int, samples: int) -> Tensor:
         """Draw standard normal noise (B, H, N).
 
-        torch fills a transposed tensor one number at a time, from other numbers than a plain one: upstream's is one.
+        Upstream's tensor is transposed. torch fills such a tensor with different numbers than a contiguous one.
         """
         noise = torch.empty(batch, self.harmonics, samples).transpose(1, 2)  # (B, N, H)
         return noise.normal_(generator=generator()).transpose(1, 2)  # (B, N, H) -> (B, H, N)
@@ -99,17 +99,17 @@ class FrameSineGen(SineGen):
     def phases(self, turns: Tensor, start: Tensor) -> Tensor:
         """Return the phases (B, H, N) in radians.
 
-        turns: (B, H, N), what each sample adds, in turns; start: without effect.
+        turns: (B, H, N), each sample's phase step, in turns; start: not used.
         """
         per_frame = turns[..., :: self.samples_per_frame] % 1  # (B, H, T)
-        # float64: the sum counts thousands of turns, of which only the fraction is heard
-        passed = torch.cumsum(per_frame.double(), dim=-1) * self.samples_per_frame
-        passed = F.interpolate(passed, size=turns.shape[-1], mode="linear")  # (B, H, T) -> (B, H, N)
-        return 2 * math.pi * (passed % 1).to(turns.dtype)
+        # float64: the sum counts thousands of turns, of which only the fractional part matters
+        total = torch.cumsum(per_frame.double(), dim=-1) * self.samples_per_frame
+        total = F.interpolate(total, size=turns.shape[-1], mode="linear")  # (B, H, T) -> (B, H, N)
+        return 2 * math.pi * (total % 1).to(turns.dtype)
 
 
 class SourceModuleHnNSF(nn.Module):
-    """Mixes the harmonics into one excitation signal."""
+    """A layer that mixes the harmonics into one excitation signal."""
 
     def __init__(self, sine_gen: SineGen) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class SourceModuleHnNSF(nn.Module):
         self.l_linear = nn.Linear(sine_gen.harmonics, 1)
 
     def forward(self, f0: Tensor) -> Tensor:
-        """Pitch per sample in Hz (B, 1, N) -> source (B, 1, N), within (-1, 1)."""
+        """Return the source (B, 1, N), within (-1, 1), for a pitch in Hz per sample (B, 1, N)."""
         sines, _ = self.l_sin_gen(f0)
         mixed = self.l_linear(sines.transpose(1, 2))  # (B, H, N) -> (B, N, 1)
         return torch.tanh(mixed).transpose(1, 2)

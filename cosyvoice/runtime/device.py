@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""The choice between CPU and GPU."""
 
 import re
 import sys
@@ -7,7 +7,7 @@ import torch
 
 
 def fastest_device() -> torch.device:
-    """A GPU where one can compute, else the CPU, saying why where there is a GPU."""
+    """Return a GPU if one can compute, else the CPU, and then say why if there is a GPU."""
     problem = cuda_problem()
     if problem and torch.cuda.is_available():
         print(f"{problem}: computing on the CPU", file=sys.stderr)
@@ -15,12 +15,12 @@ def fastest_device() -> torch.device:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this processor has instructions for bfloat16, and so multiplies several times faster in it."""
+    """Return whether this processor has bfloat16 instructions, with which it multiplies several times faster."""
     return torch.cpu._is_avx512_bf16_supported()
 
 
 def cuda_problem() -> str:
-    """Why nothing can be computed on the GPU; empty where it can."""
+    """Return why the GPU cannot compute, or an empty string if it can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device here"
     major, minor = torch.cuda.get_device_capability()

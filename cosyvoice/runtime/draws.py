@@ -1,4 +1,4 @@
-"""Random draws of an utterance's own, whatever is drawn beside it."""
+"""Random draws that belong to one utterance, independent of what is drawn beside it."""
 
 from contextvars import ContextVar, Token
 
@@ -10,15 +10,15 @@ _current: ContextVar[torch.Generator | None] = ContextVar("generator", default=N
 
 
 def generator() -> torch.Generator | None:
-    """What this thread draws from now: the generator of the innermost `with draws:`, else torch's own, as None."""
+    """Return the generator that this thread draws from: the innermost `with draws:`, or None for torch's own."""
     return _current.get()
 
 
 class Draws:
-    """A sequence of draws of its own: what is drawn inside `with draws:`, however often it is entered.
+    """A random sequence of its own, from which everything inside `with draws:` is drawn. It may be entered repeatedly.
 
-    So sentences that are spoken side by side, or by several threads, draw what each would have drawn alone. Equal seeds
-    give the draws that torch's own generator gives after `seed_all`. Speaking draws on the CPU only.
+    Sentences spoken side by side or by several threads thus draw the same numbers as each alone. Equal seeds give the
+    draws that torch's own generator gives after `seed_all`. Speaking draws on the CPU only.
     """
 
     def __init__(self, *seed: int) -> None:

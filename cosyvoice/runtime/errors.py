@@ -1,22 +1,22 @@
-"""The one exception that means: the user can mend this; and the errors of files that mean it, too."""
+"""The exception for mistakes that the user can correct, and the system errors that count as such."""
 
 import errno
 import re
 
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 NO_PERMISSION = (errno.EACCES, errno.EPERM)
-GONE = (errno.ENOENT, errno.ENOTDIR)  # a file or folder that was there when the work began
-# How torch, the libraries that it calls, and onnxruntime say that memory is full.
+GONE = (errno.ENOENT, errno.ENOTDIR)  # a file or folder that existed when the work began
+# Messages by which torch, its libraries and onnxruntime report that memory is full.
 _MEMORY_TROUBLE = re.compile(
     "out of memory|can't allocate memory|ALLOC_FAILED|CUFFT_INTERNAL_ERROR|Failed to allocate memory|CUDA failure 2"
 )
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the message says what, and what to do, in one line.
+    """A mistake in what the user gave. Its message is one line that says what is wrong and what to do.
 
-    It is a ValueError, too, which existing programs catch. Scripts print it on stderr without a
-    traceback and exit with code 2.
+    It is also a ValueError, which existing programs catch. Scripts print it on stderr without a traceback and exit with
+    code 2.
     """
 
 

@@ -1,4 +1,4 @@
-"""The two ONNX networks of a model folder: speech to tokens, and speech to a speaker vector."""
+"""The two ONNX networks of a model folder, which turn speech into tokens and into a speaker vector."""
 
 import threading
 from pathlib import Path
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-ONNX_THREADS = 1  # per call; several recordings are encoded by several Python threads
-MIN_SECONDS = 0.1  # shorter ones give the networks no frame to look at
+ONNX_THREADS = 1  # per call; several Python threads encode several recordings
+MIN_SECONDS = 0.1  # shorter audio has no frame for the networks
 
 
 class SpeechEncoder:
-    """An ONNX network on speech of at most 30 seconds. The file is opened at the first call.
+    """An ONNX network for speech of at most 30 seconds. The file is opened at the first call.
 
-    device: "cpu", "cuda", or "auto" for CUDA where onnxruntime has it.
+    device: "cpu", "cuda", or "auto" for CUDA if onnxruntime has it.
     """
 
     def __init__(self, path: Path | str, device: str = "auto") -> None:
@@ -34,7 +34,7 @@ class SpeechEncoder:
         self._opening = threading.Lock()
 
     def open(self) -> "InferenceSession":
-        """The session, made once. Raises InputError where the file is missing or no ONNX model."""
+        """Return the session, which is made once. Raises InputError if the file is missing or not an ONNX model."""
         with self._opening:
             if self._session is None:
                 self._session = self._load()
@@ -49,7 +49,7 @@ class SpeechEncoder:
         has_cuda = CUDA in onnxruntime.get_available_providers()
         if self.device == "cuda" and not has_cuda:
             raise InputError("onnxruntime has no CUDA here; install onnxruntime-gpu, or use the device cpu")
-        # or cuDNN's convolutions are searched for anew at each new length
+        # without it cuDNN searches for its fastest convolutions again at each new length
         cuda = (CUDA, {"cudnn_conv_algo_search": "HEURISTIC"})
         providers = [CPU] if self.device == "cpu" or not has_cuda else [cuda, CPU]
         options = onnxruntime.SessionOptions()
@@ -66,12 +66,12 @@ class SpeechEncoder:
         try:
             return onnxruntime.InferenceSession(str(self.path), options, providers=providers)
         except damage as error:
-            raise InputError(f"{self.path} is no ONNX model or damaged; copy it again") from error
+            raise InputError(f"{self.path} is not an ONNX model, or is damaged; copy it again") from error
 
     def run(self, *inputs: np.ndarray) -> Tensor:
-        """The first output for these inputs, in the order the file declares them.
+        """Return the first output for these inputs, given in the order in which the file declares them.
 
-        Raises InputError where the file wants other inputs, RuntimeError where a GPU's memory is full.
+        Raises InputError if the file expects other inputs, RuntimeError if memory is full.
         """
         session = self.open()
         from onnxruntime.capi import onnxruntime_pybind11_state as failures
@@ -82,24 +82,24 @@ class SpeechEncoder:
         except (ValueError, failures.InvalidArgument, failures.Fail, failures.RuntimeException) as error:
             if is_memory_trouble(error):
                 raise RuntimeError(f"{self.path}: {error}") from error
-            raise InputError(f"{self.path} takes other inputs. Copy the file of its own model again") from error
+            raise InputError(f"{self.path} expects other inputs. Copy this model's own file again") from error
         return torch.from_numpy(output)
 
 
 class SpeechTokenizer(SpeechEncoder):
-    """speech_tokenizer_v1.onnx, of 50 tokens a second, or speech_tokenizer_v2.onnx, of 25.
+    """The network speech_tokenizer_v1.onnx, with 50 tokens a second, or speech_tokenizer_v2.onnx, with 25.
 
-    Inputs `feats` float32 (1, 128, T) Whisper log-mel at 100 frames a second, and `feats_length` int32 (1,);
-    output int32 (1, about T / 100 * token_rate_hz).
+    Its inputs are `feats` float32 (1, 128, T), Whisper log-mel at 100 frames a second, and `feats_length` int32 (1,);
+    its output is int32 (1, about T / 100 * token_rate_hz).
     """
 
     def __init__(self, path: Path | str, device: str = "auto", token_rate_hz: int = TOKEN_RATE_HZ) -> None:
-        """token_rate_hz: of the model that the file belongs to; the file itself does not tell it."""
+        """Set the file. token_rate_hz is the rate of its model, which the file itself does not contain."""
         super().__init__(path, device)
         self.token_rate_hz = token_rate_hz
 
     def __call__(self, wav_16k: Tensor) -> Tensor:
-        """Tokens int32 (1, N) of (1, samples) at 16 kHz. Raises InputError where there are none."""
+        """Return the tokens int32 (1, N) of (1, samples) at 16 kHz. Raises InputError if there are none."""
         check_prompt(wav_16k)
         feats = whisper_log_mel(wav_16k)  # (1, 128, T)
         tokens = self.run(feats.numpy(), np.array([feats.shape[2]], dtype=np.int32))
@@ -110,12 +110,12 @@ class SpeechTokenizer(SpeechEncoder):
 
 
 class SpeakerEncoder(SpeechEncoder):
-    """campplus.onnx: input float32 (1, T, 80) Kaldi filterbank less its mean, output float32 (1, 192)."""
+    """The network campplus.onnx, from float32 (1, T, 80), Kaldi filterbank minus its mean, to float32 (1, 192)."""
 
     def __call__(self, wav_16k: Tensor) -> Tensor:
-        """The speaker vector float32 (1, 192), of any length, of (1, samples) at 16 kHz.
+        """Return the speaker vector float32 (1, 192), not normalised, of (1, samples) at 16 kHz.
 
-        Raises InputError where there is none.
+        Raises InputError if the network gives no usable vector.
         """
         check_prompt(wav_16k)
         vector = self.run(kaldi_fbank(wav_16k)[None].numpy()).reshape(1, -1)
@@ -127,13 +127,13 @@ class SpeakerEncoder(SpeechEncoder):
 
 
 def check_prompt(wav_16k: Tensor) -> None:
-    """Raise InputError for audio (1, samples) at 16 kHz that the networks cannot take, or that holds no sound."""
+    """Raise InputError for audio (1, samples) at 16 kHz that the networks cannot take, or that is silent."""
     if wav_16k.dim() != 2 or wav_16k.shape[0] != 1:
         raise InputError(f"prompt audio must have the shape (1, samples), not {tuple(wav_16k.shape)}")
     seconds = wav_16k.shape[1] / PROMPT_RATE_HZ
     if not MIN_SECONDS <= seconds <= MAX_PROMPT_SECONDS:
-        raise InputError(f"prompt audio of {seconds:.2f} s; it may have {MIN_SECONDS} to {MAX_PROMPT_SECONDS} seconds")
+        raise InputError(f"prompt audio lasts {seconds:.2f} s; it must last {MIN_SECONDS} to {MAX_PROMPT_SECONDS} s")
     if not wav_16k.isfinite().all():
-        raise InputError("the audio holds samples that are not numbers")
+        raise InputError("the audio has samples that are not numbers")
     if is_silent(wav_16k):
         raise InputError("the audio is silent")

@@ -1,25 +1,25 @@
-"""Written forms that a text grammar reads wrong or fails at, made ready for it.
+"""Rewrites forms that wetext's grammar misreads or fails on.
 
-wetext reads $1,000 as "thousand dollars", 1980s as a number of seconds and 1.8m as minutes, and gives up on a whole
-text for a single "#5". What these rules do not know passes through them, so that the grammar's own readings stay.
+wetext reads $1,000 as "thousand dollars", 1980s as a number of seconds and 1.8m as minutes, and fails on a whole text
+because of a single "#5". Everything that these rules do not match is left to the grammar.
 """
 
 import re
 import unicodedata
 from collections.abc import Callable
 
-from cosyvoice.utils.frontend_utils import MOST_NAMED_DIGITS
+from cosyvoice.utils.frontend_utils import MAX_NAMED_DIGITS
 
-Speller = Callable[[str], str]  # the digits of a whole number, in words
+Speller = Callable[[str], str]  # spells the digits of a whole number in words
 
-# Signs that people type as others, and marks that are never spoken
+# Typographic characters, and the plain ones that people type for them
 TYPED = str.maketrans({
     "‘": "'", "’": "'", "‚": "'", "′": "'", "“": '"', "”": '"', "„": '"', "″": '"',
     "…": "...", "−": "-", "‐": "-", "‑": "-",
 })  # fmt: skip
 FULL_WIDTH = str.maketrans({chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)} | {"\u3000": " "})
 FULL_WIDTH_WORDS = {code: sign for code, sign in FULL_WIDTH.items() if sign.isalnum()}  # Chinese keeps its own stops
-DASH = re.compile(r"(?<=\d)\s*–\s*(?=[\d$£€])")  # of a range
+RANGE_DASH = re.compile(r"(?<=\d)\s*–\s*(?=[\d$£€])")
 LONG_DASH = re.compile(r"\s*[–—―]+\s*")
 LINK = re.compile(r"!?\[([^\]\n]*)\]\([^()\s]*\)")
 LINE_MARKS = re.compile(r"^[ \t]*(?:#{1,6}[ \t]+|>[ \t]*|[-*+][ \t]+)", re.MULTILINE)
@@ -47,7 +47,7 @@ PHONE = re.compile(
 )
 METERS = re.compile(rf"(?<![\w.])({NUMBER}(?:\.\d+)?)\s?m\b(?!\.\w)(?!²|³|\s*/)")
 VERSION = re.compile(r"\b(v?)(\d+(?:\.\d{1,3}){2}|(?<=v)\d+\.\d+)(?!\.?\d)", re.IGNORECASE)
-LONG = re.compile(rf"\d{{{MOST_NAMED_DIGITS + 1},}}")  # numbers without a name
+LONG = re.compile(rf"\d{{{MAX_NAMED_DIGITS + 1},}}")  # numbers without a name
 GROUPED = re.compile(r"(?<![\w.,])(\d{1,3}(?:,\d{3})+)(?![\d,]*\d)")
 PAIR = re.compile(r"(?<![\d/])(24/7|50/50|9/11)(?![\d/])")
 NUMERO = re.compile(r"\b[Nn]os?\.\s?(?=\d)|#(?=\d)")
@@ -63,14 +63,14 @@ YUAN = re.compile(r"[¥￥](?=\s?[\d,.]+\s?(?:万|亿)?元)")
 
 
 def cleaned(text: str, chinese: bool) -> str:
-    """Return the text with plain quotes and dashes, without markup, emoji and signs that have no width.
+    """Return the text with plain quotes and dashes, without markup, emoji and zero-width characters.
 
-    Full-width letters and digits become plain ones, in texts without Chinese also the other signs. No letter or
-    digit is lost. chinese: whether the text is read by Chinese rules, whose punctuation stays.
+    Full-width letters and digits become plain ones, and so do the other full-width characters unless `chinese`, which
+    means that Chinese rules read the text. No letter or digit is lost.
     """
     text = text.translate(FULL_WIDTH_WORDS if chinese else FULL_WIDTH)
     if not chinese:
-        text = LONG_DASH.sub(", ", DASH.sub("-", text.translate(TYPED)))
+        text = LONG_DASH.sub(", ", RANGE_DASH.sub("-", text.translate(TYPED)))
     text = LINE_MARKS.sub("", LINK.sub(r"\1", text))
     text = EMPHASIS.sub(" ", text) if not chinese else text
     kept = (_plain(sign) for sign in text)
@@ -87,7 +87,7 @@ def _plain(sign: str) -> str:
 
 
 def english_words(text: str, spell: Speller) -> str:
-    """Return the text with money, decades, metres, telephone numbers, versions and the like in words."""
+    """Return the text with money, decades, metres, phone numbers, versions and the like in words."""
 
     def money(found: re.Match) -> str:
         sign, whole, cents, upper, upper_cents, scale = found.groups()
@@ -137,7 +137,7 @@ def _decimal(whole: str, decimals: str | None, spell: Speller) -> str:
 
 
 def chinese_words(text: str) -> str:
-    """Return the text with the digits of serial numbers one by one, and without a currency sign before 元."""
+    """Return the text with serial numbers spelled digit by digit, and without a currency sign before 元."""
 
     def digits(found: re.Match) -> str:
         label, serial, before_letter = found.groups()

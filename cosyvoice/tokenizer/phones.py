@@ -1,8 +1,8 @@
-"""Text units for a model that learns from a few hours of speech: phones where a lexicon knows the word.
+"""A tokenizer for models that learn from a few hours of speech, which writes known words as phones.
 
-English spelling takes more hours to learn than a small model has. So the model folder carries a pronunciation lexicon,
-a gzip file of UTF-8 lines `word PHONE PHONE ...`. A word that is not in it is written in letters, and the model learns
-to read those by seeing some known words in letters too (Kastner et al. 2019, "Representation mixing for TTS
+English spelling takes more speech to learn than a small model has. So the model folder has a pronunciation lexicon, a
+gzip file of UTF-8 lines `word PHONE PHONE ...`. Words that are not in it are written in letters, and the model learns
+to read them because training also spells some known words (Kastner et al. 2019, "Representation mixing for TTS
 synthesis").
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.tokenizer.tokenizer import BYTES, ByteTokenizer
 
-# ARPAbet as Festival's lexicons write it. A vowel carries the stress of its syllable, and "ax" never has any.
+# ARPAbet as in Festival's lexicons. A vowel carries the stress of its syllable; "ax" is never stressed.
 VOWELS = ("aa", "ae", "ah", "ao", "aw", "ay", "eh", "er", "ey", "ih", "iy", "ow", "oy", "uh", "uw")
 CONSONANTS = "b ch d dh f g hh jh k l m n ng p r s sh t th v w y z zh"
 PHONES = ("ax0", *(vowel + stress for vowel in VOWELS for stress in "01"), *CONSONANTS.split())  # in the order of ids
@@ -27,21 +27,21 @@ LETTER = r"[^\W\d_]"
 # Single letters with full stops between them, or letters with apostrophes between them: "U.S", "don't"
 WORD = re.compile(rf"((?<!{LETTER}){LETTER}(?:\.{LETTER})+(?!{LETTER})|{LETTER}+(?:'{LETTER}+)*)")
 WITH_S = re.compile(r"(.+?)'?s|(.+)'S")  # Mary's, cyclists, TVs, MARY'S
-ABBREVIATION = re.compile(r"[A-Z]{2,5}|[A-Za-z](?:\.[A-Za-z])+")  # more capitals are a shouted word
-# Printed signs and what people type for them: a model that has learned from typed texts does not know the others.
+ABBREVIATION = re.compile(r"[A-Z]{2,5}|[A-Za-z](?:\.[A-Za-z])+")  # a longer word in capitals is shouted
+# Typographic characters and the plain ones that people type for them, which the training texts have.
 TYPED = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": ",", "—": ",", "…": "."})
-HISSING = ("s", "z", "sh", "zh", "ch", "jh")
+SIBILANTS = ("s", "z", "sh", "zh", "ch", "jh")
 VOICELESS = ("p", "t", "k", "f", "th")
 
 
 class PhoneTokenizer(ByteTokenizer):
     """The bytes of lowercase UTF-8 text as ids 0 to 255, and the 55 phones of PHONES after them.
 
-    A run of letters becomes phones where the lexicon has it, as it is or in lower case, or has it without a final s or
-    's. Other abbreviations in capitals become the names of their letters, which the lexicon has as `a.` to `z.`.
+    A run of letters becomes phones if the lexicon has it, as it is or in lower case, or without a final s or 's. Other
+    abbreviations in capitals become the names of their letters, which are the lexicon's words `a.` to `z.`.
     Everything else stays bytes. Accents are dropped.
 
-    Raises InputError where the lexicon cannot be read, and on meeting an unknown phone in it.
+    Raises InputError if the lexicon cannot be read or has an unknown phone.
     """
 
     def __init__(self, lexicon: Path) -> None:
@@ -59,7 +59,7 @@ class PhoneTokenizer(ByteTokenizer):
         return "".join(parts)
 
     def phones_of(self, word: str, spelled: bool = False) -> list[str]:
-        """Return the phones of a run of letters; none where it is not known, or is to be `spelled` in letters."""
+        """Return the phones of a run of letters; none if it is not known or `spelled` asks for letters."""
         phones = self._phones_without_s(word, spelled)
         if not phones and (found := WITH_S.fullmatch(word)):
             stem = self._phones_without_s(found[1] or found[2], spelled)
@@ -79,7 +79,7 @@ class PhoneTokenizer(ByteTokenizer):
         return not any(chr(BYTES[number]).isalnum() for number in self.encode(text) if number < len(BYTES))
 
     def unknown_letters(self, text: str) -> list[str]:
-        """Return the letters of the text that no word of the lexicon has, such as Chinese ones, each of them once."""
+        """Return the letters of the text that no word of the lexicon has, such as Chinese ones, each once."""
         return list(dict.fromkeys(letter for letter in _plain(text) if letter.isalpha() and not letter.isascii()))
 
     def _entry(self, word: str) -> list[str]:
@@ -107,8 +107,8 @@ def get_phone_tokenizer(lexicon: Path) -> PhoneTokenizer:
 
 
 def read_lexicon(path: Path) -> dict[str, str]:
-    """Return the phones of each word, separated by blanks. Raises InputError where the file is not a lexicon."""
-    remedy = "Copy it again from where the model comes from, or write it with examples/mini/make_lexicon.py"
+    """Return the phones of each word, separated by spaces. Raises InputError if the file is not a lexicon."""
+    remedy = "Copy it again from the model's download, or write it with examples/mini/make_lexicon.py"
     try:
         text = gzip.decompress(path.read_bytes()).decode("utf-8")
         lexicon = dict(line.split(" ", 1) for line in text.splitlines())
@@ -120,13 +120,13 @@ def read_lexicon(path: Path) -> dict[str, str]:
 
 
 def _plain(word: str) -> str:
-    """Return the word without accents and printed signs. A word of accents alone stays as it is."""
+    """Return the word without accents and typographic characters. A word that is only accents stays as it is."""
     decomposed = unicodedata.normalize("NFD", word.translate(TYPED))
     return "".join(character for character in decomposed if unicodedata.category(character) != "Mn") or word
 
 
 def _ending_s(phone: str) -> list[str]:
-    """Return how a plural or possessive sounds after the phone."""
-    if phone in HISSING:
+    """Return the phones of a plural or possessive ending after the phone."""
+    if phone in SIBILANTS:
         return ["ax0", "z"]
     return ["s"] if phone in VOICELESS else ["z"]

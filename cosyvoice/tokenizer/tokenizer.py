@@ -1,8 +1,8 @@
 """The text tokenizers that a `cosyvoice.yaml` may name.
 
-CosyVoice-300M speaks Whisper's multilingual vocabulary: 50257 byte-pair pieces and 1609 special tokens
-(100 languages, tasks, timestamps). A small model that is trained from scratch does better with that
-vocabulary's first 256 ids alone, the single bytes: most of the longer pieces are too rare to be learnt.
+CosyVoice-300M uses Whisper's multilingual vocabulary: 50257 byte-pair pieces and 1609 special tokens
+(100 languages, tasks, timestamps). A small model that is trained from scratch does better with only the
+first 256 ids, the single bytes, because most of the longer pieces are too rare to be learnt.
 """
 
 import re
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 WHISPER_LANGUAGES = (99, 100)  # the second adds Cantonese: large-v3, and CosyVoice-300M
 WHISPER_TASKS = (None, "transcribe", "translate")
 
-# GPT-2 numbers the bytes that Latin-1 prints before all others (Radford et al., 2019), and so does Whisper.
+# GPT-2 numbers the printable bytes of Latin-1 before all others (Radford et al., 2019), and so does Whisper.
 PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
 BYTES = bytes((*PRINTED, *(byte for byte in range(256) if byte not in PRINTED)))  # the byte of each id
 BYTE_IDS = {byte: number for number, byte in enumerate(BYTES)}
-PIECE = re.compile(r"^\s+\S*\s*|\S+\s*")  # a word and the blanks behind it, the first one's also before it
+PIECE = re.compile(r"^\s+\S*\s*|\S+\s*")  # a word and the blanks after it; the first word also takes those before it
 
 
 def get_tokenizer(
@@ -31,18 +31,18 @@ def get_tokenizer(
     language: str | None = None,
     task: str | None = None,
 ) -> "Tokenizer":
-    """Whisper's tokenizer, with `encode(text, allowed_special="all") -> list[int]` and `decode(ids) -> str`.
+    """Return Whisper's tokenizer, with `encode(text, allowed_special="all") -> list[int]` and `decode(ids) -> str`.
 
-    Folders of the 25 Hz models name this function for a vocabulary of their own (60510 ids), which is
-    not implemented: anything but Whisper's multilingual vocabulary raises InputError.
+    Raises InputError for all but Whisper's multilingual vocabulary. Folders of the 25 Hz models name this function for
+    a vocabulary of their own (60510 ids), which is not implemented.
     """
     known = multilingual and num_languages in WHISPER_LANGUAGES and task in WHISPER_TASKS
     if not known:
         raise InputError(
-            f"no tokenizer for {multilingual=}, {num_languages=}, {task=}; only "
+            f"there is no tokenizer for {multilingual=}, {num_languages=}, {task=}; only "
             "Whisper's multilingual one is supported: use a CosyVoice-300M folder, not a 25 Hz one"
         )
-    import whisper.tokenizer  # 2.5 seconds: only where text is tokenised
+    import whisper.tokenizer  # takes 2.5 seconds, so only when text is tokenised
 
     try:
         return whisper.tokenizer.get_tokenizer(
@@ -59,13 +59,13 @@ class ByteTokenizer:
         self.lowercase = lowercase
 
     def encode(self, text: str, allowed_special: str | set[str] = "all") -> list[int]:
-        """Return ids. allowed_special belongs to every tokenizer's signature and changes nothing here."""
+        """Return ids. allowed_special belongs to every tokenizer's signature and has no effect here."""
         return [number for word in self.encode_words(text) for number in word]
 
     def encode_words(self, text: str, spelled: Callable[[], bool] = lambda: False) -> list[list[int]]:
-        """Return the ids of each word of `text.split()` with the blanks behind it. Joined, they are those of `encode`.
+        """Return the ids of each word of `text.split()` and the blanks after it. Joined, they are those of `encode`.
 
-        spelled: called once for each word. True: write it in letters, even if the tokenizer knows its phones.
+        spelled: called once for each word; True spells it in letters, even if the tokenizer knows its phones.
         """
         return [self._units(piece, spelled()) for piece in self._pieces(text)]
 
@@ -77,10 +77,10 @@ class ByteTokenizer:
         return [BYTE_IDS[byte] for byte in plain.encode("utf-8")]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; what is no UTF-8 becomes replacement characters."""
+        """Return the text of the ids; invalid UTF-8 becomes replacement characters."""
         return bytes(BYTES[number] for number in ids).decode("utf-8", errors="replace")
 
 
 def get_byte_tokenizer(lowercase: bool = False) -> ByteTokenizer:
-    """For models with `text_token_size: 256`. lowercase: upper and lower case are one."""
+    """Return the tokenizer of models with `text_token_size: 256`. lowercase: ignore case."""
     return ByteTokenizer(lowercase)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from cosyvoice.runtime.draws import generator
 
-IGNORE_ID = -1  # a target that no loss and no accuracy counts
+IGNORE_ID = -1  # targets that losses and accuracies skip
 
 
 def set_all_random_seed(seed: int) -> None:
-    """Python's, numpy's and torch's generators, each with this number itself, as servers and notebooks do."""
+    """Seed Python's, numpy's and torch's generators with this number, as servers and notebooks do."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -25,9 +25,9 @@ def pad_list(xs: Sequence[Tensor], pad_value: float) -> Tensor:
 
 
 def th_accuracy(pad_outputs: Tensor, pad_targets: Tensor, ignore_label: int) -> Tensor:
-    """Share of targets that are the most probable class.
+    """Return the share of targets that are the most probable class, a 0-d float tensor.
 
-    pad_outputs: (B * T, V) scores. pad_targets: (B, T). Returns a 0-d float tensor.
+    pad_outputs: (B * T, V) scores. pad_targets: (B, T).
     """
     predicted = pad_outputs.view(*pad_targets.shape, -1).argmax(dim=-1)
     counted = pad_targets != ignore_label
@@ -35,7 +35,7 @@ def th_accuracy(pad_outputs: Tensor, pad_targets: Tensor, ignore_label: int) -> 
 
 
 def fade_in_out(fade_in: Tensor, fade_out: Tensor, window: Tensor) -> Tensor:
-    """Cross-fade the start of `fade_in` (..., T) with the end of `fade_out` (..., S); no change where S is 0.
+    """Cross-fade the start of `fade_in` (..., T) with the end of `fade_out` (..., S). With S = 0 nothing changes.
 
     The first half of the float64 `window` weighs `fade_in`, the second half `fade_out`.
     """
@@ -56,13 +56,13 @@ def ras_sampling(
     win_size: int = 10,
     tau_r: float = 0.1,
 ) -> int:
-    """Repetition-aware sampling (VALL-E 2, section 3.3): nucleus sampling with a way out of loops.
+    """Draw a token by repetition-aware sampling (VALL-E 2, section 3.3): nucleus sampling with a way out of loops.
 
-    A nucleus draw that already makes up at least `tau_r` of the last `win_size` tokens is forbidden, and one draw
-    is made from all that remains.
+    If a nucleus draw already makes up at least `tau_r` of the last `win_size` tokens, it is excluded, and the token is
+    drawn from the whole remaining distribution.
 
-    weighted_scores: (V,) log-probabilities, left as they are. decoded_tokens: the tokens accepted so far.
-    sampling: part of every sampler's signature, without effect here.
+    weighted_scores: (V,) log-probabilities, not modified. decoded_tokens: the tokens accepted so far.
+    sampling: part of every sampler's signature; it has no effect here.
     """
     token = nucleus_sampling(weighted_scores, top_p=top_p, top_k=top_k)
     repetitions = list(decoded_tokens[-win_size:]).count(token)
@@ -74,9 +74,9 @@ def ras_sampling(
 
 
 def nucleus_candidates(weighted_scores: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """The most probable tokens, until their sum reaches `top_p` (the crossing one included) or `top_k` are taken.
+    """Return the most probable tokens, until their sum reaches `top_p` (crossing token included) or there are `top_k`.
 
-    Returns their probabilities (not renormalised), in falling order, and their ids, both (N,).
+    The results are their probabilities in descending order, not renormalised, and their ids, both (N,).
     """
     probabilities, ids = most_probable(weighted_scores.softmax(dim=0), top_k)
     mass_before = probabilities.cumsum(dim=0) - probabilities
@@ -85,14 +85,14 @@ def nucleus_candidates(weighted_scores: Tensor, top_p: float, top_k: int) -> tup
 
 
 def most_probable(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` largest probabilities, or all, in falling order, and their ids; of equals the least id first.
+    """Return the `count` largest probabilities (at most all) in descending order, and their ids; ties by ascending id.
 
-    That is how a stable sort of the whole vocabulary begins, which takes ten times as long.
+    A stable sort of the whole vocabulary begins in the same way, but takes ten times as long.
     """
     if count >= len(probabilities):
         return probabilities.sort(descending=True, stable=True)
     values, ids = probabilities.topk(count + 1)
-    if values[-2] == values[-1]:  # a tie across the border: which of them topk takes is not said
+    if values[-2] == values[-1]:  # a tie at the border: topk does not say which it takes
         values, ids = probabilities.sort(descending=True, stable=True)
     ids = ids[:count].sort().values
     values, order = probabilities[ids].sort(descending=True, stable=True)
@@ -100,11 +100,11 @@ def most_probable(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def nucleus_sampling(weighted_scores: Tensor, top_p: float = 0.8, top_k: int = 25) -> int:
-    """One draw among `nucleus_candidates` (Holtzman et al., 2020, section 3.1). weighted_scores: (V,)."""
+    """Draw one of the `nucleus_candidates` (Holtzman et al., 2020, section 3.1). weighted_scores: (V,)."""
     probabilities, ids = nucleus_candidates(weighted_scores, top_p, top_k)
     return int(ids[probabilities.multinomial(1, replacement=True, generator=generator())])
 
 
 def random_sampling(weighted_scores: Tensor, decoded_tokens: Sequence[int], sampling: int) -> int:
-    """One draw from the whole distribution. weighted_scores: (V,); the other two are the samplers' common signature."""
+    """Draw from the whole distribution. weighted_scores: (V,); the others belong to every sampler's signature."""
     return int(weighted_scores.softmax(dim=0).multinomial(1, replacement=True, generator=generator()))

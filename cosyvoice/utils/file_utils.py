@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and lists of files as recipes write them."""
+"""Writes files that appear whole or not at all, and reads the recipes' lists of files."""
 
 import json
 import logging
@@ -30,10 +30,10 @@ __all__ = [
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; it replaces `path` when the block ends well, and is removed otherwise.
+    """Yield a temporary path in the same folder, which replaces `path` if the block succeeds, and else is removed.
 
-    The suffix is kept, since writers choose a format by it; what a killed run left is written over. Raises InputError
-    where the folder cannot be written.
+    The suffix is kept, since writers choose a format by it. A killed run's leftover is overwritten. Raises InputError
+    if the folder cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")
@@ -48,7 +48,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in DISK_TROUBLE or error.filename2 is not None:  # a second name: the final rename
+        if error.errno in DISK_TROUBLE or error.filename2 is not None:  # a second name: os.replace failed
             raise InputError(f"cannot write {path}: {error.strerror}; make room or choose another folder") from None
         raise
     finally:
@@ -57,9 +57,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def alone_in(folder: Path, command: str) -> Iterator[None]:
-    """Let no second `command` work in the folder until the block ends. Raises InputError where one does.
+    """Keep a second `command` from working in the folder until the block ends. Raises InputError if one does already.
 
-    The lock is the system's, so a killed run leaves none.
+    The operating system holds the lock, so a killed run releases it.
     """
     from filelock import FileLock, Timeout
 
@@ -69,7 +69,7 @@ def alone_in(folder: Path, command: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         problem = f"another {command} is at work in {folder}"
-        raise InputError(f"{problem}; wait for its end, or choose another folder") from None
+        raise InputError(f"{problem}; wait until it ends, or choose another folder") from None
     try:
         yield
     finally:
@@ -79,24 +79,24 @@ def alone_in(folder: Path, command: str) -> Iterator[None]:
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """The content of `source` at `path`, whole or not at all."""
+    """Copy the content of `source` to `path`, whole or not at all."""
     with atomic_write(path) as temporary:
         shutil.copyfile(source, temporary)
 
 
 def save_tensors(content: Any, path: Path) -> None:
-    """torch.save, whole or not at all; equal content gives equal bytes, whatever the file's name."""
+    """Write a file with torch.save, whole or not at all. Equal content gives equal bytes, whatever the file's name."""
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch's own, over the one of the file that was too long for the disk
+        except RuntimeError as error:  # torch hides the file's own error, a full disk
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def read_lists(list_file: str | Path) -> list[str]:
-    """Return the lines of a text file without blanks around them; empty lines are left out.
+    """Return the non-empty lines of a text file, stripped.
 
     Raises InputError if the file is missing or not UTF-8.
     """
@@ -107,9 +107,9 @@ def read_lists(list_file: str | Path) -> list[str]:
 
 
 def read_json_lists(list_file: str | Path) -> dict[str, Any]:
-    """Return the entries of all JSON files that a text file names, one a line; of one name, the last.
+    """Return the merged entries of the JSON files that a text file lists, one a line; later entries win.
 
-    Raises InputError if a file is missing, or holds no named values.
+    Raises InputError if a file is missing, or is not a JSON object.
     """
     entries: dict[str, Any] = {}
     for name in read_lists(list_file):

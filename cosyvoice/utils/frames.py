@@ -1,4 +1,4 @@
-"""Sizes that all models share, and how samples, mel frames and speech tokens convert."""
+"""Sizes that all models share, and conversions between samples, mel frames and speech tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ SPEAKER_DIMENSIONS = 192  # of a speaker vector
 
 
 class Durations(Protocol):
-    """Counts of mel frames and speech tokens that last equally long: `Rates` gives them, and every flow."""
+    """A conversion between mel frames and speech tokens of equal duration, which `Rates` and every flow have."""
 
     def mel_frames(self, tokens: int) -> int:
         """Return how many whole mel frames fit into the duration of the tokens."""
@@ -23,12 +23,12 @@ class Durations(Protocol):
 
 @dataclass(frozen=True)
 class Rates:
-    """The rates of one model: samples and speech tokens a second, and samples a mel frame.
+    """The rates of one model: samples per second, samples per mel frame and speech tokens per second.
 
-    CosyVoice-300M: 22050, 256 and 50, where a token lasts 1.72 frames, and conversions round. CosyVoice2: 24000, 480
-    and 25, where a token lasts two frames exactly.
+    CosyVoice-300M has 22050, 256 and 50: a token lasts 1.72 frames, and conversions round. CosyVoice2 has 24000, 480
+    and 25: a token lasts exactly two frames.
 
-    Raises InputError for a rate that is not above zero, and where a token is no whole number of samples.
+    Raises InputError if a rate is not above zero, or if a token is not a whole number of samples.
     """
 
     sample_rate: int  # Hz
@@ -40,16 +40,16 @@ class Rates:
             raise InputError(f"{self} is not possible. Give numbers above 0")
         if self.sample_rate % self.token_rate:
             raise InputError(
-                f"{self.sample_rate} samples a second are no whole number for each of {self.token_rate} speech tokens. "
-                "Look at sample_rate and token_frame_rate in the YAML"
+                f"{self.sample_rate} samples a second cannot be divided into {self.token_rate} speech tokens. "
+                "Correct sample_rate or token_frame_rate in the YAML"
             )
 
     @classmethod
     def of_yaml(cls, sample_rate: int, feat_extractor: Callable[..., Any], token_rate: int) -> "Rates":
-        """Take the values from entries of a model's YAML.
+        """Return the rates of a model's YAML.
 
-        feat_extractor: the YAML's mel function with its settings, of which hop_size counts. token_rate: the entry
-        token_frame_rate, or the flow's input_frame_rate. Raises InputError where the function has no hop_size.
+        feat_extractor: the YAML's mel function with its settings, of which hop_size is used. token_rate: the entry
+        token_frame_rate, or the flow's input_frame_rate. Raises InputError if the function has no hop_size.
         """
         settings = feat_extractor.keywords if isinstance(feat_extractor, partial) else {}
         if "hop_size" not in settings:
@@ -62,14 +62,14 @@ class Rates:
 
     @property
     def token_mel_ratio(self) -> int | None:
-        """Mel frames a token, None where that is no whole number."""
+        """Return the mel frames per token, or None if that is not a whole number."""
         ratio, rest = divmod(self.samples_per_token, self.mel_hop)
         return None if rest else ratio
 
     def mel_frames(self, tokens: int) -> int:
         """Return how many whole mel frames fit into the duration of the tokens.
 
-        1 for 1 token and 258 for 150 of CosyVoice-300M; two a token for CosyVoice2.
+        For CosyVoice-300M that is 1 for 1 token and 258 for 150; for CosyVoice2 two per token.
         """
         return tokens * self.samples_per_token // self.mel_hop
 
@@ -78,7 +78,7 @@ class Rates:
         return ((frames + 1) * self.mel_hop - 1) // self.samples_per_token
 
     def tokens(self, samples: int) -> int:
-        """Return how many tokens cover the samples: the last one may begin with a few of them."""
+        """Return how many tokens cover the samples; the last one may be covered only in part."""
         return -(-samples // self.samples_per_token)
 
     def token_samples(self, tokens: int) -> int:

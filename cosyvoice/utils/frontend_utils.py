@@ -1,4 +1,4 @@
-"""Plain text rules: what makes a text readable aloud, and how a long one is cut into pieces."""
+"""Plain text rules that make a text speakable and cut a long one into pieces."""
 
 import re
 import unicodedata
@@ -8,10 +8,10 @@ from typing import Any
 CHINESE = re.compile("[\u4e00-\u9fff]")
 COMMAS = ",，、"
 DIGIT_MARKS = "⁰¹⁴-⁹₀-₉①-⑨⑴-⑼⒈-⒐⓪⓵-⓽⓿❶-❾➀-➈➊-➒"
-MOST_NAMED_DIGITS = 36  # inflect counts up to decillions
+MAX_NAMED_DIGITS = 36  # inflect counts up to decillions
 STOPS = {"zh": "。？！；：、.?!;", "en": ".?!;:"}  # where a paragraph may be cut
 FULL_STOP = {"zh": "。", "en": "."}
-CUTS = ("(?<=[。！？；])", "(?<=[,，、])", r"(?<=\s)", "")  # of a sentence that is far too long, best place first
+CUTS = ("(?<=[。！？；])", "(?<=[,，、])", r"(?<=\s)", "")  # of a sentence that is far too long, best first
 
 
 def contains_chinese(text: str) -> bool:
@@ -19,42 +19,42 @@ def contains_chinese(text: str) -> bool:
 
 
 def is_only_punctuation(text: str) -> bool:
-    """Whether every character is punctuation or a symbol (a blank is neither); true for empty text."""
+    """Return whether every character is punctuation or a symbol (a space is neither); true for empty text."""
     return all(unicodedata.category(character)[0] in "PS" for character in text)
 
 
 def has_words(text: str) -> bool:
-    """Whether there is anything to speak: a letter, an ideograph or a number."""
+    """Return whether there is anything to speak: a letter, an ideograph or a number."""
     return any(character.isalnum() for character in text)
 
 
 def replace_corner_mark(text: str) -> str:
-    """Superscript two and three in Chinese words: square and cube."""
+    """Replace superscript two and three by the Chinese words for square and cube."""
     return text.replace("²", "平方").replace("³", "立方")
 
 
 def remove_bracket(text: str) -> str:
-    """Drop full-width brackets and back quotes; the Chinese dash becomes a blank."""
+    """Drop full-width brackets and back quotes, and replace the Chinese dash by a space."""
     return re.sub("[（）【】`]", "", text).replace("——", " ")
 
 
 def replace_blank(text: str) -> str:
-    """Drop blanks, except those between two other ASCII characters: there they separate words."""
+    """Drop spaces, except those between two other ASCII characters, which separate words."""
     return re.sub(r"(?<![^ \u0080-\U0010ffff]) | (?![^ \u0080-\U0010ffff])", "", text)
 
 
 def spell_out_number(text: str, inflect_parser: Any) -> str:
-    """Numbers in English words, by `inflect.engine()`.
+    """Replace numbers by English words, with `inflect.engine()`.
 
-    Each run of decimal digits is one number; a superscript two or three is a square or a cube. Runs that are too
-    long for a name, and other marks that stand for a digit (circled ones, subscripts), are spelled one by one.
+    Each run of decimal digits is one number; superscript two and three become "squared" and "cubed". Runs too long to
+    have a name, and other digit characters (circled ones, subscripts), are spelled digit by digit.
     """
 
     def one_by_one(marks: re.Match) -> str:
         return " ".join(inflect_parser.number_to_words(unicodedata.digit(mark)) for mark in marks.group())
 
     def as_number(digits: re.Match) -> str:
-        named = len(digits.group()) <= MOST_NAMED_DIGITS
+        named = len(digits.group()) <= MAX_NAMED_DIGITS
         return inflect_parser.number_to_words(digits.group()) if named else one_by_one(digits)
 
     text = re.sub(r"\d+", as_number, text)
@@ -73,10 +73,10 @@ def split_paragraph(
 ) -> list[str]:
     """Cut a text at its stops into pieces of about token_min_n to token_max_n.
 
-    Lengths are characters in Chinese (lang "zh") and tokens otherwise ("en"). A piece that has more than
-    token_min_n is closed before it would exceed token_max_n; one sentence is never cut. A rest shorter
-    than merge_len joins the piece before it. A full stop ends a text without one; it takes the place of a
-    final comma, unless commas are stops too (comma_split).
+    Lengths are in characters for Chinese (lang "zh") and in tokens for English ("en"). A piece longer than token_min_n
+    is closed before it would exceed token_max_n; a single sentence is never cut. A remainder shorter than merge_len
+    joins the piece before it. A text without a final stop gets one, which replaces a final comma unless commas are
+    stops too (comma_split).
     """
     stops = STOPS[lang] + (",，" if comma_split else "")
     if text and text[-1] not in stops:
@@ -101,14 +101,14 @@ def split_paragraph(
 
 
 def _sentences(text: str, stops: str) -> list[str]:
-    """Each stretch up to its first stop, with a closing quote behind it; repeated stops are dropped."""
+    """Return each sentence up to its first stop and a closing quote after it; repeated stops are dropped."""
     sentence = re.compile(f'([^{stops}]+[{stops}])(?:[{stops}]*(["”]))?')
     return ["".join(match.groups(default="")) for match in sentence.finditer(text)]
 
 
 def break_long(text: str, length: Callable[[str], int], limit: int) -> list[str]:
-    """Cut a text into pieces of at most limit: after full-width stops, which English text does not end at, and commas;
-    between two of them, only if there is no other way, at blanks, and in a word that is longer still, anywhere.
+    """Cut a text into pieces of at most limit, at full-width stops or commas; if there is no other way, at blanks, and
+    in a longer word anywhere.
     """
     pieces: list[str] = []
     for part in _parts(text, length, limit, CUTS):
@@ -120,7 +120,7 @@ def break_long(text: str, length: Callable[[str], int], limit: int) -> list[str]
 
 
 def _parts(text: str, length: Callable[[str], int], limit: int, cuts: Sequence[str]) -> Iterator[str]:
-    """Each stretch between two of the first kind of cuts, or where it is too long, between two of the others."""
+    """Yield the stretches between cuts of the first kind, and cut those that are too long at the next kinds."""
     for part in filter(None, re.split(cuts[0], text)):
         if length(part) > limit and len(cuts) > 1:
             yield from _parts(part, length, limit, cuts[1:])

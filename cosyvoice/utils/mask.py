@@ -1,4 +1,4 @@
-"""Boolean masks over time: True means "may be attended to", except in `make_pad_mask`, where it means padding."""
+"""Boolean masks over time. True means "may be attended to", except in `make_pad_mask`, where it means padding."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,9 @@ from cosyvoice.runtime.errors import InputError
 
 
 def make_pad_mask(lengths: Tensor, max_len: int = 0) -> Tensor:
-    """True at the padded frames of a batch.
+    """Return a mask (B, T) that is True at the padded frames of a batch.
 
-    lengths: (B,) valid frames of each item. max_len: width of the mask, at least the longest length.
-    Returns (B, T) bool.
+    lengths: (B,) valid frames of each item. max_len: least width of the mask, which is the longest length or more.
     """
     width = max(max_len, int(lengths.max()))
     frames = torch.arange(width, device=lengths.device)
@@ -20,10 +19,10 @@ def make_pad_mask(lengths: Tensor, max_len: int = 0) -> Tensor:
 def subsequent_chunk_mask(
     size: int, chunk_size: int, num_left_chunks: int = -1, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """(size, size): frame i sees every frame up to the end of its own chunk of `chunk_size` frames.
+    """Return a mask (size, size) in which frame i sees every frame up to the end of its chunk of `chunk_size` frames.
 
-    Chunks of one frame give the lower triangle: frame i sees itself and the frames before it.
-    `num_left_chunks` is part of the public signature and has no effect there either: all earlier chunks stay visible.
+    Chunks of one frame give the lower triangle: frame i sees itself and the frames before it. `num_left_chunks` has no
+    effect, as in the public code: all earlier chunks stay visible.
     """
     frames = torch.arange(size, device=device)
     chunk_end = (frames // chunk_size + 1) * chunk_size  # first frame that i may not see
@@ -31,9 +30,9 @@ def subsequent_chunk_mask(
 
 
 def mask_of_new_frames(new: int, total: int, chunk_size: int, device: torch.device | str = "cpu") -> Tensor | None:
-    """(1, new, total): which of all frames the last `new` ones see, by chunks of `chunk_size`.
+    """Return the last `new` rows (1, new, total) of the mask of `total` frames in chunks of `chunk_size`.
 
-    Returns None where the new frames share one chunk: then each sees everything.
+    If the new frames share one chunk, each sees everything, and the result is None.
     """
     first = total - new
     if first // chunk_size == (total - 1) // chunk_size:
@@ -50,11 +49,10 @@ def add_optional_chunk_mask(
     static_chunk_size: int,
     num_decoding_left_chunks: int,
 ) -> Tensor:
-    """Combine a padding mask with the chunk mask that the settings ask for.
+    """Combine a padding mask with the chunk mask of the settings.
 
-    xs: (B, T, C), read for its length only. masks: (B, 1, T), True at valid frames.
-    Returns (B, 1, T) without chunks, else (B, T, T). A row that would see nothing sees everything, so that an empty
-    item gives finite numbers.
+    xs: (B, T, C), of which only the length is used. masks: (B, 1, T), True at valid frames. Returns (B, 1, T) without
+    chunks, else (B, T, T). A row that would see nothing sees everything, so that an empty item gives finite numbers.
     """
     size = xs.size(1)
     if use_dynamic_chunk:
@@ -71,5 +69,5 @@ def add_optional_chunk_mask(
 
 
 def mask_to_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The additive form of a mask: 0 where it is True, -1e10 elsewhere (which overflows half precision)."""
+    """Return the additive form of a mask: 0 where it is True, -1e10 elsewhere (which overflows half precision)."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -1.0e10)

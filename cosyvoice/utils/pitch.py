@@ -1,4 +1,4 @@
-"""The fundamental frequency of recordings, as the vocoder's pitch predictor is taught it."""
+"""The fundamental frequency of recordings, the target of the vocoder's pitch predictor."""
 
 from functools import cache
 from typing import TYPE_CHECKING
@@ -12,11 +12,11 @@ from cosyvoice.utils.audio import resample
 if TYPE_CHECKING:
     from swift_f0 import SwiftF0
 
-# SwiftF0 is a network of 0.1 MB that runs on onnxruntime, in 10 ms for a second of audio. WORLD has no wheel, librosa
-# takes seconds to compile in every worker, and Praat's licence would become that of the whole suite.
+# SwiftF0 is a network of 0.1 MB that runs on onnxruntime and takes 10 ms for a second of audio. WORLD has no wheel,
+# librosa compiles for seconds in every worker, and Praat's licence would bind the whole suite.
 ESTIMATOR_RATE_HZ = 16_000
 LOWEST_HZ, HIGHEST_HZ = 50.0, 550.0  # of speech
-VOICED_CONFIDENCE = 0.5  # what the estimator is calibrated for
+VOICED_CONFIDENCE = 0.5  # the estimator is calibrated for it
 
 
 @cache
@@ -27,14 +27,14 @@ def _estimator() -> "SwiftF0":
 
 
 def pitch_track(speech: Tensor, sample_rate: int, hop_size: int) -> Tensor:
-    """Pitch in Hz of speech (1, samples), 0 where there is no voice: float32 (samples // hop_size,).
+    """Return the pitch in Hz of speech (1, samples), 0 in unvoiced frames: float32 (samples // hop_size,).
 
-    Entry i belongs to the middle of the samples from i * hop_size on. A frame is voiced where the estimator's nearest
-    frame is; between voiced frames the pitch is interpolated.
+    Entry i is the pitch in the middle of the frame that starts at sample i * hop_size. A frame is voiced if the
+    estimator's nearest frame is; the pitch is interpolated between voiced frames.
     """
     frames = speech.size(1) // hop_size
-    heard = resample(speech, sample_rate, ESTIMATOR_RATE_HZ)
-    found = _estimator().detect(heard[0].numpy(), ESTIMATOR_RATE_HZ, LOWEST_HZ, HIGHEST_HZ)
+    speech_16k = resample(speech, sample_rate, ESTIMATOR_RATE_HZ)
+    found = _estimator().detect(speech_16k[0].numpy(), ESTIMATOR_RATE_HZ, LOWEST_HZ, HIGHEST_HZ)
     voiced = found.confidence >= VOICED_CONFIDENCE
     if not voiced.any():
         return torch.zeros(frames)

@@ -9,7 +9,7 @@ from cosyvoice.runtime.errors import InputError
 
 
 class WarmupLR(LRScheduler):
-    """Linear rise over `warmup_steps` to the optimiser's lr, then decay with the square root of the step.
+    """A linear rise over `warmup_steps` to the optimiser's lr, then a decay with the square root of the step.
 
     lr_n = lr * sqrt(w) * min(n^-0.5, n * w^-1.5), n = 1, 2, ...: the Transformer's schedule ("Attention Is
     All You Need", section 5.3), scaled so that the peak does not depend on w. Without warm-up (w = 0) lr_n
@@ -26,14 +26,14 @@ class WarmupLR(LRScheduler):
         return [lr * scale for lr in self.base_lrs]
 
     def set_step(self, step: int) -> None:
-        """Continue after `step` steps; the next `step()` goes on from there."""
+        """Continue after `step` steps."""
         self.last_epoch = step
 
 
 class ConstantLR(LRScheduler):
     """The optimiser's lr, unchanged.
 
-    warmup_steps has no effect: CosyVoice2's recipe keeps it in scheduler_conf beside `scheduler: constantlr`.
+    warmup_steps has no effect: CosyVoice2's recipe leaves it in scheduler_conf beside `scheduler: constantlr`.
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 0) -> None:
@@ -44,11 +44,11 @@ class ConstantLR(LRScheduler):
 
 
 class NoamHoldAnnealing(LRScheduler):
-    """Linear rise to the optimiser's lr, a hold, then decay with a power of the step.
+    """A linear rise to the optimiser's lr, a hold, then a decay with a power of the step.
 
     lr_n = lr * min(1, (n + 1) / (w + 1)) up to step w + h, then lr * (w / (n - h))^d, and never below min_lr there;
-    n = 0, 1, ... counts steps, w = warmup_steps, h = hold_steps, d = decay_rate. Behind step max_steps it is min_lr.
-    The schedule of Squeezeformer (Kim et al. 2022).
+    n = 0, 1, ... counts steps, w = warmup_steps, h = hold_steps, d = decay_rate. After step max_steps it is min_lr.
+    This is the schedule of Squeezeformer (Kim et al. 2022).
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class NoamHoldAnnealing(LRScheduler):
         min_lr: float = 0.0,
         max_steps: int | None = None,
     ) -> None:
-        """Raises InputError where warm-up and hold do not end before max_steps."""
+        """Set the schedule. Raises InputError unless warm-up and hold end before max_steps."""
         if max_steps is not None and warmup_steps + hold_steps >= max_steps:
             raise InputError(
                 f"NoamHoldAnnealing: warmup_steps {warmup_steps} and hold_steps {hold_steps} "
-                f"fill max_steps {max_steps}. Give a larger max_steps, or none"
+                f"fill max_steps {max_steps}. Give a larger max_steps, or leave it out"
             )
         self.warmup_steps, self.hold_steps, self.max_steps = warmup_steps, hold_steps, max_steps
         self.decay_rate, self.min_lr = decay_rate, min_lr
@@ -81,10 +81,10 @@ class NoamHoldAnnealing(LRScheduler):
 
 
 class CosineLR(LRScheduler):
-    """The optimiser's lr times `learning_rate_factor`; the steps are the optimiser's."""
+    """The optimiser's lr times `learning_rate_factor` of the optimiser's steps."""
 
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, end: float = 0.0) -> None:
-        """Raises InputError where the warm-up fills the total or `end` is no share."""
+        """Set the schedule. Raises InputError unless the warm-up is shorter than the total and 0 <= end <= 1."""
         if not 0 <= warmup_steps < total_steps or not 0 <= end <= 1:
             raise InputError(
                 "cosine needs 0 <= warmup_steps < total_steps and 0 <= end <= 1, "
@@ -99,9 +99,9 @@ class CosineLR(LRScheduler):
 
 
 def learning_rate_factor(step: int, warmup: int, total: int, end: float = 0.0) -> float:
-    """Linear rise over `warmup` steps, then half a cosine from 1 down to `end` at `total`, where it stays.
+    """Return a factor that rises over `warmup` steps, then falls along half a cosine from 1 to `end` at `total`.
 
-    Steps count from 0, warm-up included. Loshchilov and Hutter, 2017, equation 5, without restarts.
+    Steps count from 0 and include the warm-up. Source: Loshchilov and Hutter, 2017, equation 5, without restarts.
     """
     if step < warmup:
         return (step + 1) / warmup

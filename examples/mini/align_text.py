@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Find which part of the text each speech token says, from the phones and times that the engines wrote.
+"""Find the text position of each speech token, from the phones and times that the speech engines wrote.
 
     examples/mini/align_text.py --lexicon data/mini/lexicon.txt.gz --dirs data/mini/texts/train data/mini/texts/dev
 
 Reads wav.scp, text, and the .phones beside the recordings, and writes .places beside them: for each token of 20 ms the
-number of a word plus the share of that word which is over. They guide the language model's attention while it learns to
-read. The phones that an engine spoke are aligned with those of the lexicon; few differ.
+index of a word plus the share of that word already spoken. They guide the language model's attention in training. The
+phones that an engine spoke are aligned with those of the lexicon; few differ.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SILENCE = "pau"
-OMITTED = 0.7  # cost of a phone that only one side has; less for silence
-SILENT = 0.1
-ALIKE, UNLIKE = 0.5, 1.2  # cost of a vowel for a vowel or a consonant for a consonant, and of one for the other
+GAP_COST = 0.7  # of a phone that only one side has
+SILENCE_COST = 0.1
+SAME_CLASS_COST, OTHER_CLASS_COST = 0.5, 1.2  # of a vowel for a vowel or a consonant for a consonant, or for the other
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,20 +37,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tokenizer = PhoneTokenizer(options.lexicon)
     token_rate = ModelFolder(Path(__file__).parent).rates.token_rate
-    texts = {}  # by recording: two corpora may use the same name for an utterance
+    texts = {}  # by recording, since two corpora may use the same utterance name
     for folder in options.dirs:
         said = read_table(folder / "text")
         wavs = read_table(folder / "wav.scp")
-        if unsaid := wavs.keys() - said.keys():
-            raise InputError(f"{min(unsaid)} is in {folder}/wav.scp, but not in its text. Run make_corpus.py again")
+        if missing := wavs.keys() - said.keys():
+            raise InputError(f"{min(missing)} is in {folder}/wav.scp, but not in its text. Run make_corpus.py again")
         texts |= {Path(wav): said[utt] for utt, wav in wavs.items()}
     for wav, text in tqdm(texts.items(), desc="aligning", unit="utt", disable=None):
         if wav.with_suffix(".places").is_file():
             continue
         ends, phones = read_phones(wav.with_suffix(".phones"))
-        of_phones = align(phones, tokenizer.encode_words(text))
+        phone_places = align(phones, tokenizer.encode_words(text))
         centres = [(token + 0.5) / token_rate for token in range(round(ends[-1] * token_rate))]  # s
-        places = [of_phones[min(bisect_right(ends, centre), len(phones) - 1)] for centre in centres]
+        places = [phone_places[min(bisect_right(ends, centre), len(phones) - 1)] for centre in centres]
         with atomic_write(wav.with_suffix(".places")) as temporary:
             temporary.write_text(" ".join(f"{place:.4f}" for place in places) + "\n", encoding="utf-8")
     print(f"{len(texts)} utterances: .places are beside the recordings")
@@ -59,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read_phones(path: Path) -> tuple[list[float], list[str]]:
     """Return the ends of a recording's phones in seconds, and the phones.
 
-    Raises InputError for a missing or empty file, and a line that is not "end_seconds phone".
+    Raises InputError if the file is missing or empty, or has a line that is not "end_seconds phone".
     """
     from cosyvoice.runtime.errors import InputError
 
     if not path.is_file():
-        raise InputError(f"{path} does not exist. Run make_corpus.py again, with voices that tell their phones")
+        raise InputError(f"{path} does not exist. Run make_corpus.py again, with voices that write their phones")
     ends, phones = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -79,7 +79,7 @@ def read_phones(path: Path) -> tuple[list[float], list[str]]:
 
 
 def align(spoken: Sequence[str], words: Sequence[Sequence[int]]) -> list[float]:
-    """Return for each spoken phone the number of its word, plus the share of that word before the phone's middle.
+    """Return for each spoken phone the index of its word plus the share of that word before the phone's middle.
 
     words: ids of the phone tokenizer. Silence belongs to the end of the word before it. The alignment minimises the
     cost of phones that differ or that only one side has (Levenshtein 1966).
@@ -94,14 +94,14 @@ def align(spoken: Sequence[str], words: Sequence[Sequence[int]]) -> list[float]:
         if unit >= len(BYTES)
     ]
     said = [phone for _, phone in expected]
-    costs = [[OMITTED * column for column in range(len(said) + 1)]]
+    costs = [[GAP_COST * column for column in range(len(said) + 1)]]
     for phone in spoken:
         above, row = costs[-1], []
-        skipped = SILENT if phone == SILENCE else OMITTED
+        skipped = SILENCE_COST if phone == SILENCE else GAP_COST
         for column, cost in enumerate(above):
             best = cost + skipped
             if column:
-                best = min(best, above[column - 1] + difference(phone, said[column - 1]), row[-1] + OMITTED)
+                best = min(best, above[column - 1] + difference(phone, said[column - 1]), row[-1] + GAP_COST)
             row.append(best)
         costs.append(row)
     places = [0.0] * len(spoken)
@@ -111,9 +111,9 @@ def align(spoken: Sequence[str], words: Sequence[Sequence[int]]) -> list[float]:
         if column and cost == costs[row - 1][column - 1] + difference(phone, said[column - 1]):
             places[row - 1] = expected[column - 1][0]
             row, column = row - 1, column - 1
-        elif column and cost == costs[row][column - 1] + OMITTED:
+        elif column and cost == costs[row][column - 1] + GAP_COST:
             column -= 1
-        else:  # a phone of the engine alone
+        else:  # a phone that only the engine has
             if column and phone == SILENCE:
                 word = int(expected[column - 1][0])
                 places[row - 1] = word + 1 - 0.5 / len(words[word])
@@ -128,8 +128,8 @@ def difference(spoken: str, said: str) -> float:
     if spoken == said:
         return 0.0
     if spoken == SILENCE:
-        return 2 * OMITTED  # never
-    return ALIKE if (spoken[0] in "aeiou") == (said[0] in "aeiou") else UNLIKE
+        return 2 * GAP_COST  # never
+    return SAME_CLASS_COST if (spoken[0] in "aeiou") == (said[0] in "aeiou") else OTHER_CLASS_COST
 
 
 if __name__ == "__main__":

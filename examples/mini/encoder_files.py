@@ -1,4 +1,4 @@
-"""Encoders as small ONNX files: weights in 8 bits or half precision, computed with in float32."""
+"""Writes encoders as small ONNX files, with weights in 8 bits or half precision and arithmetic in float32."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 from cosyvoice.utils.file_utils import atomic_write
 
-OPSET = 17  # old enough for any onnxruntime of the last years
+OPSET = 17  # old enough for recent releases of onnxruntime
 CHECKED_FRAMES = (20, 21, 300, 3000)  # of the exported file, against the module
-COMPRESSED_NUMBERS = 1000  # of the smallest weight that is not stored in float32
+COMPRESSED_NUMBERS = 1000  # smaller weights stay in float32
 
 
 def export(
     module: nn.Module, inputs: Callable[[int], dict[str, Tensor]], output: Path, output_name: str, axes: dict
 ) -> None:
-    """Write `module`, which takes `inputs(T)` in their order, as ONNX; `axes` are its axes of variable length.
+    """Write `module`, which takes `inputs(T)` in order, as ONNX; `axes` are its axes of variable length.
 
     Weights are stored in 8 bits if `round_weights` was applied, else in half precision. The arithmetic is float32. The
-    file appears only when it gives what the module gives for several T.
+    file appears only if it gives the module's results for several T.
     """
     module.eval()
     example = inputs(CHECKED_FRAMES[0])
-    with atomic_write(output) as temporary, warnings.catch_warnings(action="ignore"):  # of the exporter's future
+    with atomic_write(output) as temporary, warnings.catch_warnings(action="ignore"):  # about the exporter's future
         torch.onnx.export(
             module,
             tuple(example.values()),
@@ -41,7 +41,7 @@ def export(
 
 
 def round_weights(module: nn.Module) -> None:
-    """Round each weight to 8 bits: to a multiple of a 127th of the largest in its output channel."""
+    """Round each weight to 8 bits, a multiple of a 127th of the largest weight in its output channel."""
     with torch.no_grad():
         for weight in module.parameters():
             if weight.dim() > 1:
@@ -51,13 +51,13 @@ def round_weights(module: nn.Module) -> None:
 
 
 def _channel_scale(weight: np.ndarray, axis: int) -> np.ndarray:
-    """Return a 127th of the largest absolute value of each channel, (C,)."""
+    """Return a 127th of each channel's largest absolute value, (C,)."""
     others = tuple(other for other in range(weight.ndim) if other != axis)
     return np.maximum(np.abs(weight).max(axis=others), np.finfo(np.float32).tiny) / 127
 
 
 def _compress(path: Path) -> None:
-    """Store the large weights of an ONNX file in 8 bits where they were rounded to those, else in half precision."""
+    """Store the large weights of an ONNX file in 8 bits if they were rounded to them, else in half precision."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -69,14 +69,14 @@ def _compress(path: Path) -> None:
             kept.append(stored)
             continue
         name, small = stored.name, f"{stored.name}.small"
-        for axis in {0, weight.ndim - 1}:  # of the output channels: convolutions, matrices
+        for axis in {0, weight.ndim - 1}:  # axis of the output channels in convolutions and in matrices
             scale = _channel_scale(weight, axis)
             shape = [-1 if other == axis else 1 for other in range(weight.ndim)]
             steps = weight / scale.reshape(shape)
             if np.abs(steps - steps.round()).max() < 1e-3:
                 kept.append(numpy_helper.from_array(steps.round().astype(np.int8), small))
                 kept.append(numpy_helper.from_array(scale.reshape(shape).astype(np.float32), f"{name}.scale"))
-                # not DequantizeLinear: onnxruntime would fuse it into a product that rounds the other factor, too
+                # not DequantizeLinear, which onnxruntime fuses into a product that rounds the other factor too
                 nodes.append(helper.make_node("Cast", [small], [f"{name}.steps"], to=TensorProto.FLOAT))
                 nodes.append(helper.make_node("Mul", [f"{name}.steps", f"{name}.scale"], [name]))
                 break
@@ -101,5 +101,5 @@ def _check(module: nn.Module, path: Path, examples: Sequence[dict[str, Tensor]])
         (found,) = session.run(None, {name: value.numpy() for name, value in example.items()})
         assert found.shape == expected.shape and found.dtype == expected.dtype, f"{path}: {found.shape}"
         close.append(np.isclose(found, expected, rtol=1e-3, atol=1e-3).ravel())
-    # all together: of the few codes of a short example, even one on the edge of two would be too many
+    # over all examples, since a short one has so few codes that a single borderline one would exceed 1 %
     assert np.concatenate(close).mean() > 0.99, f"{path} differs from its module"

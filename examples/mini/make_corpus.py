@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Make a corpus of CosyVoice-mini: synthetic speech in Kaldi-style folders.
+"""Make a corpus of synthetic speech for CosyVoice-mini, in Kaldi-style folders.
 
     examples/mini/make_corpus.py --des_dir data/mini/texts --utterances 500
 
-Writes wav/UTT.wav, wav/UTT.phones (lines "end_seconds phone", if the engine tells them), and train/ and dev/ with
+Writes wav/UTT.wav, wav/UTT.phones (lines "end_seconds phone", if the engine gives them), and train/ and dev/ with
 wav.scp, text, utt2spk, spk2utt and make_corpus.failed. Every utterance of a run has its own sentence, and none is a
-sentence that the model is judged by. An utterance's name depends on what it is made from, so a second run makes only
-what is missing.
+sentence of the evaluation. An utterance's name is a hash of its speaker and text, so a second run makes only what is
+missing.
 """
 
 import argparse
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from examples.mini.voices import Voice
 
 ROOT = Path(__file__).resolve().parents[2]
-BATCH_UTTERANCES = 25  # a killed run loses at most these, for each process
+BATCH_UTTERANCES = 25  # a killed run loses at most this many per process
 MIN_SECONDS = 0.3  # shorter: the engine gave up on the sentence
-WARP_RANGE = (0.88, 1.14)  # on pitch and formants together, as they differ between tall and short speakers
+WARP_RANGE = (0.88, 1.14)  # on pitch and formants together, as between tall and short speakers
 TEMPO_RANGE = (0.88, 1.15)
 
 
@@ -41,7 +41,7 @@ class Speaker:
 
     @property
     def effects(self) -> list[str]:
-        """The effects of sox that make the speaker from the voice; none if they are the same."""
+        """Return the sox effects that turn the voice into the speaker; none if they are the same."""
         if self.warp == self.tempo == 1:
             return []
         return ["speed", f"{self.warp:.3f}", "tempo", "-s", f"{self.tempo / self.warp:.4f}"]  # speed changes both
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = options.lexicon and PhoneTokenizer(options.lexicon)
     utterances = make_utterances(speakers, total, options.seed, options.sentences, tokenizer)
     failures = synthesise(utterances, folder / "wav", options.num_processes, tokenizer)
-    held_out = len(speakers) * options.dev_utterances  # first, so that more utterances leave the same ones held out
+    held_out = len(speakers) * options.dev_utterances  # first, so that more utterances do not change which are held out
     for split, part in {"dev": utterances[:held_out], "train": utterances[held_out:]}.items():
         write_split(part, failures, folder, split)
 
@@ -99,7 +99,7 @@ def make_speakers(voices: Sequence[str] | None, variants: int, seed: int) -> lis
     speakers = []
     for voice in voices or VOICES:
         find_voice(voice).check()
-        draw = random.Random(f"{seed} {voice}")  # its own, so that one voice's variants do not depend on the others
+        draw = random.Random(f"{seed} {voice}")  # per voice, so that a voice's variants do not depend on the others
         speakers.append(Speaker(voice, voice))
         for number in range(1, variants + 1):
             warp, tempo = round(draw.uniform(*WARP_RANGE), 3), round(draw.uniform(*TEMPO_RANGE), 3)
@@ -148,7 +148,7 @@ def make_utterances(
 def synthesise(
     utterances: Sequence[Utterance], wavs: Path, processes: int, tokenizer: "PhoneTokenizer | None" = None
 ) -> dict[str, str]:
-    """Make the recordings that are missing. Return {utterance: reason} of those that could not be made."""
+    """Make the missing recordings. Return {utterance: reason} of those that could not be made."""
     from tqdm import tqdm
 
     from utils import check_writable, in_parallel
@@ -192,7 +192,7 @@ def speak(batch: Sequence[Utterance], wavs: Path, tokenizer: "PhoneTokenizer | N
             phones = wav.with_suffix(".phones")
             if phones.is_file():
                 phones.rename(wavs / phones.name)
-            wav.rename(wavs / wav.name)  # last: a recording that is there is complete
+            wav.rename(wavs / wav.name)  # last, so that an existing recording is complete
     return failures
 
 

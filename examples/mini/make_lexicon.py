@@ -15,22 +15,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-DICTIONARY = Path("/usr/share/festival/dicts/cmu/cmudict-0.4.out")  # where Debian's festlex-cmu puts it
+DICTIONARY = Path("/usr/share/festival/dicts/cmu/cmudict-0.4.out")  # from Debian's festlex-cmu
 ENTRY = re.compile(r'\("([A-Za-z]+)" (\w+) \((.*)\)\)')  # ("abuse" v (((ax) 0) ((b y uw z) 1)))
 SYLLABLE = re.compile(r"\(\(([a-z ]+)\) ([01])\)")
 
-# Of two pronunciations the first counts, which is the noun's. In these words the verb's is heard more often.
+# Of two pronunciations the first is taken, the noun's, except for these words, whose verb is more frequent.
 VERBS = """
 aged close collect combine conduct confine converse convert compress dictate does excuse exploit extract houses
 implement impress insert invite lead live lives permit proceed produce putting reading refuse reject suspect upset use
 uses
 """
-# Words that are unstressed in a sentence, while the dictionary has them as they are said alone.
+# Words that are unstressed in a sentence, but have the stress of isolated words in the dictionary.
 UNSTRESSED = """
 and or nor but if as than at by for in on with into am is are were be have has had will would can could should
 i you he she it we they me him us them my your his its our their
 """
-SPELLED_OUT = ("AI", "AM", "CIA", "ID", "IRA", "LED", "OS", "UN", "US")  # not the words that they look like
+SPELLED_OUT = ("AI", "AM", "CIA", "ID", "IRA", "LED", "OS", "UN", "US")  # abbreviations that look like words
 ADDED = """
 a ax0
 an ax0 n
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_lexicon(dictionary: Iterable[str]) -> dict[str, str]:
-    """Return each word's phones from the lines of Festival's dictionary; lines in another form are left out."""
+    """Return each word's phones from the lines of Festival's dictionary. Lines of another form are skipped."""
     lexicon: dict[str, str] = {}
     verbs = set(VERBS.split())
     names: dict[str, str] = {}
@@ -138,7 +138,7 @@ def make_lexicon(dictionary: Iterable[str]) -> dict[str, str]:
 
 
 def phones_of(syllables: str) -> str:
-    """Return `((ax) 0) ((b aw t) 1)` as `ax0 b aw1 t`."""
+    """Return the phones of syllables: `ax0 b aw1 t` for `((ax) 0) ((b aw t) 1)`."""
     phones = []
     for sounds, stress in SYLLABLE.findall(syllables):
         phones += [sound + stress if sound[0] in "aeiou" else sound for sound in sounds.split()]

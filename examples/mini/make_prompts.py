@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Make a Kaldi-style corpus of the telephone prompts of Debian's Asterisk, which three people speak.
+"""Make a Kaldi-style corpus of the telephone prompts of Debian's Asterisk, spoken by three people.
 
     examples/mini/make_prompts.py --des_dir data/mini/prompts
     examples/mini/make_prompts.py --des_dir data/mini/judging --judging
 
-They speak French, Italian and Russian. There are no transcripts, so each text is the name of the prompt: these folders
-are for training that needs no texts. The English prompts, which have transcripts, are in no training: --judging writes
-24 of them for tools/evaluate.py.
+They speak French, Italian and Russian. There are no transcripts, so each text is the name of the prompt, and the
+folders serve training that needs no texts. The English prompts, which have transcripts, are never trained on;
+--judging writes 24 of them for tools/evaluate.py.
 """
 
 import argparse
@@ -25,9 +25,9 @@ JUDGING_FOLDER = "en_US_f_Allison"
 JUDGING_TEXTS = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
 JUDGING_PACKAGES = "sudo apt-get install ffmpeg asterisk-core-sounds-en asterisk-core-sounds-en-g722"
 JUDGING_COUNT = 24
-JUDGING_WORDS = range(8, 17)  # a shorter prompt tells little, a longer one is a list of keys to press
+JUDGING_WORDS = range(8, 17)  # shorter prompts say little about a voice; longer ones list keys to press
 MIN_SECONDS = 1.0
-DEV_SHARE = 25  # one in so many is held out
+DEV_SHARE = 25  # one in this many is held out
 NO_SPEECH = ("beep", "tone", "silence", "music", "monkeys", "tt-")
 
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_corpus(folder: Path, num_processes: int) -> None:
-    """Write the prompts of SPEAKERS, decoded, and their tables, split into train and dev."""
+    """Write the decoded prompts of SPEAKERS and their tables, split into train and dev."""
     from cosyvoice.runtime.errors import InputError
     from tools.kaldi_folder import write_tables
     from utils import in_parallel
@@ -88,7 +88,7 @@ def make_judging_clips(folder: Path) -> None:
     sounds = SOUNDS / JUDGING_FOLDER
     if not (JUDGING_TEXTS.is_file() and sounds.is_dir()):
         raise InputError(f"{JUDGING_TEXTS} or {sounds} does not exist. Run: {JUDGING_PACKAGES}")
-    names: dict[str, str] = {}  # of each text: several prompts say the same
+    names: dict[str, str] = {}  # by text, since several prompts say the same
     for line in gzip.decompress(JUDGING_TEXTS.read_bytes()).decode().splitlines():
         name, _, text = line.partition(": ")
         is_sentence = re.fullmatch(r"[A-Z][A-Za-z',. -]+\.", text) and len(text.split()) in JUDGING_WORDS
@@ -104,7 +104,7 @@ def make_judging_clips(folder: Path) -> None:
 
 
 def decode(source: Path, wav: Path) -> float:
-    """Write a prompt as 16 kHz wav, unless it is there, and return its duration in seconds."""
+    """Write a prompt as a 16 kHz wav, unless it exists, and return its duration in seconds."""
     import soundfile
 
     from cosyvoice.utils.file_utils import atomic_write

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the speaker encoder of CosyVoice-mini: 3D-Speaker's CAM++ as campplus.onnx, with weights of 8 bits.
+"""Write the speaker encoder of CosyVoice-mini: 3D-Speaker's CAM++ as campplus.onnx, with 8-bit weights.
 
     examples/mini/make_speaker_encoder.py --output data/mini/campplus.onnx
 """

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Pass recordings through the vocoder alone, or through tokens, flow and vocoder, to hear what those lose.
+"""Pass recordings through the vocoder alone, or through tokens, flow and vocoder, to hear what these lose.
 
     examples/mini/resynthesise.py --src_dir data/mini/base_voices/slt --des_dir output/slt_mel --through mel
     python tools/evaluate.py --wavs output/slt_mel --reference data/mini/base_voices/slt
 
-The language model is not used, so speech from text cannot be better than what comes out here.
+The language model is not used, so the results show the best quality that speech from text can reach.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--src_dir", type=Path, required=True, help="recordings NNN.wav and their texts NNN.txt")
     parser.add_argument("--des_dir", type=Path, required=True, help="folder to write: the same names")
-    parser.add_argument("--through", choices=("mel", "tokens"), required=True, help="what is left of a recording")
+    parser.add_argument("--through", choices=("mel", "tokens"), required=True, help="the part of a recording used")
     add_folders(parser, "model")
     add_seed(parser)
     options = parser.parse_args(argv)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def from_mel(cosyvoice: "CosyVoice", audio: Path) -> "Tensor":
-    """Return speech (1, samples) of the vocoder, from the recording's own mel."""
+    """Return the vocoder's speech (1, samples) for the recording's own mel."""
     from cosyvoice.utils.audio import load_wav
 
     mel = cosyvoice.frontend.feat_extractor(load_wav(audio, cosyvoice.sample_rate))  # (1, 80, T)
@@ -64,7 +64,7 @@ def from_mel(cosyvoice: "CosyVoice", audio: Path) -> "Tensor":
 
 
 def from_tokens(cosyvoice: "CosyVoice", audio: Path) -> "Tensor":
-    """Return speech (1, samples) of flow and vocoder, from the recording's own tokens and speaker vector."""
+    """Return the speech (1, samples) of flow and vocoder for the recording's own tokens and speaker vector."""
     from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
 
     wav_16k = load_wav(audio, PROMPT_RATE_HZ)

@@ -1,4 +1,4 @@
-"""Distinct English sentences from our own grammar or WordNet's examples, without the judged ones."""
+"""Draws distinct English sentences from our own grammar or WordNet's examples, without those of the evaluation."""
 
 import random
 import re
@@ -18,12 +18,12 @@ JUDGED = (
     FOLDER / "eval_sentences.txt", FOLDER / "tune_sentences.txt", *sorted((FOLDER.parent / "raw_audio").glob("*.txt")),
 )  # fmt: skip
 START = "sentence"
-RUN_WORDS = 5  # a sentence that shares so many words in a row with a judged one counts as that one
-MAX_WORDS = 22  # longer ones take the engines' voices out of breath, and memory in training
-MAX_ATTEMPTS = 1000  # sentences drawn for one new; far fewer are needed while the grammar is not exhausted
-WORDNET = Path("/usr/share/wordnet")  # where Debian's wordnet-base puts it
+RUN_WORDS = 5  # a sentence that shares this many words in a row with a judged one is excluded
+MAX_WORDS = 22  # longer ones strain the engines' voices, and take memory in training
+MAX_ATTEMPTS = 1000  # draws for one new sentence; far fewer suffice until the grammar is exhausted
+WORDNET = Path("/usr/share/wordnet")  # from Debian's wordnet-base
 EXAMPLE_WORDS = range(4, 15)  # shorter ones are not sentences; two of these fit into one utterance
-TWO_AT_ONCE = 0.5  # share of the utterances that have two examples, since most are short
+TWO_AT_ONCE = 0.5  # share of utterances with two examples, since most are short
 
 SYMBOL = re.compile(r"<(\w+)>")
 EXAMPLE = re.compile(r'"([^"]+)"')
@@ -32,9 +32,9 @@ ARTICLE = re.compile(r"\b([Aa])(?= (?:hour|honest|[aeio]|u(?!ni|se|su)))")  # a 
 
 
 class Grammar:
-    """A context-free grammar: rules are named, each alternative has a weight, <name> stands for a rule.
+    """A context-free grammar of named rules, whose alternatives have weights; <name> stands for a rule.
 
-    Raises InputError, naming the rule, if an alternative uses a rule that does not exist.
+    Raises InputError if an alternative uses a rule that does not exist.
     """
 
     def __init__(self, text: str) -> None:
@@ -45,7 +45,7 @@ class Grammar:
         for name, (alternatives, _) in self.rules.items():
             unknown = {symbol for text in alternatives for symbol in SYMBOL.findall(text)} - self.rules.keys()
             if unknown:
-                raise InputError(f"grammar: rule {name} uses {', '.join(sorted(unknown))}, which are not there")
+                raise InputError(f"grammar: rule {name} uses {', '.join(sorted(unknown))}. Add these rules")
 
     def _read_line(self, line: str) -> None:
         head = re.match(r"(\w+):\s*", line)
@@ -67,10 +67,10 @@ class Grammar:
 
 
 class Exclusion:
-    """The sentences that must not be drawn: those that share RUN_WORDS words in a row with a judged one.
+    """The set of sentences that must not be drawn: those that share RUN_WORDS words in a row with a judged one.
 
-    A judged sentence of fewer words is excluded as a whole. With a tokenizer, sentences with a word that its lexicon
-    lacks are excluded too.
+    A shorter judged sentence is excluded as a whole. With a tokenizer, sentences with a word that its lexicon lacks are
+    excluded too.
     """
 
     def __init__(self, sentences: Iterable[str], tokenizer: "PhoneTokenizer | None" = None) -> None:
@@ -90,11 +90,11 @@ def word_runs(sentence: str) -> Iterator[tuple[str, ...]]:
 
 
 def read_sentences(files: Iterable[Path]) -> list[str]:
-    """Return the lines of text files. Raises InputError if one is missing: its sentences would not be excluded."""
+    """Return the lines of text files. Raises InputError if one is missing, since its sentences would be trained on."""
     lines = []
     for file in files:
         if not file.is_file():
-            raise InputError(f"{file} does not exist. It holds sentences that must not be trained on, so put it back")
+            raise InputError(f"{file} does not exist. It lists sentences that must not be trained on, so put it back")
         lines += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     return lines
 
@@ -115,7 +115,7 @@ def draw_sentences(seed: int, exclusion: Exclusion, grammar: Grammar | None = No
 
 
 def polish(sentence: str) -> str:
-    """Return the sentence with a capital at the start, also after a quotation mark, and "an" before a vowel."""
+    """Return the sentence with an initial capital, also after a quotation mark, and "an" before vowels."""
     return capitalize(ARTICLE.sub(r"\1n", sentence))
 
 
@@ -126,7 +126,7 @@ def capitalize(sentence: str) -> str:
 def read_examples(folder: Path = WORDNET) -> list[str]:
     """Return WordNet's examples of how its words are used (Fellbaum 1998), as sentences.
 
-    They have many more words than the grammar. Raises InputError if WordNet is not installed.
+    Their vocabulary is much larger than the grammar's. Raises InputError if WordNet is not installed.
     """
     examples = set()
     for part in ("noun", "verb", "adj", "adv"):
@@ -140,13 +140,13 @@ def read_examples(folder: Path = WORDNET) -> list[str]:
 
 
 def draw_examples(seed: int, exclusion: Exclusion, examples: Sequence[str]) -> Iterator[str]:
-    """Yield examples in an order that the seed draws, alone or two at once. Raises InputError when all are drawn."""
+    """Yield examples in random order, one or two at once. Raises InputError when all are drawn."""
     draw = random.Random(seed)
-    left = draw.sample(examples, len(examples))
-    while len(left) > 1:
-        sentence = left.pop()
+    remaining = draw.sample(examples, len(examples))
+    while len(remaining) > 1:
+        sentence = remaining.pop()
         if draw.random() < TWO_AT_ONCE:
-            sentence = f"{sentence} {left.pop()}"
+            sentence = f"{sentence} {remaining.pop()}"
         if sentence not in exclusion and len(sentence.split()) <= MAX_WORDS:
             yield sentence
     raise InputError(f"there are no more than {len(examples)} examples. Ask for fewer sentences")

@@ -18,12 +18,12 @@ PACKAGES = (
     "sudo apt-get install flite festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts "
     "festlex-cmu festlex-poslex espeak-ng sox wordnet-base"
 )
-HELD_OUT = "rms"  # the voice of the few-shot demonstration: no model may know it before
+HELD_OUT = "rms"  # the voice of the few-shot demonstration, which no model may have been trained on
 
 
 @dataclass(frozen=True)
 class Voice(ABC):
-    """A voice, under the engine's own name."""
+    """A voice, with the engine's name for it."""
 
     voice: str
 
@@ -36,9 +36,9 @@ class Voice(ABC):
 
     @abstractmethod
     def speak(self, texts: Mapping[str, str], folder: Path, tokenizer: "PhoneTokenizer | None" = None) -> None:
-        """Write NAME.wav for each name in `texts`, and NAME.phones with lines "end_seconds phone" if the engine tells.
+        """Write NAME.wav for each name in `texts`, and lines "end_seconds phone" in NAME.phones if the engine can.
 
-        tokenizer: gives the phones to an engine that speaks phones. A sentence that it cannot speak leaves no wav.
+        tokenizer: gives the phones to an engine that speaks phones. A sentence that it cannot speak gets no wav.
         """
 
 
@@ -61,13 +61,13 @@ class Festival(Voice):
             raise InputError(f"festival has no voice {self.voice}; {PACKAGES}")
 
     def speak(self, texts: Mapping[str, str], folder: Path, tokenizer: "PhoneTokenizer | None" = None) -> None:
-        script = folder / "speak.scm"  # one for all: festival takes a second to start
-        left = list(texts.items())
-        while left:
-            script.write_text(f"(voice_{self.voice})\n" + "".join(map(self._commands, left)), encoding="utf-8")
+        script = folder / "speak.scm"  # one script for all texts, since festival takes a second to start
+        remaining = list(texts.items())
+        while remaining:
+            script.write_text(f"(voice_{self.voice})\n" + "".join(map(self._commands, remaining)), encoding="utf-8")
             subprocess.run(["festival", "-b", script.name], cwd=folder, stderr=subprocess.DEVNULL, check=False)
-            unspoken = [(name, text) for name, text in left if not (folder / f"{name}.wav").is_file()]
-            left = unspoken[1:]  # it ends at the first that it cannot speak
+            unspoken = [(name, text) for name, text in remaining if not (folder / f"{name}.wav").is_file()]
+            remaining = unspoken[1:]  # festival stops at the first text that it cannot speak
         for segments in folder.glob("*.segs"):
             lines = segments.read_text(encoding="utf-8").partition("#\n")[2].splitlines()
             phones = [(float(end), phone) for end, _, phone in map(str.split, lines)]
@@ -76,7 +76,7 @@ class Festival(Voice):
     @staticmethod
     def _commands(item: tuple[str, str]) -> str:
         name, text = item
-        quoted = text.replace("\\", " ").replace('"', " ")  # neither is spoken
+        quoted = text.replace("\\", " ").replace('"', " ")  # neither character is spoken
         return (
             f'(set! utt (utt.synth (Utterance Text "{quoted}")))\n'
             f'(utt.save.wave utt "{name}.wav" \'riff)\n(utt.save.segs utt "{name}.segs")\n'
@@ -93,7 +93,7 @@ class Espeak(Voice):
 
 
 def apply_effects(wav: Path, effects: list[str], tempo: float) -> None:
-    """Apply sox's effects to a recording, which speed it up by `tempo`, and adapt the times of its phones."""
+    """Apply sox effects, which speed a recording up by `tempo`, and adapt the times of its phones."""
     if not effects:
         return
     changed = wav.with_name(f"changed-{wav.name}")

