@@ -5,6 +5,11 @@
 By default the newest voice of the output folder speaks.
 """
 
+if __name__ == "__main__":  # before the imports, which take a while
+    from cosyvoice.runtime.startup import stop_silently
+
+    stop_silently()
+
 import argparse
 import time
 from collections.abc import Sequence

@@ -4,6 +4,11 @@
     python merge_joint_weights.py --ckpt output/joint_joint_last.ckpt   # a checkpoint's own weights
 """
 
+if __name__ == "__main__":  # before the imports, which take a while
+    from cosyvoice.runtime.startup import stop_silently
+
+    stop_silently()
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

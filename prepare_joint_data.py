@@ -7,6 +7,11 @@ Reads recordings of 0.5 to 30 s with a text of the same name (001.wav and 001.tx
 whether it was kept and why not. A second run redoes only what changed.
 """
 
+if __name__ == "__main__":  # before the imports, which take a while
+    from cosyvoice.runtime.startup import stop_silently
+
+    stop_silently()
+
 import argparse
 import os
 from collections.abc import Iterator, Sequence

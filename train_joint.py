@@ -5,6 +5,11 @@
 Watch it with `tensorboard --logdir output/joint_logs`. At the end the best weights are merged and ready to speak.
 """
 
+if __name__ == "__main__":  # before the imports, which take a while
+    from cosyvoice.runtime.startup import stop_silently
+
+    stop_silently()
+
 import argparse
 import hashlib
 import math

@@ -6,14 +6,17 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from cosyvoice.runtime.errors import DISK_TROUBLE, GONE, NO_PERMISSION, InputError, is_memory_trouble
 
 PLACE_TROUBLE = (*DISK_TROUBLE, *NO_PERMISSION, *GONE)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+REPEAT_SECONDS = 0.05
 VALIDATION = 1_000_003  # in place of the epoch in `seed_all`: keeps validation apart from every training epoch
 
 
@@ -27,7 +30,8 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     threading.excepthook = _tell_of_thread
     code, reason = EXIT_USER_ERROR, ""
     try:
-        code = main(None) or 0
+        with _interrupts():
+            code = main(None) or 0
     except InputError as error:
         reason = str(error)
     except OSError as error:
@@ -49,6 +53,37 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
         print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the first to be called: nothing is left to stop
     sys.exit(code)
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Make every Ctrl-C a KeyboardInterrupt here, also where it comes while a library is loaded.
+
+    There, one may be swallowed by a callback, and then it is repeated; or it becomes another exception.
+    """
+    interrupted = threading.Event()
+
+    def notice(signum: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    def swallowed(failure: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(failure.exc_value, KeyboardInterrupt):
+            sys.__unraisablehook__(failure)
+            return
+        again = threading.Timer(REPEAT_SECONDS, signal.raise_signal, [signal.SIGINT])
+        again.daemon = True
+        again.start()
+
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):  # and not ignored
+        signal.signal(signal.SIGINT, notice)
+        sys.unraisablehook = swallowed
+    try:
+        yield
+    except Exception:
+        if not interrupted.is_set():
+            raise
+        raise KeyboardInterrupt from None
 
 
 def _tell_of_thread(failure: threading.ExceptHookArgs) -> None:
