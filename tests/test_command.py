@@ -2,6 +2,8 @@
 
 import errno
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +63,50 @@ def test_an_interrupt_while_python_clears_up_leaves_no_traceback() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+INTERRUPTED = (130, "-c: interrupted; what was finished is kept\n")
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        # as numpy does where it is interrupted while it is loaded
+        "    try:\n        signal.raise_signal(signal.SIGINT)\n"
+        "    except KeyboardInterrupt:\n        raise ImportError('numpy')\n",
+        # in a callback that cannot raise
+        "    Thing()\n    for _ in range(600):\n        time.sleep(0.1)\n",
+        "    signal.raise_signal(signal.SIGINT)\n",
+    ],
+)
+def test_an_interrupt_while_libraries_load_is_one_line(main: str) -> None:
+    code = (
+        "import signal, time\n"
+        "from cosyvoice.runtime.command import run\n"
+        "class Thing:\n    def __del__(self):\n        signal.raise_signal(signal.SIGINT)\n"
+        f"def main(argv):\n{main}"
+        "run(main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == INTERRUPTED
+
+
+@pytest.mark.skipif(os.name == "nt", reason="how a process ends by a signal is a matter of POSIX")
+@pytest.mark.parametrize(("ignored", "expected"), [(False, -signal.SIGINT), (True, 0)])
+def test_an_interrupt_during_the_imports_says_nothing(ignored: bool, expected: int) -> None:
+    code = (
+        "import signal\n"
+        + "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" * ignored
+        + "from cosyvoice.runtime.startup import stop_silently\nstop_silently()\nsignal.raise_signal(signal.SIGINT)\n"
+        "from cosyvoice.runtime.command import run\nrun(lambda argv: signal.raise_signal(signal.SIGINT))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (expected, "")
+
+
+@pytest.mark.parametrize("script", ["prepare_joint_data", "train_joint", "merge_joint_weights", "inference_joint"])
+def test_scripts_stop_silently_before_they_import_the_suite(script: str) -> None:
+    """Of all that imports the suite, it comes first."""
+    lines = (ROOT / f"{script}.py").read_text(encoding="utf-8").splitlines()
+    imports = [line.strip() for line in lines if re.match(r" *(from|import) ", line)]
+    assert imports[0] == "from cosyvoice.runtime.startup import stop_silently"

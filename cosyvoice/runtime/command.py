@@ -1,5 +1,6 @@
 """What every command needs: the one way errors end, threads that wait politely, and random draws made again."""
 
+import _thread
 import atexit
 import io
 import os
@@ -71,11 +72,12 @@ def _interrupts() -> Iterator[None]:
         if not isinstance(failure.exc_value, KeyboardInterrupt):
             sys.__unraisablehook__(failure)
             return
-        again = threading.Timer(REPEAT_SECONDS, signal.raise_signal, [signal.SIGINT])
+        again = threading.Timer(REPEAT_SECONDS, _thread.interrupt_main)
         again.daemon = True
         again.start()
 
-    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL):  # and not ignored
+    before, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    if before in (signal.default_int_handler, signal.SIG_DFL):  # and not ignored
         signal.signal(signal.SIGINT, notice)
         sys.unraisablehook = swallowed
     try:
@@ -84,6 +86,9 @@ def _interrupts() -> Iterator[None]:
         if not interrupted.is_set():
             raise
         raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = hook
 
 
 def _tell_of_thread(failure: threading.ExceptHookArgs) -> None:
