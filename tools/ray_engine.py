@@ -6,7 +6,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +25,12 @@ def on_ray(workers: int) -> Iterator[Spread]:
 
     Raises InputError where Ray is not installed or the cluster does not answer.
     """
-    if find_spec("ray") is None:
-        raise InputError("--engine ray: Ray is not installed; pip install -r requirements-cluster.txt")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
-    import ray
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        remedy = "pip install -r requirements-cluster.txt"
+        raise InputError(f"--engine ray: Ray is not installed ({error}); {remedy}") from error
 
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         try:
