@@ -21,7 +21,7 @@ from recipe import RAW_AUDIO
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.speech_encoders import encoders
 from cosyvoice.speech_encoders.encoders import SpeakerEncoder
-from tools import extract_embedding, extract_speech_token, make_parquet_list
+from tools import extract_embedding, extract_speech_token, make_parquet_list, ray_engine
 from tools.engines import add_engine, opened
 from tools.kaldi_folder import read_numbers, read_table, write_table
 from tools.random_onnx import write_speaker_encoder, write_speech_tokenizer
@@ -51,20 +51,24 @@ class MortalEncoder(SpeakerEncoder):
         return super().__call__(wav_16k)
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a cluster of two machines of one core each, with all that Ray writes in a folder of its own."""
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # it would leave a token in the home folder
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))  # for MortalEncoder
-    monkeypatch.setenv(LOST, str(tmp_path / "lost"))
-    from ray.cluster_utils import Cluster
-
     small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # sockets want short paths
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,  # sockets want short paths
+    ):
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # it would leave a token in the home folder
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))  # for MortalEncoder
+        patch.setenv(LOST, str(tmp_path_factory.mktemp("cluster") / "lost"))
+        from ray.cluster_utils import Cluster
+
         cluster = Cluster(True, head_node_args={**small, "temp_dir": folder, "include_dashboard": False})
         try:
             cluster.add_node(**small, env_vars={LOSES: "1"})
+            patch.setenv("RAY_ADDRESS", cluster.address)
             yield cluster.address
         finally:
             cluster.shutdown()
@@ -107,17 +111,30 @@ def test_a_cluster_that_loses_a_machine_makes_the_same_files(
     monkeypatch.chdir(tmp_path / "pool")
     run_stages("pool")
     monkeypatch.setattr(encoders, "SpeakerEncoder", MortalEncoder)
-    monkeypatch.setenv("RAY_ADDRESS", cluster)
     monkeypatch.chdir(tmp_path / "ray")
     run_stages("ray")
 
-    assert (tmp_path / "lost").exists()
+    assert Path(os.environ[LOST]).exists()
     assert "ray: 2 cores on 2 machine(s)" in capsys.readouterr().err
     made = files(tmp_path / "ray")
     assert made == files(tmp_path / "pool")
     assert len(read_numbers(tmp_path / "ray/data/utt2embedding.pt")) == UTTERANCES - 1
     assert list(read_table(tmp_path / "ray/data/extract_embedding.failed")) == ["u05"]
     assert len([name for name in made if name.endswith(".tar")]) == 3
+
+
+def refuse(item: int) -> None:
+    raise InputError(f"{item} is wrong; give another")
+
+
+@with_ray
+def test_what_a_job_raises_arrives(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened("ray", 1) as spread:
+        with pytest.raises(InputError, match="^7 is wrong; give another$"):
+            list(spread(refuse, [7]))
+        monkeypatch.setattr(ray_engine, "ROOT", tmp_path / "elsewhere")
+        with pytest.raises(NotADirectoryError, match="lacks a folder that all machines.*elsewhere"):
+            list(spread(refuse, [7]))
 
 
 @with_ray
