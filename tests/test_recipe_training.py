@@ -261,6 +261,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(recipe: Recipe, two
     assert_same_weights(one / "epoch_1_whole.pt", two_processes / "epoch_1_whole.pt", atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_two_machines_equal_one_with_two_processes(recipe: Recipe, two_processes: Path, rendezvous: str) -> None:
     """Each machine is a torchrun of its own, with one process."""
