@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +145,17 @@ def test_an_address_where_nothing_listens_is_named(monkeypatch: pytest.MonkeyPat
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(InputError, match=f"no Ray cluster at {address} .*refused"), opened("ray", 1):
+        pass
+
+
+def test_a_ray_that_does_not_start_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out.\nMore about it.")  # as Ray has it, on a machine that is too busy
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    told = r"^no Ray cluster at this machine \(The current node timed out\.\); see .*$"
+    with pytest.raises(InputError, match=told), opened("ray", 1):
         pass
 
 

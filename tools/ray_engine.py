@@ -36,7 +36,7 @@ def on_ray(workers: int) -> Iterator[Spread]:
         try:
             check_reachable()
             ray.init(**where(workers, folder), log_to_driver=False, logging_level="ERROR")
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # what Ray raises where its own processes do not start has no other class
             address = os.environ.get("RAY_ADDRESS", "this machine")
             raise InputError(f"no Ray cluster at {address} ({first_line(error)}); see docs/recipes.md") from error
         try:
