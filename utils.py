@@ -5,8 +5,9 @@ import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from cosyvoice.utils.text_files import decode_lines
 
 if TYPE_CHECKING:
     import torch
+
+AHEAD = 4  # jobs for each worker that are started before the first of them is waited for
 
 
 def add_folders(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -104,13 +107,26 @@ def check_writable(folder: Path, model_dir: Path | None = None) -> None:
         raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
 
 
-def in_parallel(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
+def in_parallel(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
     """Yield `work(item)` of all items in order, from several threads. Ctrl-C waits only for items already started."""
     pool = ThreadPoolExecutor(workers)
     try:
-        yield from pool.map(work, items)
+        yield from in_order(lambda item: pool.submit(work, item), Future.result, items, workers)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def in_order(
+    start: Callable[[Any], Any], wait: Callable[[Any], Any], items: Iterable[Any], workers: int
+) -> Iterator[Any]:
+    """Yield `wait(start(item))` of all items in order. Only a few items are started ahead of the one waited for."""
+    started: deque[Any] = deque()
+    for item in items:
+        started.append(start(item))
+        if len(started) == AHEAD * workers:
+            yield wait(started.popleft())
+    while started:
+        yield wait(started.popleft())
 
 
 def is_unicode(text: str) -> bool:

@@ -19,10 +19,12 @@ train_sets=${train_sets-train-clean-100 train-clean-360 train-other-500}
 dev_sets=${dev_sets-dev-clean dev-other}
 test_sets=${test_sets-test-clean test-other}
 num_jobs=${num_jobs:-$(getconf _NPROCESSORS_ONLN)} # utterances or files at a time in stages 1 to 3
+engine=${engine:-pool}                            # of stages 1 to 3; ray: the cluster at RAY_ADDRESS
 
 models=${models:-llm flow hifigan}
 from_scratch=${from_scratch:-false}               # true: train without pretrained weights
 train_engine=${train_engine:-torch_ddp}           # or deepspeed
+torchrun_options=${torchrun_options:---standalone} # on a free port; or --nnodes and where the machines meet
 average_num=${average_num:-5}                     # checkpoints
 parquet_suffix=${parquet_suffix-}                 # training reads data/SET$parquet_suffix/parquet
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1,2,3}
@@ -32,6 +34,7 @@ read -ra train_sets <<<"$train_sets"
 read -ra dev_sets <<<"$dev_sets"
 read -ra test_sets <<<"$test_sets"
 read -ra models <<<"$models"
+read -ra torchrun_options <<<"$torchrun_options"
 sets=("${train_sets[@]}" "${dev_sets[@]}" "${test_sets[@]}")
 
 declare -A stage_titles=(
@@ -84,13 +87,13 @@ stage_0() {
 stage_1() {
     local x
     for x in "${sets[@]}"; do
-        python tools/extract_embedding.py --dir "data/$x" --num_thread "$num_jobs" \
+        python tools/extract_embedding.py --dir "data/$x" --num_thread "$num_jobs" --engine "$engine" \
             --onnx_path "$pretrained_model_dir/campplus.onnx"
     done
 }
 
 extract_tokens() { # a folder with wav.scp
-    python tools/extract_speech_token.py --dir "$1" --num_thread "$num_jobs" \
+    python tools/extract_speech_token.py --dir "$1" --num_thread "$num_jobs" --engine "$engine" \
         --onnx_path "$pretrained_model_dir/$speech_tokenizer"
 }
 
@@ -103,7 +106,7 @@ stage_2() {
 
 make_parquet() { # a folder of tables, where parquet/ goes, options
     python tools/make_parquet_list.py --num_utts_per_parquet 1000 --num_processes "$num_jobs" \
-        --src_dir "$1" --des_dir "$2/parquet" "${@:3}"
+        --engine "$engine" --src_dir "$1" --des_dir "$2/parquet" "${@:3}"
 }
 
 stage_3() {
@@ -138,8 +141,8 @@ find_gpus() { # set what training is started with, and what it is told about GPU
 from cosyvoice.runtime.device import fastest_device
 print(torch.cuda.device_count() if fastest_device().type == 'cuda' else 0)")
     if [ "$num_gpus" -gt 0 ]; then
-        # a port that is free: another run may be at work on other GPUs
-        start=(torchrun --standalone --nproc_per_node="$num_gpus") dist_backend=nccl on_device=(--pin_memory --use_amp)
+        start=(torchrun "${torchrun_options[@]}" --nproc_per_node="$num_gpus")
+        dist_backend=nccl on_device=(--pin_memory --use_amp)
     else
         echo "no GPU that torch computes on: one process on the CPU"
         start=(python) dist_backend=gloo on_device=()

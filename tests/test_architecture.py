@@ -63,6 +63,7 @@ PACKAGES = {  # import name -> package
     "resemblyzer": "Resemblyzer",
 }
 NOT_IMPORTED_HERE = {"tensorboard"}  # but by Lightning's logger
+CLUSTER = {"ray"}  # of --engine ray
 JUDGES = {"ctranslate2", "hama", "matplotlib", "Resemblyzer", "speechmos"}  # of tools/evaluate.py, beyond the suite
 
 
@@ -147,7 +148,7 @@ def packages(files: list[Path]) -> set[str]:
 
 def test_requirements_are_what_the_code_imports() -> None:
     needed = packages([*SUITE_FILES, *PACKAGE_FILES, *sources("tests", "tools", "bench")])
-    assert set(pins("requirements.txt")) == needed - JUDGES | NOT_IMPORTED_HERE
+    assert set(pins("requirements.txt")) == needed - JUDGES - CLUSTER | NOT_IMPORTED_HERE
 
 
 def test_judges_are_needed_by_the_tools_alone() -> None:
@@ -156,6 +157,13 @@ def test_judges_are_needed_by_the_tools_alone() -> None:
     judges = pins("requirements-eval.txt").keys()
     assert judges >= JUDGES
     assert not judges & pins("constraints.txt").keys(), "it is installed anyway"
+
+
+def test_a_cluster_is_needed_by_its_engine_alone() -> None:
+    engine = ROOT / "tools" / "ray_engine.py"
+    assert packages([engine]) >= CLUSTER and pins("requirements-cluster.txt").keys() == CLUSTER
+    others = [path for path in [*SUITE_FILES, *PACKAGE_FILES, *sources("tools", "bench")] if path != engine]
+    assert not packages(others) & CLUSTER
 
 
 def test_constraints_pin_the_same_versions() -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,8 +196,15 @@ def test_a_killed_extraction_goes_on_after_its_last_part(
     data: Path, networks: Path, counter: CallCounter, monkeypatch: pytest.MonkeyPatch, at_call: int, left: int
 ) -> None:
     monkeypatch.setattr(extraction, "PART_UTTERANCES", 2)
-    killed = data.with_name("killed")
-    counter.at_call, counter.act = at_call, lambda: shutil.copytree(data, killed)
+    killed, parts = data.with_name("killed"), data / ".utt2embedding.parts"
+
+    def kill() -> None:
+        deadline = time.monotonic() + 30
+        while len(list(parts.glob("part-*"))) < (at_call - 1) // 2 and time.monotonic() < deadline:
+            time.sleep(0.01)  # the part before may still be on its way to the disk
+        shutil.copytree(data, killed)
+
+    counter.at_call, counter.act = at_call, kill
     whole = embed(data, networks)
     assert not (killed / "utt2embedding.pt").exists()
 

@@ -136,6 +136,16 @@ def test_training_on_several_gpus_with_deepspeed(told: Callable[..., list[str]])
             assert not asked.keys() & {"optimizer", "scheduler"}  # those of train_conf count
 
 
+def test_several_machines_share_the_work(told: Callable[..., list[str]]) -> None:
+    for engine in ({}, {"engine": "ray"}):
+        calls = told("cosyvoice/run.sh", stage="1", stop_stage="3", **engine)
+        assert {options(call)["--engine"] for call in calls} == {engine.get("engine", "pool")}
+    meet = "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=first:29500"
+    given = {"stage": "5", "stop_stage": "5", "models": "llm", "torchrun_options": meet}
+    (call,) = told("cosyvoice/run.sh", gpus=4, **given)
+    assert call.startswith(f"torchrun {meet} --nproc_per_node=4 cosyvoice/bin/train.py ")
+
+
 def test_rejected_samples_are_made_of_every_set_that_is_trained_on(told: Callable[..., list[str]]) -> None:
     calls = told("cosyvoice2/run_dpo.sh", stage="3", stop_stage="6")
     for x in (*TRAIN_SETS, *DEV_SETS):

@@ -2,9 +2,12 @@
 
 import math
 import multiprocessing
+import os
 import resource
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -233,21 +236,55 @@ def test_checkpoints_need_no_room_in_the_systems_temporary_folder(
     assert (recipe.train("llm", "no_tmp", "--max_epoch", "1") / "last.ckpt").is_file()
 
 
-def test_two_processes_equal_one_with_twice_the_accumulation(recipe: Recipe) -> None:
-    """The one process has two workers, whose batches it takes in turn: those of the two processes."""
-    one = recipe.train("llm", "one_process", "--num_workers", "2")
-    config = write_config(recipe.folder, "unaccumulated.yaml", accum_grad=1)
-    argv = recipe.options("llm", "two_processes", config=config)
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def two_processes(recipe: Recipe) -> Path:
+    """The folder of a run of two processes on one machine."""
+    config = write_config(recipe.folder, "unaccumulated.yaml", accum_grad=1)
+    argv = recipe.options("llm", "two_processes", config=config)
     slow = ["pytorch_lightning", "whisper.tokenizer", "torchaudio.transforms", "hydra.utils", "pyarrow.parquet"]
     multiprocessing.set_forkserver_preload(slow)  # imported once for both, and for their workers
-    torch.multiprocessing.start_processes(train_as, args=(2, port, argv), nprocs=2, start_method="forkserver")
-    two = recipe.folder / "two_processes"
+    torch.multiprocessing.start_processes(train_as, args=(2, free_port(), argv), nprocs=2, start_method="forkserver")
+    return recipe.folder / "two_processes"
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(recipe: Recipe, two_processes: Path) -> None:
+    """The one process has two workers, whose batches it takes in turn: those of the two processes."""
+    one = recipe.train("llm", "one_process", "--num_workers", "2")
     for epoch in range(2):
-        assert losses(two, epoch) == pytest.approx(losses(one, epoch), rel=1e-5)
-    assert_same_weights(one / "epoch_1_whole.pt", two / "epoch_1_whole.pt", atol=1e-5)
+        assert losses(two_processes, epoch) == pytest.approx(losses(one, epoch), rel=1e-5)
+    assert_same_weights(one / "epoch_1_whole.pt", two_processes / "epoch_1_whole.pt", atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_two_machines_equal_one_with_two_processes(recipe: Recipe, two_processes: Path, rendezvous: str) -> None:
+    """Each machine is a torchrun of its own, with one process."""
+    config = recipe.folder / "unaccumulated.yaml"
+    argv = [str(Path(train.__file__)), *recipe.options("llm", rendezvous, config=config)]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    port = free_port()
+    meet = {
+        "static": ["--node_rank={}", "--master_addr=127.0.0.1", f"--master_port={port}"],
+        "c10d": ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"],
+    }
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    commands = [[*start, *(option.format(rank) for option in meet[rendezvous]), *argv] for rank in range(2)]
+    machines = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        said = [machine.communicate(timeout=300)[1] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    for epoch in range(2):
+        assert losses(recipe.folder / rendezvous, epoch) == losses(two_processes, epoch)
+    assert_same_weights(recipe.folder / rendezvous / "epoch_1_whole.pt", two_processes / "epoch_1_whole.pt")
 
 
 def test_a_checkpoint_is_where_training_starts(recipe: Recipe, finished: Callable[[str], Path]) -> None:

@@ -16,10 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    from tools.engines import add_engine, opened
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, required=True, help="folder with wav.scp and utt2spk")
     parser.add_argument("--onnx_path", type=Path, required=True, help="campplus.onnx")
-    parser.add_argument("--num_thread", type=int, default=8, help="utterances at a time (default: %(default)s)")
+    parser.add_argument("--num_thread", type=int, default=8, help="utterances at a time in pool (default: %(default)s)")
+    add_engine(parser)
     options = parser.parse_args(argv)
 
     from cosyvoice.runtime.command import check_least
@@ -31,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_least("--num_thread", options.num_thread)
     utt2spk = read_table(options.dir / "utt2spk")
     encoder = SpeakerEncoder(options.onnx_path, device="cpu")  # CUDA would tune itself anew for every length
-    vectors = Extraction(options.dir, "utt2embedding", encoder, options.num_thread).run("extract_embedding.failed")
+    with opened(options.engine, options.num_thread) as spread:
+        vectors = Extraction(options.dir, "utt2embedding", encoder, spread).run("extract_embedding.failed")
     save_tensors(speaker_means(vectors, utt2spk), options.dir / "spk2embedding.pt")
 
 

@@ -16,10 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    from tools.engines import add_engine, opened
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, required=True, help="folder with wav.scp")
     parser.add_argument("--onnx_path", type=Path, required=True, help="speech_tokenizer_v1.onnx, or _v2.onnx")
-    parser.add_argument("--num_thread", type=int, default=8, help="utterances at a time (default: %(default)s)")
+    parser.add_argument("--num_thread", type=int, default=8, help="utterances at a time in pool (default: %(default)s)")
+    add_engine(parser)
     options = parser.parse_args(argv)
 
     from cosyvoice.runtime.command import check_least
@@ -28,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_least("--num_thread", options.num_thread)
     encoder = SpeechTokenizer(options.onnx_path)
-    Extraction(options.dir, "utt2speech_token", encoder, options.num_thread).run("extract_speech_token.failed")
+    with opened(options.engine, options.num_thread) as spread:
+        Extraction(options.dir, "utt2speech_token", encoder, spread).run("extract_speech_token.failed")
 
 
 if __name__ == "__main__":

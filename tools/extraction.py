@@ -5,7 +5,6 @@ a run is unfinished `.NAME.parts/`, entries with their stamps.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +16,24 @@ from cosyvoice.runtime.errors import InputError
 from cosyvoice.speech_encoders.encoders import SpeechEncoder
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
 from cosyvoice.utils.file_utils import save_tensors
+from tools.engines import Spread
 from tools.kaldi_folder import Numbers, file_stamp, read_numbers, read_table, report_failures, write_table
-from utils import in_parallel
 
 PART_UTTERANCES = 200  # a killed run loses at most the results of these
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The work on one recording, which may be done in another process."""
+
+    encoder: SpeechEncoder
+
+    def __call__(self, wav: str) -> Numbers | str:
+        """Return the encoder's numbers, or the reason why there are none."""
+        try:
+            return self.encoder(load_wav(wav, PROMPT_RATE_HZ))[0].tolist()
+        except InputError as error:
+            return str(error)
 
 
 @dataclass
@@ -30,7 +43,7 @@ class Extraction:
     folder: Path
     name: str
     encoder: SpeechEncoder
-    workers: int  # utterances at a time
+    spread: Spread
 
     def run(self, failures_name: str) -> dict[str, Numbers]:
         """{utterance: list of numbers}, computed where no earlier run did, and written.
@@ -78,29 +91,23 @@ class Extraction:
     def _compute(self, wavs: dict[str, str], stamps: dict[str, str], results: dict[str, Numbers]) -> dict[str, str]:
         """Add what is missing to `results`. Returns {utterance: reason} of those that failed."""
         todo = [utt for utt in wavs if utt not in results]
+        outcomes = zip(todo, self.spread(Attempt(self.encoder), [wavs[utt] for utt in todo]), strict=True)
         failures: dict[str, str] = {}
-        with tqdm(total=len(wavs), initial=len(results), desc=self.name, unit="utt", disable=None) as progress:
-            for start in range(0, len(todo), PART_UTTERANCES):
-                part: dict[str, Numbers] = {}
-                try:
-                    for utt, outcome in self._attempts(wavs, todo[start : start + PART_UTTERANCES]):
-                        (failures if isinstance(outcome, str) else part)[utt] = outcome
-                        progress.update()
-                finally:  # what was done before Ctrl-C is kept, too
-                    self._save_part({utt: [stamps[utt], *numbers] for utt, numbers in part.items()})
-                results |= part
+        part: dict[str, list] = {}
+        try:
+            progress = tqdm(outcomes, self.name, len(wavs), initial=len(results), unit="utt", disable=None)
+            for utt, outcome in progress:
+                if isinstance(outcome, str):
+                    failures[utt] = outcome
+                    continue
+                results[utt] = outcome
+                part[utt] = [stamps[utt], *outcome]
+                if len(part) == PART_UTTERANCES:
+                    self._save_part(part)
+                    part = {}
+        finally:  # what was done before Ctrl-C is kept, too
+            self._save_part(part)
         return failures
-
-    def _attempts(self, wavs: dict[str, str], utts: Sequence[str]) -> Iterator[tuple[str, Numbers | str]]:
-        """Each utterance with its numbers, or with the reason why it has none."""
-
-        def attempt(utt: str) -> Numbers | str:
-            try:
-                return self.encoder(load_wav(wavs[utt], PROMPT_RATE_HZ))[0].tolist()
-            except InputError as error:
-                return str(error)
-
-        yield from zip(utts, in_parallel(attempt, utts, self.workers), strict=True)
 
     def _save_part(self, part: dict[str, list]) -> None:
         if part:

@@ -42,6 +42,8 @@ class Shard:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    from tools.engines import add_engine, opened
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     folders = parser.add_argument_group("folders")
     folders.add_argument("--src_dir", type=Path, required=True, help="what the stages before wrote")
@@ -49,14 +51,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders.add_argument("--dpo", action="store_true", help="add the tokens of SRC_DIR_reject/utt2speech_token.pt")
     work = parser.add_argument_group("work")
     work.add_argument("--num_utts_per_parquet", type=int, default=1000, help="in one file (default: %(default)s)")
-    work.add_argument("--num_processes", type=int, default=1, help="files written at a time (default: %(default)s)")
+    work.add_argument("--num_processes", type=int, default=1, help="files at a time in pool (default: %(default)s)")
+    add_engine(parser)
     options = parser.parse_args(argv)
 
     from tqdm import tqdm
 
     from cosyvoice.runtime.command import check_least
     from tools.kaldi_folder import report_failures
-    from utils import in_parallel
 
     check_least("--num_utts_per_parquet", options.num_utts_per_parquet)
     check_least("--num_processes", options.num_processes)
@@ -64,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, failures = collect(options.src_dir, rejects)
     report_failures(failures, len(rows) + len(failures), (rejects or options.src_dir) / "make_parquet_list.failed")
     shards = plan(rows, options.des_dir, options.num_utts_per_parquet)
-    written = in_parallel(write_shard, shards, options.num_processes)
-    for _ in tqdm(written, total=len(shards), desc="parquet", unit="file", disable=None):
-        pass
+    with opened(options.engine, options.num_processes) as spread:
+        for _ in tqdm(spread(write_shard, shards), total=len(shards), desc="parquet", unit="file", disable=None):
+            pass
     write_lists(shards, options.des_dir)
     remove_others(shards, options.des_dir)
 

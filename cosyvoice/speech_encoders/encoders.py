@@ -2,7 +2,7 @@
 
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +32,13 @@ class SpeechEncoder:
         self.device = device
         self._session: InferenceSession | None = None
         self._opening = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what makes the same encoder in another process, which opens the file for itself."""
+        return {name: value for name, value in vars(self).items() if name not in ("_session", "_opening")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _session=None, _opening=threading.Lock())
 
     def open(self) -> "InferenceSession":
         """Return the session, which is made once. Raises InputError if the file is missing or not an ONNX model."""
