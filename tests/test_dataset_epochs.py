@@ -20,7 +20,7 @@ def opened(data: Iterable[dict], mode: str = "train") -> Iterator[dict]:
     """Two samples a file, each with a random number."""
     for sample in data:
         for part in "ab":
-            yield {"utt": sample["src"] + part, "draw": random.random()}
+            yield {"utt": Path(sample["src"]).name + part, "draw": random.random()}
 
 
 def batched(data: Iterable[dict], mode: str = "train", gan: bool = False, dpo: bool = False) -> Iterator[dict]:
@@ -31,7 +31,13 @@ def batched(data: Iterable[dict], mode: str = "train", gan: bool = False, dpo: b
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "data.list"
-    path.write_text("".join(f"{number}\n" for number in range(FILES)))
+    path.write_text("".join(f"{empty_file(tmp_path / str(number))}\n" for number in range(FILES)))
+    return path
+
+
+def empty_file(path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
     return path
 
 
@@ -121,8 +127,9 @@ def test_a_resumed_epoch_leaves_out_what_was_seen(corpus: Path) -> None:
 
 
 def test_a_list_may_name_folders_with_blanks(corpus: Path) -> None:
-    corpus.write_text("my corpus/0\nmy corpus/1\n")
-    assert dataset(corpus).files == ["my corpus/0", "my corpus/1"]
+    files = [str(empty_file(corpus.with_name("my corpus") / name)) for name in "01"]
+    corpus.write_text("\n".join(files))
+    assert dataset(corpus).files == files
 
 
 def test_mistakes(corpus: Path, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class Dataset(IterableDataset):
 
 
 def read_list(path: Path) -> list[str]:
-    """Return the files of a list, all of which are there. Raises InputError otherwise."""
+    """Return the files of a list. Raises InputError if the list or one of its files is missing."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; tools/make_parquet_list.py writes data.list")
     try:
@@ -109,9 +109,9 @@ def read_list(path: Path) -> list[str]:
         raise InputError(f"{error}, or give the data.list that tools/make_parquet_list.py writes") from None
     if not files:
         raise InputError(f"{path} lists no parquet file; run tools/make_parquet_list.py again")
-    if gone := [file for file in files if not Path(file).is_file()]:
-        remedy = "make it again with tools/make_parquet_list.py, or start in the folder that its path counts from"
-        raise InputError(f"{path} lists {gone[0]}, which does not exist; {remedy}")
+    if missing := [file for file in files if not Path(file).is_file()]:
+        remedy = "make it again with tools/make_parquet_list.py, or start in the folder that its path is relative to"
+        raise InputError(f"{path} lists {missing[0]}, which does not exist; {remedy}")
     return files
 
 
