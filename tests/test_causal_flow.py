@@ -4,6 +4,7 @@ import inspect
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +22,13 @@ from cosyvoice.flow.causal_flow_matching import MOST_FRAMES, CausalConditionalCF
 from cosyvoice.flow.flow import MaskedDiffWithXvec
 from cosyvoice.flow.flow_matching import TrainingDraw
 from cosyvoice.flow.mel_stream import MelStream
+from cosyvoice.runtime.device import free_memory
 from cosyvoice.runtime.errors import InputError
+from cosyvoice.transformer.precision import KEPT
 from cosyvoice.transformer.upsample_encoder import UpsampleConformerEncoder
 from llm_flow_model import JointModel
 from lora import inject
+from matcha.models.components import past as past_module
 from matcha.models.components.past import Past
 
 CHUNK = 4  # tokens
@@ -343,6 +347,103 @@ def test_a_stream_ends_where_the_noise_does(monkeypatch: pytest.MonkeyPatch) -> 
         stream.push(tokens(1), finalize=True)
     with pytest.raises(InputError, match="has ended"):
         stream.push(tokens(0), finalize=True)
+
+
+def blocks_of(stream: MelStream) -> list[Tensor]:
+    """All that is kept of keys and values."""
+    earlier = [past.earlier for step in stream.decoder_past.steps for past in (step, *step.halves)]
+    return [tensor for blocks in earlier for tensor in (*blocks.blocks, *blocks.scales)]
+
+
+@pytest.mark.parametrize("kept_type", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_stream_keeps_what_its_final_frames_need_and_moves_none_of_it(kept_type: torch.dtype, threads: int) -> None:
+    flow, prompt, places = build_flow(), CHUNK + 1, {}
+    flow.kept_type = kept_type
+    torch.set_num_threads(threads)
+    try:
+        stream = flow.stream(*voice(prompt), STEPS)
+        for size in (CHUNK, 1, 0, 3 * CHUNK, CHUNK, 2, CHUNK + 1):
+            stream.push(tokens(size))
+            found = {block.data_ptr(): block.numel() for block in blocks_of(stream)}
+            assert places.items() <= found.items(), "a block was copied or enlarged"
+            places = found
+            held = sum(block.numel() * block.itemsize for block in blocks_of(stream))
+            assert held == stream.decoder_past.length * stream.decoder_past.frame_bytes
+    finally:
+        torch.set_num_threads(1)
+    assert len(places) > 4 and stream.settled > 0
+
+
+def test_what_a_frame_of_cosyvoice2_keeps() -> None:
+    """As docs/performance.md says; 112 layers and halves, ten steps, 512 keys and values."""
+    with torch.device("meta"):
+        sizes = {"channels": [256], "n_blocks": 4, "num_mid_blocks": 12, "num_heads": 8, "attention_head_dim": 64}
+        decoder = CausalConditionalCFM(
+            240,
+            CFM_PARAMS,
+            n_spks=1,
+            spk_emb_dim=80,
+            estimator=build_estimator(in_channels=320, out_channels=80, **sizes),
+        )
+    found = {dtype: decoder.new_past(10, dtype).frame_bytes for dtype in (torch.float32, torch.float16, torch.int8)}
+    assert found == {torch.float32: 4_587_520, torch.float16: 2_293_760, torch.int8: 1_218_560}
+
+
+@pytest.mark.parametrize(("precision", "most"), [("float16", 5e-4), ("int8", 2e-2)])
+def test_keys_in_fewer_bits_stay_close(precision: str, most: float) -> None:
+    """Of the mean size of the mel: ten times less than what int8 weights move it by."""
+    flow, token = build_flow(), tokens(6 * CHUNK)
+    expected = whole(flow, token, prompt=4)
+    flow.kept_type = KEPT[precision]
+    stream, parts = flow.stream(*voice(4), STEPS), []
+    for piece in token.split(2 * CHUNK, dim=1):
+        settled, part = stream.settled, stream.push(piece, finalize=len(parts) == 2)
+        parts.append(part if stream.ended else part[:, :, : stream.settled - settled])
+    error = (torch.cat(parts, dim=2) - expected).abs().mean() / expected.abs().mean()
+    assert 1e-6 < error < most
+
+
+def test_a_stream_attends_with_torchs_fast_kernels_to_no_more_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask has four axes or is left out, and a few chunks of a long prompt do not read those behind them."""
+    flow, seen = build_flow(), []
+    attention = past_module.F.scaled_dot_product_attention
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **encoders: Any) -> Tensor:
+        if not encoders:  # options that only the encoder's attention gives
+            seen.append((query.size(2), key.size(2)))
+            assert attn_mask is None or attn_mask.shape == (1, 1, query.size(2), key.size(2))
+        return attention(query, key, value, attn_mask=attn_mask, **encoders)
+
+    monkeypatch.setattr(past_module.F, "scaled_dot_product_attention", watched)
+    stream = flow.stream(*voice(10 * CHUNK + LOOKAHEAD), STEPS)
+    chunk = RATIO * CHUNK
+    assert set(seen) >= {(4 * chunk, 4 * chunk), (4 * chunk, 8 * chunk), (2 * chunk, 10 * chunk)}
+    seen.clear()
+    stream.push(tokens(CHUNK))
+    assert (chunk, 11 * chunk) in seen
+
+
+def test_a_stream_without_memory_for_it_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = build_flow()
+    frame_bytes = flow.stream(*voice(0), STEPS).decoder_past.frame_bytes
+    chunk_bytes = RATIO * CHUNK * frame_bytes
+    free = [2 * chunk_bytes, chunk_bytes, chunk_bytes - 1]
+    monkeypatch.setattr("cosyvoice.flow.causal_flow_matching.free_memory", lambda _: free.pop(0))
+    stream = flow.stream(*voice(2 * CHUNK + LOOKAHEAD), STEPS)
+    stream.push(tokens(CHUNK))
+    with pytest.raises(InputError, match=r"^a stream of 32 mel frames, .* do not stream$"):
+        stream.push(tokens(CHUNK))
+    free.append(None)  # a system that does not say
+    flow.stream(*voice(2 * CHUNK + LOOKAHEAD), STEPS)
+
+
+def test_free_memory_is_what_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "meminfo"
+    monkeypatch.setattr("cosyvoice.runtime.device.MEMORY_FILE", file)
+    assert free_memory(torch.device("cpu")) is None
+    file.write_text("MemTotal:       24000000 kB\nMemFree:         1000000 kB\nMemAvailable:    2000000 kB\n")
+    assert free_memory(torch.device("cpu")) == 2_048_000_000
 
 
 def test_a_past_keeps_final_frames_only() -> None:

@@ -1,5 +1,6 @@
 """CosyVoice2's tokens to speech, in one piece and in streams, against recorded numbers and chunk schedules."""
 
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -142,6 +143,19 @@ class SilentFlow(nn.Module):
         self.asked.append((self.given, True))
         before, self.settled = self.settled, 2 * (self.given - (0 if finalize else 3))
         return torch.zeros(1, 80, self.settled - before)
+
+
+@pytest.mark.parametrize("sees_all", [False, True])
+def test_parity2_a_session_keeps_tokens_only_for_a_last_chunk_that_sees_all(sees_all: bool) -> None:
+    model = CosyVoice2Model(Counting(0), SilentFlow(), SilentVocoder(), device="cpu")
+    model.last_chunk_sees_all = sees_all
+    session = model.new_session()
+    token = torch.zeros(1, 28, dtype=torch.int64)
+    voice = torch.zeros(1, 0, dtype=torch.int32), torch.zeros(1, 0, 80), torch.zeros(1, 192)
+    model.next_mel(token, *voice, session, finalize=False)
+    watched = weakref.ref(token)
+    del token
+    assert (watched() is not None) == sees_all
 
 
 class SilentVocoder(nn.Module):

@@ -1,7 +1,7 @@
 """Speech tokens to a waveform, all at once or chunk by chunk while the language model is still writing."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class CausalSession(Session):
     """What one chunk leaves for the next where mel frames, once computed, never change."""
 
     flow: MelStream | None = None  # from the first chunk on that is not the last as well
-    tokens: list[Tensor] = field(default_factory=list)  # (1, N) each
+    tokens: list[Tensor] | None = None  # (1, N) each, so far; None where the last chunk needs only its own
 
 
 class CosyVoice2Model(SpeechModel):
@@ -117,7 +117,8 @@ class CosyVoice2Model(SpeechModel):
         self.stream_scale_factor = 2  # each hop is this much longer than the one before
 
     def new_session(self) -> CausalSession:
-        return CausalSession(*self._empty((1, MEL_BINS, 0), (1, 1, 0), (1, 0)))
+        tokens: list[Tensor] | None = [] if self.last_chunk_sees_all else None
+        return CausalSession(*self._empty((1, MEL_BINS, 0), (1, 1, 0), (1, 0)), tokens=tokens)
 
     def chunks(self, tokens: Iterator[int], prompt_tokens: int) -> Iterator[tuple[list[int], bool]]:
         """Cut tokens so that each chunk ends a look-ahead behind a chunk of the flow, counted from the prompt's start.
@@ -147,9 +148,10 @@ class CosyVoice2Model(SpeechModel):
         finalize: bool,
     ) -> Tensor:
         """Return the mel behind that of the chunks before; see the class for that of the last one."""
-        session.tokens.append(token)
-        if finalize and (session.flow is None or self.last_chunk_sees_all):
-            whole = torch.cat(session.tokens, dim=1)
+        if session.tokens is not None:
+            session.tokens.append(token)
+        if finalize and (session.flow is None or session.tokens is not None):
+            whole = token if session.tokens is None else torch.cat(session.tokens, dim=1)
             mel, _ = self.flow.inference(*with_lengths(whole, prompt_token, prompt_feat), embedding)
             return mel[:, :, session.flow.settled :] if session.flow else mel
         if session.flow is None:

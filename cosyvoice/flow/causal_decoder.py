@@ -2,13 +2,15 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cosyvoice.flow.decoder import ConditionalDecoder
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.mask import add_optional_chunk_mask, mask_of_new_frames
 from matcha.models.components.causal import CausalBlock1D, CausalConv1d
-from matcha.models.components.past import Past
+from matcha.models.components.past import Past, row_bytes
+from matcha.models.components.transformer import Attention
 
 
 class CausalConditionalDecoder(ConditionalDecoder):
@@ -61,7 +63,21 @@ class CausalConditionalDecoder(ConditionalDecoder):
         """
         new = x.size(2)
         visible = mask_of_new_frames(new, past.length + new, self.static_chunk_size, x.device)
+        if visible is not None:
+            visible = visible[:, None]  # (1, N, T) -> (1, 1, N, T)
         return self.velocity(x, mask, mu, t, spks, cond, lambda _: visible, past)
+
+    def new_past(self, kept_type: torch.dtype) -> Past:
+        """Return the past of a sequence that has not begun, for `step`, which keeps keys and values in `kept_type`."""
+        return Past(self.static_chunk_size, len(self.attentions()), kept_type)
+
+    def kept_bytes(self, kept_type: torch.dtype) -> int:
+        """Return how many bytes `step` keeps of a frame."""
+        return sum(2 * layer.heads * row_bytes(layer.head_dim, kept_type) for layer in self.attentions())
+
+    def attentions(self) -> list[Attention]:
+        """Return the layers that keep a key and a value of each frame and head."""
+        return [module for module in self.modules() if isinstance(module, Attention)]
 
     @staticmethod
     def same_rate(dim: int) -> CausalConv1d:

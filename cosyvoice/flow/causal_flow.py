@@ -12,6 +12,7 @@ from cosyvoice.flow.causal_flow_matching import CausalConditionalCFM, check_fram
 from cosyvoice.flow.mel_stream import MelStream
 from cosyvoice.flow.token_flow import BATCH_NAMES, TokenFlow, draw_prefix_length
 from cosyvoice.runtime.errors import InputError
+from cosyvoice.transformer.precision import KEPT
 from cosyvoice.transformer.upsample_encoder import UpsampleConformerEncoder
 
 STREAMING_PROBABILITY = 0.5  # of a training batch
@@ -41,8 +42,14 @@ class CausalMaskedDiffWithXvec(TokenFlow):
                 f"CausalMaskedDiffWithXvec: token_mel_ratio {token_mel_ratio} and pre_lookahead_len "
                 f"{pre_lookahead_len} must be the encoder's up_ratio and pre_lookahead_len, {own[0]} and {own[1]}"
             )
+        self.kept_type: torch.dtype | None = None  # of a stream's keys and values; None is that of the weights
         self.token_mel_ratio = token_mel_ratio
         self.pre_lookahead_len = pre_lookahead_len  # tokens
+
+    def prepare_inference(self, precision: str = "float32") -> None:
+        """See TokenFlow. Streams keep keys and values in fewer bits, too, unless the precision is exact."""
+        super().prepare_inference(precision)
+        self.kept_type = KEPT[precision]
 
     def forward(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Return the loss of a padded batch in which about half the clips start with a random stretch of known mel.

@@ -6,10 +6,11 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from cosyvoice.flow.causal_decoder import CausalConditionalDecoder
 from cosyvoice.flow.flow_matching import ConditionalCFM, for_halves
+from cosyvoice.runtime.device import free_memory
 from cosyvoice.runtime.errors import InputError
 from matcha.models.components.flow_matching import cosine_time_grid
-from matcha.models.components.past import Past
 
 NOISE_SEED = 0
 MOST_FRAMES = 15_000  # 300 s at 50 frames a second
@@ -18,14 +19,16 @@ MOST_FRAMES = 15_000  # 300 s at 50 frames a second
 class SolverPast:
     """What a CausalConditionalCFM keeps of a stream: the estimator's past at each of the solver's steps.
 
-    Its size grows by the keys and values of every frame, at every step, with and without conditions: 4.6 MB a frame at
-    the sizes of CosyVoice2-0.5B in float32, half of that in half precision.
+    Its size grows by the keys and values of every frame, at every step, with and without conditions: at the sizes of
+    CosyVoice2-0.5B and ten steps 4.6 MB a frame in float32, 2.3 in float16, 1.2 in int8.
     """
 
-    def __init__(self, estimator: Callable[..., Tensor], n_timesteps: int) -> None:
-        """estimator: computes the next frames, given the past as its last input."""
-        self.estimator = estimator
-        self.steps = [Past() for _ in range(n_timesteps)]
+    def __init__(self, estimator: CausalConditionalDecoder, n_timesteps: int, kept_type: torch.dtype) -> None:
+        """kept_type: that of keys and values."""
+        self.device = next(estimator.parameters()).device
+        self.estimate_next = for_halves(estimator.step, self.device)
+        self.steps = [estimator.new_past(kept_type) for _ in range(n_timesteps)]
+        self.frame_bytes = 2 * n_timesteps * estimator.kept_bytes(kept_type)  # 2: the halves of guidance
 
     @property
     def length(self) -> int:
@@ -33,17 +36,31 @@ class SolverPast:
         return self.steps[0].length
 
     def keep(self, final: int) -> Callable[..., Tensor]:
-        """Return an estimator for one call of the solver, of whose frames `final` will be kept."""
+        """Return an estimator for one call of the solver, of whose frames `final` will be kept.
+
+        Raises InputError where the device has too little memory for them.
+        """
+        self.check_room(final)
         steps = iter(self.steps)
 
         def estimate(*inputs: Tensor | None) -> Tensor:
             past = next(steps)
             past.final = final
-            velocity = self.estimator(*inputs, past)
+            velocity = self.estimate_next(*inputs, past)
             past.advance()
             return velocity
 
         return estimate
+
+    def check_room(self, frames: int) -> None:
+        """Raise InputError unless the device has memory for so many more frames."""
+        needed, free = frames * self.frame_bytes, free_memory(self.device)
+        if free is not None and needed > free:
+            raise InputError(
+                f"a stream of {self.length + frames} mel frames, those of the prompt included, needs "
+                f"{needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free; give a shorter text or prompt, or do "
+                "not stream"
+            )
 
 
 class CausalConditionalCFM(ConditionalCFM):
@@ -73,16 +90,16 @@ class CausalConditionalCFM(ConditionalCFM):
         estimator = for_halves(partial(self.estimator, streaming=streaming), mu.device)
         return self.solve_euler(z, cosine_time_grid(n_timesteps, mu.device), mu, mask, spks, cond, estimator), None
 
-    def new_past(self, n_timesteps: int) -> SolverPast:
-        """Return the past of a stream that has not begun, for `step`."""
-        return SolverPast(for_halves(self.estimator.step, next(self.parameters()).device), n_timesteps)
+    def new_past(self, n_timesteps: int, kept_type: torch.dtype) -> SolverPast:
+        """Return the past of a stream that has not begun, for `step`. kept_type: of keys and values."""
+        return SolverPast(self.estimator, n_timesteps, kept_type)
 
     @torch.inference_mode()
     def step(self, mu: Tensor, spks: Tensor | None, cond: Tensor | None, past: SolverPast, final: int) -> Tensor:
         """Return the next N frames (1, M, N) of a stream in float32, as `forward` by chunks does within the whole.
 
         mu and cond (1, M, N). past: the frames before, which end where a chunk does. final: how many of the N are kept
-        in it, a number of whole chunks. Raises InputError for more than 15000 frames in all.
+        in it, a number of whole chunks. Raises InputError for more than 15000 frames in all, and for want of memory.
         """
         z = noise_of(mu, past.length)
         t_span = cosine_time_grid(len(past.steps), mu.device)

@@ -28,7 +28,7 @@ class FusedAttention(Attention):
 
     def __init__(self, base: Attention, convert: Convert) -> None:
         nn.Module.__init__(self)  # the weights are there already
-        self.heads = base.heads
+        self.heads, self.head_dim = base.heads, base.head_dim
         self.to_qkv = convert(stacked(base.to_q, base.to_k, base.to_v))
         self.to_out = convert(base.to_out[0])
 

@@ -23,7 +23,8 @@ class MelStream:
     tokens behind a chunk leaves none open, so all that it returns is final.
 
     A call costs the frames of the new chunks, and their attention to all frames before. Memory grows with every final
-    frame; see `SolverPast`. The whole chunks of the prompt are computed when the stream is made.
+    frame; see `SolverPast`, which refuses frames that there is no memory for. The whole chunks of the prompt are
+    computed when the stream is made.
     """
 
     @torch.inference_mode()
@@ -49,7 +50,7 @@ class MelStream:
         self.prompt = prompt_feat.transpose(1, 2)  # (1, F, M) -> (1, M, F)
         self.speaker = flow.project_speaker(embedding)
         self.encoder_past = flow.encoder.new_past()
-        self.decoder_past = flow.decoder.new_past(n_timesteps)
+        self.decoder_past = flow.decoder.new_past(n_timesteps, flow.kept_type or self.speaker.dtype)
         self._next_frames(self._whole_chunks(), self._whole_chunks())
 
     @property

@@ -2,8 +2,11 @@
 
 import re
 import sys
+from pathlib import Path
 
 import torch
+
+MEMORY_FILE = Path("/proc/meminfo")  # of Linux
 
 
 def fastest_device() -> torch.device:
@@ -17,6 +20,17 @@ def fastest_device() -> torch.device:
 def cpu_has_bfloat16() -> bool:
     """Return whether this processor has bfloat16 instructions, with which it multiplies several times faster."""
     return torch.cpu._is_avx512_bf16_supported()
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return how many bytes can still be allocated on the device, or None where the system does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if not MEMORY_FILE.is_file():
+        return None
+    found = re.search(r"^MemAvailable: *(\d+) kB", MEMORY_FILE.read_text(), re.MULTILINE)
+    return 1024 * int(found[1]) if found else None
 
 
 def cuda_problem() -> str:

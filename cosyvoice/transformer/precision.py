@@ -66,6 +66,12 @@ LINEARS: dict[str, Convert] = {  # for a frame at a time
     "int8": Int8Linear,
 }
 MANY_FRAMES = LINEARS | {"float16": LINEARS["float32"]}  # its products are no faster
+KEPT: dict[str, torch.dtype | None] = {  # the type of the keys and values of a stream; None is that of the weights
+    "float32": None,
+    "float16": torch.float16,
+    "bfloat16": torch.float16,  # as small, more exact, and they are converted in any case
+    "int8": torch.int8,
+}
 ON_GPU = ("float32", "float16")
 
 

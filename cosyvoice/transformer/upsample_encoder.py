@@ -107,7 +107,7 @@ class UpsampleConformerEncoder(AttentionStack):
 
         def empty(layers: nn.ModuleList, chunk_size: int) -> Past:
             attentions = [layer.self_attn for layer in layers]
-            return Past({each: each.new_cache(INITIAL_CACHE_FRAMES, chunk_size - 1) for each in attentions})
+            return Past(attended={each: each.new_cache(INITIAL_CACHE_FRAMES, chunk_size - 1) for each in attentions})
 
         chunk_size = self.static_chunk_size
         return UpsamplePast(empty(self.encoders, chunk_size), empty(self.up_encoders, self.up_layer.ratio * chunk_size))

@@ -17,6 +17,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, head_dim: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
+        self.head_dim = head_dim
         inner_dim = heads * head_dim
         self.to_q = nn.Linear(dim, inner_dim, bias=False)
         self.to_k = nn.Linear(dim, inner_dim, bias=False)
@@ -29,9 +30,10 @@ class Attention(nn.Module):
         past: the earlier frames of a stream, whose keys come before these, also in the mask.
         """
         query, key, value = (rearrange(y, "b t (h d) -> b h t d", h=self.heads) for y in self.project(x))
-        if past is not None:
-            key, value = past.with_earlier(self, key, value)
-        out = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        if past is None:
+            out = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        else:
+            out = past.attend(self, query, key, value, mask)
         return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
