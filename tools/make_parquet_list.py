@@ -127,7 +127,7 @@ def plan(rows: Sequence[Row], des_dir: Path, size: int) -> list[Shard]:
     return shards
 
 
-def schema(shard: Shard) -> "pa.Schema":
+def schema(made_from: str, rejected: bool = False) -> "pa.Schema":
     """The columns of a file, in the order and of the types in which other readers of the format expect them."""
     import pyarrow as pa
 
@@ -141,9 +141,9 @@ def schema(shard: Shard) -> "pa.Schema":
         "spk_embedding": pa.list_(pa.float64()),  # (192,), mean of the speaker's utt_embedding
         "speech_token": pa.list_(pa.int64()),  # (N,), 50 a second, or 25 of CosyVoice2
     }
-    if REJECTED in shard.rows[0]:
+    if rejected:
         columns[REJECTED] = pa.list_(pa.int64())  # (N,)
-    return pa.schema(columns, metadata={MADE_FROM: shard.made_from})
+    return pa.schema(columns, metadata={MADE_FROM: made_from})
 
 
 def write_shard(shard: Shard) -> None:
@@ -159,7 +159,7 @@ def write_shard(shard: Shard) -> None:
             temporary.write_text(json.dumps(places, ensure_ascii=False, indent=2), encoding="utf-8")
     if is_up_to_date(shard):
         return
-    columns = schema(shard)
+    columns = schema(shard.made_from, REJECTED in shard.rows[0])
     with atomic_write(shard.parquet) as temporary, pq.ParquetWriter(temporary, columns) as file:
         for start in range(0, len(shard.rows), ROWS_AT_ONCE):
             rows = [row | {"audio_data": read_audio(row)} for row in shard.rows[start : start + ROWS_AT_ONCE]]

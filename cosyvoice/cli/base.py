@@ -67,7 +67,6 @@ class FolderVoice:
         if fp16 and not self.fp16:
             logger.warning("fp16 is for GPUs; computing in float32")
         encoder_device = "cpu" if self.model.device.type == "cpu" else "auto"
-        self._stored_speakers = folder.stored_speakers
         self.frontend = open_front_end(folder, parts, encoder_device, self.frontend_class)
         self.sample_rate = self.frontend.sample_rate
         files = {name: folder.weights(name) for name in MODEL_PARTS} | dict(weights or {})
@@ -103,7 +102,7 @@ class FolderVoice:
 
     def save_spkinfo(self) -> None:
         """Write the stored voices to the model folder's spk2info.pt."""
-        save_tensors(self.frontend.spk2info, self._stored_speakers)
+        save_tensors(self.frontend.spk2info, ModelFolder(self.model_dir).stored_speakers)
 
     def inference_sft(
         self,

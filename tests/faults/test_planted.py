@@ -15,6 +15,9 @@ from jobs import ROOT, Job
 from planted import Bomb
 from recipe import write_config, write_corpus
 
+from cosyvoice.model_folder.folder import ModelFolder
+
+MINI = ROOT / "examples" / "mini"
 TRAIN = "train_joint.py --model-dir model --data-dir data --output-dir output --device cpu"
 MERGE = "merge_joint_weights.py --model-dir model --output-dir output"
 SPEAK = "inference_joint.py --model-dir model --output-dir output --device cpu --text Hello."
@@ -58,7 +61,10 @@ READ = [
     ("run/epoch_0_whole.pt", "cosyvoice/bin/average_model.py --src_path run --dst_model llm.pt --num 1 --val_best"),
     ("model/llm.pt", "cosyvoice/bin/export_jit.py --model_dir model"),
     ("model/flow.pt", "cosyvoice/bin/export_onnx.py --model_dir model"),
-    ("voices/train/spk2embedding.pt", "examples/mini/make_model_dir.py --work_dir . --voices anna --model_dir made"),
+    (
+        "voices/train/spk2embedding.pt",
+        f"examples/mini/make_model_dir.py --recipe {MINI} --work_dir . --voices anna --model_dir made",
+    ),
 ]
 FORMS = ("pickle", "archive", "old archive")
 
@@ -83,8 +89,8 @@ def places(finished: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_config(folder)
     (folder / "run").mkdir()
     (folder / "run" / "epoch_0_whole.yaml").write_text("epoch: 0\nloss_dict: {loss: 1.0}\n")
-    mini = runpy.run_path(str(ROOT / "examples" / "mini" / "make_model_dir.py"))
-    results = [*mini["WEIGHTS"].values(), *mini["COPIED"]]
+    mini, recipe = runpy.run_path(str(MINI / "make_model_dir.py")), ModelFolder(MINI)
+    results = [*mini["WEIGHTS"].values(), recipe.speaker_encoder.name, recipe.speech_tokenizer.name, mini["LEXICON"]]
     for result in results:
         (folder / result).parent.mkdir(parents=True, exist_ok=True)
         (folder / result).touch()
