@@ -24,7 +24,14 @@ from cosyvoice.transformer.decoding import (
     CapturedSteps,
     CapturedStepsPool,
 )
-from cosyvoice.transformer.precision import LINEARS, MANY_FRAMES, check_precision, fastest_precision
+from cosyvoice.transformer.precision import (
+    LINEARS,
+    MANY_FRAMES,
+    FineInt8Linear,
+    Int8Linear,
+    check_precision,
+    fastest_precision,
+)
 
 CPU = torch.device("cpu")
 FRAMES = 300  # more than a cache holds at first
@@ -67,6 +74,23 @@ def test_a_second_sentence_decodes_like_the_first(plain: TransformerLM, frames: 
     first = log_probabilities(llm, frames)
     assert llm.llm.encoders[0].self_attn.positions.size(2) >= FRAMES
     assert torch.equal(log_probabilities(llm, frames), first)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_inputs_in_14_bits_lose_nothing_beside_the_weights(bias: bool) -> None:
+    """Also where one of them is a hundred times the others, which leaves 7 bits little of these."""
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(96, 40, bias=bias)
+    x = torch.randn(2, 1, 96, generator=generator)
+    x[:, :, 5] = 100
+    scales = linear.weight.abs().amax(dim=1, keepdim=True) / 127
+    rounded = nn.functional.linear(x, (linear.weight / scales).round() * scales, linear.bias)
+    coarse, fine = (form(linear)(x) - rounded for form in (Int8Linear, FineInt8Linear))
+    assert fine.norm() < 1e-3 * rounded.norm()
+    assert 30 * fine.norm() < coarse.norm()
+    zeros = torch.zeros(1, 96)
+    torch.testing.assert_close(FineInt8Linear(linear)(zeros), linear(zeros), atol=1e-6, rtol=1e-6)
 
 
 def with_captured_steps(llm: TransformerLM) -> TransformerLM:

@@ -33,7 +33,7 @@ FRAMES = 300  # more than a cache holds at first
 NONE, EMPTY = torch.zeros(1, 0, dtype=torch.int64), torch.tensor([0])
 SPEAKER = torch.zeros(1, 192)
 TEXT = torch.arange(17).unsqueeze(0)
-TOLERANCE = {"float16": 2e-3, "int8": 8e-2}  # error's norm over the spread of the scores
+TOLERANCE = {"float16": 2e-3, "int8": 3e-2}  # error's norm over the spread of the scores
 
 
 @pytest.fixture(scope="module")

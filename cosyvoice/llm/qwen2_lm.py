@@ -10,7 +10,7 @@ from cosyvoice.llm.layouts import Marks, Turns, laid_out
 from cosyvoice.llm.qwen2_encoder import Qwen2Encoder
 from cosyvoice.llm.speech_token_lm import MAX_TOKEN_TEXT_RATIO, MIN_TOKEN_TEXT_RATIO, Sampler, SpeechTokenLM
 from cosyvoice.runtime.errors import InputError
-from cosyvoice.transformer.precision import Convert
+from cosyvoice.transformer.precision import FINE_INPUTS, Convert
 from cosyvoice.utils.common import IGNORE_ID, pad_list
 
 SPECIAL_TOKENS = 3  # after those of speech: end, one that nothing uses, fill
@@ -25,6 +25,7 @@ class Qwen2LM(SpeechTokenLM):
     """
 
     llm: Qwen2Encoder
+    forms = FINE_INPUTS  # what enters the down projections has outliers of ten times its mean size
 
     def __init__(
         self,

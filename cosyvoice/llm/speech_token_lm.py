@@ -1,7 +1,7 @@
 """How a language model writes speech tokens, whatever it reads before them: sampling, takes, several texts at once."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,7 +11,7 @@ from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.cache import join_caches
 from cosyvoice.transformer.decoding import MOST_CAPTURED_FRAMES, CapturedStepsPool
 from cosyvoice.transformer.label_smoothing_loss import LabelSmoothingLoss
-from cosyvoice.transformer.precision import Convert, conversion
+from cosyvoice.transformer.precision import LINEARS, Convert, conversion
 from cosyvoice.utils.common import IGNORE_ID, th_accuracy
 from matcha.models.components.past import KeyValueCache
 
@@ -33,6 +33,7 @@ class SpeechTokenLM(nn.Module, ABC):
 
     SOS, TASK = 0, 1  # rows of llm_embedding
     can_be_captured = True  # a step of decoding, as a CUDA graph
+    forms: Mapping[str, Convert] = LINEARS  # of its linear layers, by precision
     pace: float | None = None  # the slowest of the speaker's clips, in speech tokens per text token, if known
 
     llm: nn.Module
@@ -108,7 +109,7 @@ class SpeechTokenLM(nn.Module, ABC):
 
         precision: a name in `LINEARS`. Names of weights change, so this is for a model that only speaks from now on.
         """
-        convert = conversion(self, precision)
+        convert = conversion(self, precision, self.forms)
         self.prepare_stack(convert)
         self.llm_decoder = convert(self.llm_decoder)
         if self.can_be_captured and self.llm_embedding.weight.is_cuda:
