@@ -2,6 +2,7 @@
 
     python merge_joint_weights.py                                       # the best weights of the newest run
     python merge_joint_weights.py --ckpt output/joint_joint_last.ckpt   # a checkpoint's own weights
+    python merge_joint_weights.py --scale 0.5                           # half of what training changed
 """
 
 if __name__ == "__main__":  # before the imports, which take a while
@@ -18,6 +19,7 @@ from cosyvoice.runtime.command import run
 from cosyvoice.runtime.errors import InputError
 from utils import add_folders, check_writable
 
+MAX_SCALE = 2.0
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,12 +29,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument("--flow-only", action="store_true", help="merge the Flow only")
     parser.add_argument("--llm-output", type=Path, help="merged LLM (default: <output-dir>/llm_merged_<mode>.pt)")
     parser.add_argument("--flow-output", type=Path, help="merged Flow (default: <output-dir>/flow_merged_<mode>.pt)")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of what training changed (default: 1)")
     add_folders(parser, "model", "output")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    if not 0 < args.scale <= MAX_SCALE:
+        raise InputError(f"--scale {args.scale:g}: give a number above 0 and at most {MAX_SCALE:g}")
     folder = find_model_dir(args.model_dir)
     from voices.merge import merge_run, merged_path
     from voices.run import newest_run, read_run
@@ -49,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--{unused[0]}-output is given, but the {unused[0]} is not merged; leave it out")
     check_writable(args.output_dir, folder.path)
     check_targets(targets, trained.path, args.output_dir, folder.path)
-    for path in merge_run(trained, folder, args.output_dir, targets, use_best=args.ckpt is None):
+    for path in merge_run(trained, folder, args.output_dir, targets, args.ckpt is None, args.scale):
         print(f"wrote {path}")
     return 0
 

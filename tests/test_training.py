@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import inference_joint
+import merge_joint_weights
 import train_joint
 from config import JOINT_TRAINING_CONFIG, with_changes
 from cosyvoice.cli.frontend import read_spk2info
@@ -603,6 +604,22 @@ def test_a_merge_that_fails_halfway_leaves_the_earlier_voice(train, model_dir: P
     with pytest.raises(InputError, match="it has no layer no_layer"):
         merge_run(run, ModelFolder(model_dir), output, targets, use_best=False)
     assert {path: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
+
+
+def test_a_merge_by_half_lies_halfway_between_base_and_voice(train, model_dir: Path, tmp_path: Path) -> None:
+    train("--mode", "flow_only", "--epochs", "1", "--lr", "0.01")
+    output, merge = tmp_path / "output", ["--model-dir", str(model_dir), "--output-dir", str(tmp_path / "output")]
+    base, whole = (torch.load(path) for path in (model_dir / "flow.pt", output / "flow_merged_flow_only.pt"))
+    assert json.loads((output / "voice_flow_only.json").read_text())["merged_scale"] == {"flow": 1.0}
+    merge_joint_weights.main([*merge, "--scale", "0.5"])
+    half = torch.load(output / "flow_merged_flow_only.pt")
+    assert any(not torch.equal(base[name], whole[name]) for name in base)
+    for name, weight in half.items():
+        torch.testing.assert_close(weight, (base[name] + whole[name]) / 2)
+    assert json.loads((output / "voice_flow_only.json").read_text())["merged_scale"] == {"flow": 0.5}
+    for scale in ("0", "-1", "2.1", "nan"):
+        with pytest.raises(InputError, match="--scale .*: give a number above 0 and at most 2"):
+            merge_joint_weights.main([*merge, f"--scale={scale}"])
 
 
 def test_patience_ends_training(train, tmp_path: Path) -> None:

@@ -17,10 +17,13 @@ def merged_path(output_dir: Path, part: str, mode: str) -> Path:
     return output_dir / f"{part}_merged_{mode}.pt"
 
 
-def merge_run(run: Run, folder: ModelFolder, output_dir: Path, targets: dict[str, Path], use_best: bool) -> list[Path]:
+def merge_run(
+    run: Run, folder: ModelFolder, output_dir: Path, targets: dict[str, Path], use_best: bool, scale: float = 1.0
+) -> list[Path]:
     """Merge the parts named in `targets` into those files, and write speaker vector and sidecar.
 
-    `use_best` takes every part's best epoch, otherwise the weights as the checkpoint holds them. Returns the files.
+    `use_best` takes every part's best epoch, otherwise the weights as the checkpoint holds them. scale: the share of
+    what the adapters change. Returns the files.
     """
     run.check_base(folder)
     with alone_in(output_dir, "merge_joint_weights.py"):
@@ -29,11 +32,12 @@ def merge_run(run: Run, folder: ModelFolder, output_dir: Path, targets: dict[str
             for part, target in targets.items():
                 base = read_state_dict(folder.weights(part))
                 adapters = run.best(part) if use_best else run.adapters[part]
-                save_tensors(merged(base, adapters, run.scale(part)), renaming.enter_context(atomic_write(target)))
+                weights = merged(base, adapters, scale * run.scale(part))
+                save_tensors(weights, renaming.enter_context(atomic_write(target)))
                 progress = run.state.progress[part]
                 epochs[part] = progress.best_epoch if use_best else len(progress.history)
         speaker = write_speaker(run, speakers, output_dir)
-        return [*targets.values(), speaker, write_sidecar(run, targets, epochs, output_dir)]
+        return [*targets.values(), speaker, write_sidecar(run, targets, epochs, scale, output_dir)]
 
 
 def stored_speakers(output_dir: Path, folder: ModelFolder) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Sidecar:
     run: str
     files: dict[str, Path]  # by part
     merged_epoch: dict[str, int]  # by part
+    merged_scale: dict[str, float]  # share of what the adapters change, by part; older files do not have it
     base: dict[str, str]  # fingerprints of the base weights, by part
     pace: float | None  # as in Origin
 
@@ -64,8 +65,11 @@ def read_sidecar(path: Path) -> Sidecar:
     for name in content["files"]:
         check_fields(path, content["files"], {name: str}, remedy)
         check_fields(path, content["base"], {name: str}, remedy)
+    scales = content.get("merged_scale", {})
+    check_fields(path, content | {"merged_scale": scales}, {"merged_scale": dict}, remedy)
     files = {part: path.parent / file for part, file in content["files"].items()}
-    return Sidecar(**{name: content[name] for name in FIELDS} | {"files": files}, pace=content.get(PACE))
+    values = {name: content[name] for name in FIELDS} | {"files": files}
+    return Sidecar(**values, merged_scale=scales, pace=content.get(PACE))
 
 
 def _relative(file: Path, folder: Path) -> str:
@@ -75,18 +79,20 @@ def _relative(file: Path, folder: Path) -> str:
         return str(file.resolve())
 
 
-def write_sidecar(run: Run, files: dict[str, Path], epochs: dict[str, int], output_dir: Path) -> Path:
+def write_sidecar(run: Run, files: dict[str, Path], epochs: dict[str, int], scale: float, output_dir: Path) -> Path:
     """Write what a file of tensors cannot hold. files: by part. epochs: the epoch that each part's weights are from.
 
-    Parts that an earlier merge of the same run wrote stay listed.
+    scale: the share of what the adapters change. Parts that an earlier merge of the same run wrote stay listed.
     """
     path, state, origin = sidecar_path(output_dir, run.mode), run.state, run.state.origin
     try:
         earlier = read_sidecar(path)
     except InputError:  # there is none, or it is damaged and replaced
         earlier = None
+    scales = dict.fromkeys(files, scale)
     if earlier and earlier.run == origin.run:
         files, epochs = earlier.files | files, earlier.merged_epoch | epochs
+        scales = earlier.merged_scale | scales
     progress = {part: state.progress[part] for part in run.parts}
     content = {
         "version": VERSION,
@@ -96,6 +102,7 @@ def write_sidecar(run: Run, files: dict[str, Path], epochs: dict[str, int], outp
         "run": origin.run,
         "files": {part: _relative(file, output_dir) for part, file in files.items()},
         "merged_epoch": epochs,
+        "merged_scale": scales,
         "base": origin.base,
         "seed": state.seed,
         "epochs_trained": state.epochs,
