@@ -66,18 +66,19 @@ class FineInt8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        bias = None if linear.bias is None else linear.bias.detach() / (1 + 1 / FINER)  # both rows add it
-        self.packed = packed_in_8_bits(linear.weight.detach(), bias)
+        self.packed = packed_in_8_bits(linear.weight.detach(), None)
+        self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         step = max(float(torch.linalg.vector_norm(x, torch.inf)) / HALF_RANGE, LEAST_STEP)
-        coarse = torch.fake_quantize_per_tensor_affine(x, step, ZERO_POINT, 0, INT8_MAX)
-        fine = (x - coarse).mul_(FINER)  # within half a step, and so within the same range
-        parts = torch.stack((coarse, fine))
-        products = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            parts, step, ZERO_POINT, self.packed
+        steps = x / step
+        coarse = steps.round()
+        fine = steps.sub_(coarse).mul_(FINER)  # within half a step, and so within the same range
+        parts = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            torch.stack((coarse, fine)), 1.0, ZERO_POINT, self.packed
         )
-        return torch.add(products[0], products[1], alpha=1 / FINER)
+        product = torch.add(parts[0], parts[1], alpha=1 / FINER)
+        return product.mul_(step) if self.bias is None else torch.add(self.bias, product, alpha=step)
 
 
 def packed_in_8_bits(weight: Tensor, bias: Tensor | None) -> torch.ScriptObject:
