@@ -60,6 +60,7 @@ PACKAGES = {  # import name -> package
     "yaml": "PyYAML",
     "whisper": "openai-whisper",
     "hydra": "hydra-core",
+    "PIL": "pillow",
     "resemblyzer": "Resemblyzer",
 }
 NOT_IMPORTED_HERE = {"tensorboard"}  # but by Lightning's logger

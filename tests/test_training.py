@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import inference_joint
 import train_joint
 from config import JOINT_TRAINING_CONFIG, with_changes
+from cosyvoice.bin.memory import PROCESS_BYTES, TRAINED_BYTES
 from cosyvoice.cli.frontend import read_spk2info
 from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
 from cosyvoice.llm.llm import TransformerLM
@@ -33,9 +34,7 @@ from lora import Dropout, LoRALinear, adapter_state, adapters, inject, merged
 from tools.random_model import make_random_model
 from training.checkpoints import CheckpointKeeper, Interrupted
 from training.memory import (
-    ADAPTER_BYTES,
     PASSING_SHARE,
-    PROCESS_BYTES,
     clips_a_pass,
     kept_bytes,
     saved_bytes,
@@ -206,7 +205,7 @@ def test_more_memory_takes_more_clips_at_once(model_dir: Path) -> None:
     one, two = (kept_bytes(model, collate(made[-1:] * count)) for count in (1, 2))
     assert one > sum(len(made[-1].speech_token) * 4 * 2 * width for width in (128, 80))  # at the very least
     assert 1.9 < two / one < 2.1
-    weights = sum(weight.numel() * (ADAPTER_BYTES if weight.requires_grad else 4) for weight in model.parameters())
+    weights = sum(weight.numel() * (TRAINED_BYTES if weight.requires_grad else 4) for weight in model.parameters())
     found = [
         clips_a_pass(model, made, round(PROCESS_BYTES + weights + PASSING_SHARE * one * room), "cpu")
         for room in (-1.0, 0.5, 1.1, 3.2, 5.5, 6.5, 100.0)
@@ -229,7 +228,7 @@ def test_half_precision_takes_about_half_the_memory(model_dir: Path) -> None:
     found = [
         weight_bytes(model, in_half, device) for in_half, device in ((False, "cpu"), (True, "cpu"), (True, "cuda"))
     ]
-    assert found == [frozen * size + trained * ADAPTER_BYTES for size in (4, 6, 2)]
+    assert found == [frozen * size + trained * TRAINED_BYTES for size in (4, 6, 2)]
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
