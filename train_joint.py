@@ -119,7 +119,6 @@ def train(args: argparse.Namespace, folder: ModelFolder, config: dict[str, Any])
     device = pick_device(args.device).type
     limit_threads(folder)
     from dataset import load_clips, speaker_name
-    from tools.sample_judge import open_sample_judge
     from training.checkpoints import Interrupted
     from training.listening import joint_sampler
     from training.trainer import fit
@@ -153,6 +152,8 @@ def train(args: argparse.Namespace, folder: ModelFolder, config: dict[str, Any])
         try:
             sampler = None
             if texts := listened_texts(args):
+                from tools.sample_judge import open_sample_judge
+
                 sampler = joint_sampler(model, loaders, texts, args.data_dir, folder, device, open_sample_judge)
             fit(model, loaders, args.output_dir, device, resumed, sampler)
         except Interrupted as stop:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cosyvoice.bin.sample_parts import LentPart, StoredPart, TrainedPart, Version
-from cosyvoice.bin.sampling import MOST_RECORDINGS, OpenJudge, Recording, SamplePlan, Sampler, attempt
+from cosyvoice.bin.sampling import MOST_RECORDINGS, Judge, OpenJudge, Recording, SamplePlan, Sampler, attempt
 from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.audio import read_wav
@@ -66,7 +66,11 @@ def joint_sampler(
     """Return what speaks texts, by number, after every epoch."""
     train, held_out = loaders[0].dataset, (loaders[1] or loaders[0]).dataset
     (reference,) = attempt("the reference", read_recordings, data_dir, [held_out[0].utt]) or [None]
-    own = attempt("judging", read_recordings, data_dir, [clip.utt for clip in train[:MOST_RECORDINGS]])
+
+    def judge() -> Judge | None:
+        own = read_recordings(data_dir, [clip.utt for clip in train[:MOST_RECORDINGS]])
+        return open_judge(own, list(texts.values()))
+
     plan = SamplePlan(
         folder=folder,
         texts=texts,
@@ -77,7 +81,6 @@ def joint_sampler(
     )
     if "llm" in model.parts:
         model.parts["llm"].pace = model.origin.pace  # by which speech that talks on is cut
-    judge = open_judge(own, list(texts.values())) if own else None
     return Sampler(plan, versions(model, folder, half_type(model.config, device)), judge)
 
 

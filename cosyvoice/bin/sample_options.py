@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cosyvoice.bin.sample_parts import Version
-    from cosyvoice.bin.sampling import OpenJudge, Recording, Sampler
+    from cosyvoice.bin.sampling import Judge, OpenJudge, Recording, Sampler
 
 NEEDED = ("model_dir", "texts", "speakers")
 
@@ -54,10 +54,11 @@ def recipe_sampler(args: argparse.Namespace, part: "nn.Module", open_judge: "Ope
             f"{args.sample_speakers} has no speaker {speaker!r}, who speaks the recordings of {args.cv_data}"
         )
     texts = [*sentences(args.sample_texts), reference.text]
-    judge = None
-    if open_judge:
+
+    def judge() -> "Judge | None":
         own = [recording for recording, _ in islice(recordings(args.train_data), MOST_RECORDINGS)]
-        judge = open_judge(own, texts)
+        return open_judge(own, texts)
+
     plan = SamplePlan(
         folder=ModelFolder(args.sample_model_dir),
         texts=dict(enumerate(texts, start=1)),
@@ -67,7 +68,7 @@ def recipe_sampler(args: argparse.Namespace, part: "nn.Module", open_judge: "Ope
         every=args.sample_every,
         output=args.model_dir / "samples",
     )
-    return Sampler(plan, versions(args, part), judge)
+    return Sampler(plan, versions(args, part), judge if open_judge else None)
 
 
 def versions(args: argparse.Namespace, part: "nn.Module") -> "list[Version]":

@@ -32,7 +32,7 @@ class SampleVoice:
         self, folder: ModelFolder, llm: nn.Module, flow: nn.Module, embedding: Tensor, device: torch.device, seed: int
     ) -> None:
         """llm, flow: of the sizes that will be lent. embedding: (1, 192)."""
-        self.cosyvoice = AutoModel(folder.path, device=str(device), weights={"llm": llm, "flow": flow})
+        self.cosyvoice = AutoModel(folder, device=str(device), weights={"llm": llm, "flow": flow})
         self.cosyvoice.frontend.spk2info[VOICE_NAME] = {"embedding": embedding}
         self.embedding, self.device, self.seed = embedding, device, seed
         hift = self.cosyvoice.model.hift

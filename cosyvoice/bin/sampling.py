@@ -66,11 +66,15 @@ class Sampler(Checkpoint):
     it stands behind the callback that writes them.
     """
 
-    def __init__(self, plan: SamplePlan, versions: Sequence[Version], judge: Judge | None = None) -> None:
-        self.plan, self.versions, self.judge = plan, versions, judge
+    def __init__(
+        self, plan: SamplePlan, versions: Sequence[Version], open_judge: Callable[[], Judge | None] | None = None
+    ) -> None:
+        """open_judge: called once, where samples are spoken."""
+        self.plan, self.versions, self.open_judge = plan, versions, open_judge
         self.group: dist.ProcessGroup | None = None
         # What the first process has.
         self.voice: SampleVoice | None = None
+        self.judge: Judge | None = None
         self.written: dict[LentPart, dict[int, Written]] = {}  # by language models that do not change
         self.references: list[Sample] = []  # one at most
         self.references_are_logged = False
@@ -104,6 +108,7 @@ class Sampler(Checkpoint):
     def open(self, device: torch.device) -> None:
         """Load what the samples need beside the model, and let language models that do not change write the texts."""
         plan, first = self.plan, self.versions[0]
+        self.judge = attempt("the judge of the samples", self.open_judge) if self.open_judge else None
         with first.llm.lend(device) as llm, first.flow.lend(device) as flow:
             self.voice = SampleVoice(plan.folder, llm, flow, plan.embedding, device, plan.seed)
         for version in self.versions:
