@@ -218,9 +218,7 @@ def test_a_model_that_cannot_fit_is_refused_with_the_figure(monkeypatch: pytest.
     with torch.device("meta"):
         part = nn.Linear(1000, 506_000, bias=False)
     cpu = torch.device("cpu")
-    with pytest.raises(
-        InputError, match=r"506 million weights of the llm takes more than 9\.6 GB .* 8\.6 GB.*joint"
-    ):
+    with pytest.raises(InputError, match=r"506 million weights of the llm takes more than 9\.6 GB .* 8\.6 GB.*joint"):
         memory.check_memory(part, "llm", cpu, in_half=True, processes=1)
     memory.check_memory(part, "llm", cpu, in_half=False, processes=1)  # 8.596 GB
     with pytest.raises(InputError, match="has 4.3 GB"):
