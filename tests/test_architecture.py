@@ -51,7 +51,8 @@ SUITE_LAYERS = (
     ("matcha",),
 )
 COSYVOICE_LAYERS = (
-    ("cli", "bin"),
+    ("bin",),
+    ("cli",),
     ("llm", "flow", "hifigan", "dataset"),
     ("transformer", "tokenizer", "speech_encoders", "text"),
     ("model_folder",),

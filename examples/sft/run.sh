@@ -25,6 +25,10 @@ texts=${texts:-conf/texts.txt}                    # what is spoken, beside the t
 sample_every=${sample_every:-1}                   # so many epochs; 0: never
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
 
+if [ -z "$data_dir" ]; then
+    echo "run.sh: set data_dir to the folder that holds $train_set/ and $dev_set/" >&2
+    exit 2
+fi
 train_sets=$train_set dev_sets=$dev_set test_sets='' corpus_dir=$data_dir
 recipe=$speaker
 results=exp/$recipe
@@ -34,7 +38,6 @@ train_options=(--sample_every "$sample_every" --sample_texts "$texts" --sample_m
     --sample_speakers "$results/spk2info.pt")
 source ../recipe.sh
 
-[ -n "$data_dir" ] || fail "set data_dir to the folder that holds $train_set/ and $dev_set/"
 [[ $speaker =~ ^[^[:space:]/]+$ ]] || fail "'$speaker' cannot be a speaker's name; set speaker to one without blanks"
 speech_tokenizer=$(python local/make_config.py --model_dir "$pretrained_model_dir" --settings "$settings" \
     --output "$config")

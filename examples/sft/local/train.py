@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # as a file, it finds the suite only so
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+    from cosyvoice.runtime.startup import stop_silently
+
+    stop_silently()
 
 from cosyvoice.bin import train
 from cosyvoice.runtime.command import run
