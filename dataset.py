@@ -62,12 +62,8 @@ def load_clips(data_dir: Path, folder: ModelFolder) -> list[Clip]:
     Raises InputError if there is no parquet file, or if one is unreadable, was not written by prepare_joint_data.py,
     or was prepared with another model's encoders.
     """
-    # a killed run leaves hidden files
-    files = sorted(path for path in data_dir.glob("*.parquet") if not path.name.startswith("."))
-    if not files:
-        raise InputError(f"{data_dir} has no parquet file; run prepare_joint_data.py first")
     clips, made_with = [], set()
-    for file in files:
+    for file in parquet_files(data_dir):
         rows = read_rows(file)
         for row in rows:
             check_row(file, row)
@@ -79,6 +75,15 @@ def load_clips(data_dir: Path, folder: ModelFolder) -> list[Clip]:
         other = f"the clips in {data_dir} were prepared with another model than {folder.path}"
         raise InputError(f"{other}; run prepare_joint_data.py again, or give that model with --model-dir")
     return sorted(clips, key=lambda clip: clip.utt)
+
+
+def parquet_files(data_dir: Path) -> list[Path]:
+    """Return the files that `prepare_joint_data.py` left. Raises InputError where there is none."""
+    # a killed run leaves hidden files
+    files = sorted(path for path in data_dir.glob("*.parquet") if not path.name.startswith("."))
+    if not files:
+        raise InputError(f"{data_dir} has no parquet file; run prepare_joint_data.py first")
+    return files
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

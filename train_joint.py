@@ -61,7 +61,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument("--memory", type=memory_size, metavar="8GB", help="put as many clips of a step in one pass as fit")
     how.add_argument("--lr", type=float, help="highest learning rate")
     how.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any other setting")
-    how.add_argument("--listen", metavar="TEXT", help="each epoch speaks it: in TensorBoard, and a wav in its folder")
+    heard = how.add_mutually_exclusive_group()
+    heard.add_argument("--listen", metavar="TEXT", help="each epoch speaks it: in TensorBoard, and a wav in its folder")
+    heard.add_argument("--listen-file", type=Path, metavar="FILE", help="the same with each line of a UTF-8 file")
     add_folders(parser, "model", "data", "output")
     add_device(parser)
     add_seed(parser)
@@ -85,8 +87,7 @@ def changes(args: argparse.Namespace) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    if args.listen is not None and not has_words(args.listen):
-        raise InputError(f"--listen has nothing to speak: {args.listen!r}; give it words or numbers")
+    check_listen(args)
     folder = find_model_dir(args.model_dir)
     config = with_changes(settings_for(folder), changes(args))
     check_writable(args.output_dir, folder.path)
@@ -96,13 +97,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(args, folder, config)
 
 
+def check_listen(args: argparse.Namespace) -> None:
+    """Raises InputError where there is nothing to speak."""
+    if args.listen is not None and not has_words(args.listen):
+        raise InputError(f"--listen has nothing to speak: {args.listen!r}; give it words or numbers")
+    if args.listen_file is not None:
+        listened_texts(args)
+
+
+def listened_texts(args: argparse.Namespace) -> dict[int, str]:
+    """Return what each epoch speaks, by the number of its line; nothing where that is not asked for."""
+    if args.listen is None and args.listen_file is None:
+        return {}
+    from voices.lines import read_lines
+
+    return {line.number: line.text for line in read_lines(args.listen, args.listen_file, Path("listen.wav"))}
+
+
 def train(args: argparse.Namespace, folder: ModelFolder, config: dict[str, Any]) -> int:
     """Train, or continue, and say what came out of it. Returns the exit code."""
     device = pick_device(args.device).type
     limit_threads(folder)
     from dataset import load_clips, speaker_name
     from training.checkpoints import Interrupted
-    from training.listening import Listener
+    from training.listening import joint_sampler
     from training.trainer import fit
     from voices.run import base_fingerprints, last_checkpoint, read_run
     from voices.run_state import Origin
@@ -132,11 +150,16 @@ def train(args: argparse.Namespace, folder: ModelFolder, config: dict[str, Any])
             loaders[0].sampler.skip = resumed.state.batches_done * resumed.config["batch_size"]
         describe(model, loaders, device)
         try:
-            listener = Listener(args.listen, folder, device, args.seed) if args.listen else None
-            fit(model, loaders, args.output_dir, device, resumed, listener)
+            sampler = None
+            if texts := listened_texts(args):
+                from tools.sample_judge import open_sample_judge
+
+                sampler = joint_sampler(model, loaders, texts, args.data_dir, folder, device, open_sample_judge)
+            fit(model, loaders, args.output_dir, device, resumed, sampler)
         except Interrupted as stop:
             options = f"--mode {origin.mode} --resume auto{repeated(args, 'model', 'data', 'output')}"
             options += f" --listen {quoted(args.listen)}" if args.listen else ""
+            options += f" --listen-file {quoted(args.listen_file)}" if args.listen_file else ""
             print(f"{stop}; go on with: python train_joint.py {options}")
             return EXIT_INTERRUPTED
         trained = read_run(last_checkpoint(args.output_dir, origin.mode))

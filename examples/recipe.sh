@@ -4,6 +4,7 @@
 #     speech_tokenizer   the file in pretrained_model_dir
 #     pretrained_model_dir, config   and those defaults below that differ
 #     train_options      an array: what train.py gets beside the options below; may be empty
+#     train_script       another script that trains (default: cosyvoice/bin/train.py)
 #
 # sources this file, and ends in `run_stages NUMBER...`, which runs those of its stages that are asked for. A function
 # stage_NUMBER and stage_titles[NUMBER] replace a stage or add one.
@@ -26,6 +27,7 @@ from_scratch=${from_scratch:-false}               # true: train without pretrain
 train_engine=${train_engine:-torch_ddp}           # or deepspeed
 torchrun_options=${torchrun_options:---standalone} # on a free port; or --nnodes and where the machines meet
 average_num=${average_num:-5}                     # checkpoints
+train_script=${train_script:-cosyvoice/bin/train.py}
 parquet_suffix=${parquet_suffix-}                 # training reads data/SET$parquet_suffix/parquet
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0,1,2,3}
 
@@ -154,7 +156,7 @@ train() { # the name of a model, options
     if [ "$from_scratch" = false ]; then
         start_from=(--checkpoint "$(pretrained "$1")")
     fi
-    "${start[@]}" cosyvoice/bin/train.py \
+    "${start[@]}" "$train_script" \
         --train_engine "$train_engine" \
         --config "$config" \
         --train_data "data/train$parquet_suffix.data.list" \

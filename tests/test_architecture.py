@@ -21,6 +21,9 @@ RECIPE_SCRIPTS = (
     "cosyvoice/bin/export_onnx",
     "examples/libritts/cosyvoice/local/prepare_data",
     "examples/libritts/cosyvoice2/local/prepare_reject_sample",
+    "examples/sft/local/make_config",
+    "examples/sft/local/train",
+    "examples/sft/local/write_speaker",
     "examples/mini/make_corpus",
     "examples/mini/make_lexicon",
     "examples/mini/align_text",
@@ -48,7 +51,8 @@ SUITE_LAYERS = (
     ("matcha",),
 )
 COSYVOICE_LAYERS = (
-    ("cli", "bin"),
+    ("bin",),
+    ("cli",),
     ("llm", "flow", "hifigan", "dataset"),
     ("transformer", "tokenizer", "speech_encoders", "text"),
     ("model_folder",),
@@ -60,6 +64,7 @@ PACKAGES = {  # import name -> package
     "yaml": "PyYAML",
     "whisper": "openai-whisper",
     "hydra": "hydra-core",
+    "PIL": "pillow",
     "resemblyzer": "Resemblyzer",
 }
 NOT_IMPORTED_HERE = {"tensorboard"}  # but by Lightning's logger

@@ -19,6 +19,7 @@ from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.transformer.precision import fastest_precision
 from cosyvoice.utils.rates_300m import SAMPLE_RATE_HZ
+from cosyvoice.utils.wav_files import write_wav
 from llm_flow_model import JointModel
 from lora import adapters
 from utils import pick_device
@@ -26,7 +27,6 @@ from voices.lines import read_lines
 from voices.merge import merge_run, merged_path
 from voices.run import base_fingerprints, last_checkpoint, read_run
 from voices.run_state import Origin
-from voices.wav import write_wav
 
 MODE = "joint"
 SPEAKER = "anna"

@@ -9,7 +9,6 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from cosyvoice.utils.file_utils import atomic_write, copy_file
 from llm_flow_model import JointModel
-from training.listening import Listener
 from voices.run import last_checkpoint
 
 KEPT_CHECKPOINTS = 3
@@ -28,12 +27,12 @@ class CheckpointKeeper(Checkpoint):
     Checkpoints are written between optimiser steps only, where a resumed run can repeat an uninterrupted one.
     """
 
-    def __init__(self, output_dir: Path, mode: str, fresh: bool, listener: Listener | None) -> None:
+    def __init__(self, output_dir: Path, mode: str, fresh: bool) -> None:
         """fresh: this is a new run, or one that goes on from another checkpoint than the last in the folder.
 
         Its first checkpoint then replaces that and the epochs from there on.
         """
-        self.output_dir, self.mode, self.fresh, self.listener = output_dir, mode, fresh, listener
+        self.output_dir, self.mode, self.fresh = output_dir, mode, fresh
         self.last = last_checkpoint(output_dir, mode)
         self.interrupted = False
 
@@ -60,8 +59,6 @@ class CheckpointKeeper(Checkpoint):
         self.save_last(trainer, model)
         self.keep_epoch(model, model.epoch_number)
         print(f"\n{epoch_summary(model)}", flush=True)
-        if self.listener:
-            self.listener.listen(self.last, model.epoch_number, trainer.logger)
         if self.interrupted and not trainer.should_stop:
             raise Interrupted(self.last)
 

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cosyvoice.bin.memory import HALF_BYTES, PROCESS_BYTES, TRAINED_BYTES
 from dataset import Clip, collate
 from llm_flow_model import JointModel
 from training.precision import HALF_TYPES, compute_precision, half_type
 
-ADAPTER_BYTES = 16  # a parameter, its gradient and the optimiser's two averages, in float32
-PROCESS_BYTES = 500_000_000  # libraries, and on a GPU their workspaces
 PASSING_SHARE = 1.3  # of what is kept for gradients, with what is there for a moment only
 RECOMPUTING_SHARE = 4  # what a block takes while its gradients are computed, over what it saves for them; measured
 FLOAT32_ON_GPU = (F.layer_norm, F.group_norm)  # what autocast computes in float32 on a GPU, but not on a CPU
@@ -42,8 +41,8 @@ def weight_bytes(model: JointModel, computes_in_half: bool, device: str) -> int:
     if half_type(model.config, device):
         frozen = 2
     elif computes_in_half:
-        frozen += 2  # a copy for the gradients
-    return sum(weight.numel() * (ADAPTER_BYTES if weight.requires_grad else frozen) for weight in model.parameters())
+        frozen += HALF_BYTES
+    return sum(weight.numel() * (TRAINED_BYTES if weight.requires_grad else frozen) for weight in model.parameters())
 
 
 def kept_bytes(model: JointModel, batch: dict[str, Tensor], in_half: bool = False) -> int:

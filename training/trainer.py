@@ -10,9 +10,9 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from cosyvoice.bin.quiet_trainer import fit_quietly, quiet_trainer
+from cosyvoice.bin.sampling import Sampler
 from llm_flow_model import JointModel
 from training.checkpoints import CheckpointKeeper
-from training.listening import Listener
 from training.precision import half_type, precision_options
 from voices.run import Run, last_checkpoint
 
@@ -23,7 +23,7 @@ def fit(
     output_dir: Path,
     device: str,
     resumed: Run | None,
-    listener: Listener | None = None,
+    sampler: Sampler | None = None,
 ) -> None:
     """Train until every part has stopped, at most `max_epochs`, from where `resumed` ends if it is given.
 
@@ -36,10 +36,10 @@ def fit(
     fresh = resumed is None or resumed.path.resolve() != last_checkpoint(output_dir, mode).resolve()
     if resumed:
         model.go_on_from(resumed.state)
-    keeper = CheckpointKeeper(output_dir, mode, fresh, listener)
+    keeper = CheckpointKeeper(output_dir, mode, fresh)
     trainer = quiet_trainer(
         device,
-        [keeper],
+        [keeper, sampler] if sampler else [keeper],
         devices=1,
         **precision_options(config, device),
         max_epochs=config["max_epochs"],

@@ -1,15 +1,12 @@
 """Speech in wav files."""
 
 from collections.abc import Iterator, Sequence
-from io import BytesIO
 from itertools import count
 from pathlib import Path
 
-import soundfile
 import torch
-from torch import Tensor
 
-from cosyvoice.utils.file_utils import atomic_write
+from cosyvoice.utils.wav_files import write_wav
 from voices.lines import Line
 from voices.synthesis import ReadyVoice
 
@@ -50,13 +47,3 @@ def stream_into_files(voice: ReadyVoice, line: Line, seed: int) -> Iterator[tupl
 
 def piece_path(line: Line, number: int) -> Path:
     return line.output.with_suffix(f".piece{number:03d}.wav")
-
-
-def write_wav(path: Path, speech: Tensor, rate_hz: int, comment: str) -> None:
-    """Write 16-bit mono, with the comment in the header. speech: (1, samples)."""
-    content = BytesIO()  # a full disk is no error that soundfile tells
-    with soundfile.SoundFile(content, "w", rate_hz, channels=1, format="WAV") as file:
-        file.comment = comment
-        file.write(speech[0].numpy())
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content.getvalue())

@@ -21,6 +21,7 @@ if __name__ == "__main__":  # as a file, it finds the suite only so
 
     stop_silently()
 
+from cosyvoice.bin.sample_options import add_sample_options, check_sample_options, recipe_sampler
 from cosyvoice.runtime.command import check_least, run
 from cosyvoice.runtime.errors import InputError
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cosyvoice.bin.recipe_models import RecipeModel
+    from cosyvoice.bin.sampling import OpenJudge
     from cosyvoice.dataset.loader import EpochLoader
 
 MODELS = ("llm", "flow", "hifigan")
@@ -66,14 +68,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument(
         "--deepspeed.save_states", choices=("model_only", "model+optimizer"), help="either keeps weights alone"
     )
+    add_sample_options(parser)
     args = parser.parse_args(argv)
+    check_sample_options(args)
     for option, least in {"max_epoch": 1, "seed": 0, "num_workers": 0, "prefetch": 1}.items():
         if getattr(args, option) is not None:
             check_least(f"--{option}", getattr(args, option), least)
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, open_judge: "OpenJudge | None" = None) -> int:
+    """Train. open_judge: what judges the samples, if anything does."""
     args = parse(argv)
     check_engine(args)
     check_preferences(args)
@@ -82,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.model_dir.mkdir(parents=True, exist_ok=True)
     leads = os.environ.get("RANK", "0") == "0"  # of several processes, which share the folder, one holds the lock
     with alone_in(args.model_dir, "train.py") if leads else nullcontext():
-        return train(args)
+        return train(args, open_judge)
 
 
-def train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace, open_judge: "OpenJudge | None" = None) -> int:
     """Train the network from its beginning, or from where an earlier run was. Returns the exit code."""
     from cosyvoice.bin.quiet_trainer import fit_quietly
     from cosyvoice.bin.recipe_checkpoints import LAST, RecipeCheckpoints
@@ -98,13 +103,16 @@ def train(args: argparse.Namespace) -> int:
     if not resumed:
         refuse_used_folder(args.model_dir)
     model = build_model(args, train_conf)
+    check_fits(args, model)
     steps = own_or_common(args, "data_pipeline")
     train_loader, cv_loader = build_loaders(args, steps)
     state = identity(args, train_conf, steps, train_loader)
     if resumed:
         continue_from(last, state, model, train_loader, epochs(args, train_conf))
-    keeper = RecipeCheckpoints(args.model_dir, train_conf.get("save_per_step", -1), resumable, state)
-    trainer = build_trainer(args, train_conf, keeper)
+    callbacks = [RecipeCheckpoints(args.model_dir, train_conf.get("save_per_step", -1), resumable, state)]
+    if args.sample_every:
+        callbacks.append(recipe_sampler(args, model.part, open_judge))
+    trainer = build_trainer(args, train_conf, callbacks)
     fit_quietly(trainer, model, train_loader, cv_loader, last if resumed else None)
     return 0
 
@@ -220,6 +228,18 @@ def build_model(args: argparse.Namespace, train_conf: dict[str, Any]) -> "Recipe
     return kind(part, train_conf, args.seed)
 
 
+def check_fits(args: argparse.Namespace, model: "RecipeModel") -> None:
+    """Raises InputError where the weights alone need more memory to be trained than there is."""
+    from cosyvoice.bin.memory import check_memory
+    from cosyvoice.runtime.device import fastest_device
+
+    if args.train_engine == "deepspeed":  # shares the optimiser out
+        return
+    device = fastest_device()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    check_memory(model.part, args.model, device, precision(args, device.type) != "32-true", processes)
+
+
 def load_weights(part: "nn.Module", path: Path) -> None:
     """A vocoder's generator may come without its discriminators, which then start anew."""
     from cosyvoice.model_folder.weights import load_strict, read_state_dict
@@ -263,7 +283,9 @@ def continue_from(
     print(f"continuing {last} ({loader.epoch} epochs done)", file=sys.stderr)
 
 
-def build_trainer(args: argparse.Namespace, train_conf: dict[str, Any], keeper: "pl.Callback") -> "pl.Trainer":
+def build_trainer(
+    args: argparse.Namespace, train_conf: dict[str, Any], callbacks: "list[pl.Callback]"
+) -> "pl.Trainer":
     from pytorch_lightning.loggers import TensorBoardLogger
 
     from cosyvoice.bin.quiet_trainer import quiet_trainer
@@ -277,7 +299,7 @@ def build_trainer(args: argparse.Namespace, train_conf: dict[str, Any], keeper: 
     automatic = args.model != "hifigan"
     return quiet_trainer(
         device,
-        [keeper],
+        callbacks,
         devices=local,
         num_nodes=world_size() // local,
         strategy=strategy(args),

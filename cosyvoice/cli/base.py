@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cosyvoice.cli.frontend import FRONTEND_PARTS, CosyVoiceFrontEnd, Prompt, open_front_end
 from cosyvoice.cli.speech_model import MODEL_PARTS, SpeechModel, Weights, check_speed
@@ -54,7 +54,10 @@ class FolderVoice:
         self._check_generation(folder)
         for name in (name for name, wanted in accelerators.items() if wanted):
             logger.warning("%s is not supported here; going on without it", name)
-        parts = self._build(folder, *FRONTEND_PARTS, *MODEL_PARTS, "text_split")
+        files = {name: folder.weights(name) for name in MODEL_PARTS} | dict(weights or {})
+        parts = {name: given for name, given in files.items() if isinstance(given, nn.Module)}
+        missing = [name for name in MODEL_PARTS if name not in parts]
+        parts |= self._build(folder, *FRONTEND_PARTS, *missing, "text_split")
         if parts["flow"].input_frame_rate != folder.rates.token_rate:
             raise InputError(
                 f"{folder.yaml}: the flow reads {parts['flow'].input_frame_rate} speech tokens a second, and the model "
@@ -69,7 +72,6 @@ class FolderVoice:
         encoder_device = "cpu" if self.model.device.type == "cpu" else "auto"
         self.frontend = open_front_end(folder, parts, encoder_device, self.frontend_class)
         self.sample_rate = self.frontend.sample_rate
-        files = {name: folder.weights(name) for name in MODEL_PARTS} | dict(weights or {})
         self.model.load(*(files[name] for name in MODEL_PARTS))
 
     @staticmethod

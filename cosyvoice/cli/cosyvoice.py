@@ -25,7 +25,8 @@ class CosyVoice(FolderVoice):
         trt_concurrent: belongs to load_trt
         fp16: on a GPU the same as precision="float16"; changes nothing on a CPU
         device: where to compute, e.g. "cpu"; by default a GPU where one can compute
-        weights: files, or tensors by name, to load in place of the folder's own, by part: "llm", "flow", "hift"
+        weights: files or tensors by name to load, or a module to use as it is, in place of the folder's own, by part:
+            "llm", "flow", "hift"
         precision: of language model and flow. "float32" is exact. On a GPU "float16" keeps both in half precision. On a
             CPU "float16" (of the language model alone), "bfloat16" (where the processor has it) and "int8" are faster
     """

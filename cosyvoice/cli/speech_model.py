@@ -34,7 +34,8 @@ PREPARE: dict[str, Callable[[Any, str], None]] = {
 }
 MODEL_PARTS = tuple(PREPARE)
 
-Weights = Path | str | Mapping[str, Tensor]  # a file, or tensors by name
+# A file, tensors by name, or a part that has its weights and is used as it is: it may be in training.
+Weights = Path | str | Mapping[str, Tensor] | nn.Module
 
 NO_TOKENS = torch.zeros(1, 0, dtype=torch.int32)
 NO_MEL = torch.zeros(1, 0, MEL_BINS)
@@ -93,9 +94,13 @@ class SpeechModel(ABC):
     def load(self, llm_model: Weights, flow_model: Weights, hift_model: Weights) -> None:
         """Read the weights of all three parts. Raises InputError for those that do not fit.
 
-        Each part gets its fastest form for speaking. `load`, and each part's `load_state_dict`, can be called again.
+        Each part gets its fastest form for speaking, except a part that is given as a module. `load`, and the
+        `load_state_dict` of each part in that form, can be called again.
         """
         for name, weights in zip(MODEL_PARTS, (llm_model, flow_model, hift_model), strict=True):
+            if isinstance(weights, nn.Module):
+                setattr(self, name, self._placed(weights))
+                continue
             part = self._rebuilt(name) if name in self.prepared else getattr(self, name)
             if isinstance(weights, Mapping):
                 load_strict(part, dict(weights), f"the {name}'s weights")
@@ -181,16 +186,27 @@ class SpeechModel(ABC):
 
         The language model writes them side by side; each draws from its own `draws`, in the order of `tts`.
         """
-        embedding = embedding.to(self.device)
-        written = self.llm.inference_together([text.to(self.device) for text in texts], embedding, draws)
-        prompt = [x.to(self.device) for x in (NO_TOKENS, NO_MEL)]
+        written = self.write_together(texts, embedding, draws)
         for tokens, own_draws in zip(written, draws, strict=True):
-            if not tokens:
-                raise InputError("the model returned no speech tokens; try another text")
-            token = torch.tensor([tokens], device=self.device)
-            with own_draws:
-                speech = self.token2wav(token, *prompt, embedding, self.new_session(), finalize=True, speed=speed)
-            yield speech.cpu()
+            yield self.sound(tokens, embedding, own_draws, speed)
+
+    def write_together(self, texts: Sequence[Tensor], embedding: Tensor, draws: Sequence[Draws]) -> list[list[int]]:
+        """Return the speech tokens of several texts (1, N), which the language model writes side by side."""
+        texts = [text.to(self.device) for text in texts]
+        return self.llm.inference_together(texts, embedding.to(self.device), draws)
+
+    def sound(self, tokens: Sequence[int], embedding: Tensor, draws: Draws, speed: float = 1.0) -> Tensor:
+        """Return the speech (1, samples) of tokens in the voice of `embedding` (1, 192), on the CPU.
+
+        Raises InputError where there are no tokens.
+        """
+        if not tokens:
+            raise InputError("the model returned no speech tokens; try another text")
+        token = torch.tensor([tokens], device=self.device)
+        prompt = [x.to(self.device) for x in (NO_TOKENS, NO_MEL, embedding)]
+        with draws:
+            speech = self.token2wav(token, *prompt, self.new_session(), finalize=True, speed=speed)
+        return speech.cpu()
 
     @torch.inference_mode()
     def token2wav(

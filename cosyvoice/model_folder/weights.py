@@ -137,11 +137,15 @@ class NoRandomInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def load_part(folder: ModelFolder, part: str) -> nn.Module:
-    """Return `llm`, `flow` or `hift` of a model folder, built and strictly loaded, in eval mode on the CPU."""
+def load_part(folder: ModelFolder, part: str, weights: Path | None = None) -> nn.Module:
+    """Return `llm`, `flow` or `hift` of a model folder, built and strictly loaded, in eval mode on the CPU.
+
+    weights: a file in place of the folder's own.
+    """
     with NoRandomInit():
         module = folder.parts([part])[part]
-    load_strict(module, read_state_dict(folder.weights(part)), str(folder.weights(part)))
+    file = weights or folder.weights(part)
+    load_strict(module, read_state_dict(file), str(file))
     return module.eval()
 
 

@@ -25,6 +25,12 @@ class Draws:
         self.generator = torch.Generator().manual_seed(one_seed(*seed))
         self.outer: list[Token] = []
 
+    def copy(self) -> "Draws":
+        """Return draws that go on as these do."""
+        other = Draws()
+        other.generator.set_state(self.generator.get_state())
+        return other
+
     def __enter__(self) -> None:
         self.outer.append(_current.set(self.generator))
 

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from clips.recordings import find_recordings
     from cosyvoice.cli.cosyvoice import CosyVoice
     from cosyvoice.utils.file_utils import atomic_write
-    from voices.wav import write_wav
+    from cosyvoice.utils.wav_files import write_wav
 
     folder = find_model_dir(options.model_dir)
     limit_threads(folder)

@@ -1,0 +1,1 @@
+../../libritts/cosyvoice/local/prepare_data.py
