@@ -182,7 +182,8 @@ def test_operations_are_shown_by_their_share(model_dir: Path, bench: Any) -> Non
     check_limits(machine)
     assert [row["what"] for row in rows] == ["decoding", "flow", "vocoder", "training llm_only", "training flow_only"]
     assert all(0 < sum(row["shares"].values()) < 1.01 for row in rows)
-    assert "quantized::linear_dynamic" in rows[0]["shares"] and "aten::mkldnn_convolution" in rows[2]["shares"]
+    assert any(name.startswith("quantized::linear") for name in rows[0]["shares"])
+    assert "aten::mkldnn_convolution" in rows[2]["shares"]
 
 
 def test_operations_are_counted_where_attention_is_fused(bench: Any) -> None:

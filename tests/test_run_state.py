@@ -106,16 +106,18 @@ def test_a_field_of_another_kind_is_refused(name: str, value: Any) -> None:
         read_state(PATH, content)
 
 
-def test_a_sidecar_has_the_fields_it_always_had(tmp_path: Path) -> None:
+def test_a_sidecar_has_all_its_fields(tmp_path: Path) -> None:
     run = Run(PATH, read_state(PATH, written()), {"llm": {}})
-    path = write_sidecar(run, {"llm": tmp_path / "llm.pt"}, {"llm": 1}, tmp_path)
+    path = write_sidecar(run, {"llm": tmp_path / "llm.pt"}, {"llm": 1}, 0.5, tmp_path)
     content = json.loads(path.read_text(encoding="utf-8"))
     assert path == tmp_path / "voice_llm_only.json" and content.pop("written")
     assert list(content.items()) == [
         ("version", "0.1.0"), ("mode", "llm_only"), ("speaker", "anna"), ("run", "17"), ("files", {"llm": "llm.pt"}),
-        ("merged_epoch", {"llm": 1}), ("base", {"llm": "1", "flow": "2"}), ("seed", 7), ("epochs_trained", 2),
+        ("merged_epoch", {"llm": 1}), ("merged_scale", {"llm": 0.5}), ("base", {"llm": "1", "flow": "2"}),
+        ("seed", 7), ("epochs_trained", 2),
         ("losses", {"llm": written()["progress"]["llm"]["history"]}), ("stopped", {"llm": ""}),
         ("settings", JOINT_TRAINING_CONFIG), ("pace", 4.5),
     ]  # fmt: skip
     voice = read_sidecar(path)
     assert (voice.speaker, voice.files, voice.pace) == ("anna", {"llm": tmp_path / "llm.pt"}, 4.5)
+    assert voice.merged_scale == {"llm": 0.5}
