@@ -39,7 +39,9 @@ read -ra models <<<"$models"
 read -ra torchrun_options <<<"$torchrun_options"
 sets=("${train_sets[@]}" "${dev_sets[@]}" "${test_sets[@]}")
 
-declare -A stage_titles=(
+source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
+
+stage_titles+=(
     [-1]="download LibriTTS"
     [0]="tables"
     [1]="speaker vectors"
@@ -49,28 +51,6 @@ declare -A stage_titles=(
     [6]="average the best $average_num checkpoints"
     [7]="export $pretrained_model_dir; copy averaged weights there first to export those"
 )
-
-fail() {
-    echo "${0##*/}: $*" >&2
-    exit 2
-}
-
-asks_for() { # the number of a stage
-    [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]
-}
-
-run_stages() { # the numbers of all stages of the recipe, in order; those that are asked for run
-    local number
-    for number in "$stage" "$stop_stage"; do
-        [[ $number =~ ^-?[0-9]+$ ]] || fail "the stage '$number' is not a whole number"
-    done
-    for number in "$@"; do
-        if asks_for "$number"; then
-            echo "Stage $number: ${stage_titles[$number]}"
-            "stage_$number"
-        fi
-    done
-}
 
 stage_-1() {
     local x

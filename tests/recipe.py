@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -14,6 +15,7 @@ from parity import PARITY_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
 RAW_AUDIO = ROOT / "examples" / "raw_audio"
+SHARED_SHELL = ("recipe.sh", "stages.sh")
 SECONDS = 0.6
 FILES, CLIPS_A_FILE = 4, 2
 
@@ -90,8 +92,30 @@ def copy_of_the_project(project: Path) -> Path:
         (project / path.name).symlink_to(path)
     recipes, ignored = project / "examples" / "libritts", shutil.ignore_patterns("data", "exp", "tensorboard")
     shutil.copytree(ROOT / "examples" / "libritts", recipes, symlinks=True, ignore=ignored)
-    shutil.copy(ROOT / "examples" / "recipe.sh", project / "examples")
+    for shared in SHARED_SHELL:
+        shutil.copy(ROOT / "examples" / shared, project / "examples")
     return recipes
+
+
+class TrainingRuns:
+    """Runs of train.py on one corpus, each in a folder of its own."""
+
+    folder: Path
+    config: Path
+    data: Path  # the list of parquet files
+
+    def options(self, part: str, run: str, *options: str, config: Path | None = None) -> list[str]:
+        paths = {"config": config or self.config, "train_data": self.data, "cv_data": self.data}
+        paths |= {"model_dir": self.folder / run, "tensorboard_dir": self.folder / "tensorboard" / run}
+        given = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
+        return ["--model", part, *given, "--ddp.dist_backend", "gloo", "--max_epoch", "2", *options]
+
+    def train(self, part: str, run: str, *options: str, config: Path | None = None, judge: Any = None) -> Path:
+        """Returns the run's folder."""
+        from cosyvoice.bin import train
+
+        assert train.main(self.options(part, run, *options, config=config), judge) == 0
+        return self.folder / run
 
 
 def train_as(rank: int, processes: int, port: int, argv: list[str]) -> None:

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 import yaml
 from parity import V2
-from recipe import train_as, write_config, write_corpus
+from recipe import TrainingRuns, train_as, write_config, write_corpus
 
 from cosyvoice.bin import train
 from cosyvoice.bin.preference_model import PreferenceModel
@@ -23,7 +23,7 @@ from cosyvoice.runtime.errors import InputError
 from tools.random_model import make_random_model
 
 
-class Recipe:
+class Recipe(TrainingRuns):
     """Runs of train.py on one corpus, from the weights of a small CosyVoice2."""
 
     def __init__(self, folder: Path) -> None:
@@ -38,16 +38,8 @@ class Recipe:
         return write_config(self.folder, name, self.model.yaml, **settings)
 
     def options(self, part: str, run: str, *options: str, config: Path | None = None) -> list[str]:
-        paths = {"config": config or self.config, "train_data": self.data, "cv_data": self.data}
-        paths |= {"qwen_pretrain_path": self.model.text_model, "model_dir": self.folder / run}
-        paths |= {"tensorboard_dir": self.folder / "tensorboard" / run}
-        given = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
-        return ["--model", part, *given, "--ddp.dist_backend", "gloo", "--max_epoch", "2", *options]
-
-    def train(self, part: str, run: str, *options: str, config: Path | None = None) -> Path:
-        """Returns the run's folder."""
-        assert train.main(self.options(part, run, *options, config=config)) == 0
-        return self.folder / run
+        text_model = "--qwen_pretrain_path", str(self.model.text_model)
+        return super().options(part, run, *text_model, *options, config=config)
 
     def prefer(self, run: str, *options: str) -> Path:
         return self.train("llm", run, "--dpo", "--ref_model", str(self.model.weights("llm")), *options)
@@ -100,8 +92,9 @@ def test_resumed_preferences_equal_uninterrupted_ones(recipe: Recipe) -> None:
 def test_the_four_probabilities_have_one_layout(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """An llm that is its own reference gives no reward, whatever is drawn."""
     args = train.parse(recipe.options("llm", "unused", "--dpo", "--ref_model", str(recipe.model.weights("llm"))))
-    steps, conf = train.own_or_common(args, "data_pipeline"), train.own_or_common(args, "train_conf")
-    model: PreferenceModel = train.build_model(args, conf)
+    entries = train.read_recipe(args)
+    steps, conf = (train.own_or_common(args, entries, name) for name in ("data_pipeline", "train_conf"))
+    model: PreferenceModel = train.build_model(args, entries, conf)
     batches = list(train.build_loaders(args, steps)[0])
     seen: list[list[bool]] = []
     join = Qwen2LM.join
@@ -137,8 +130,8 @@ def test_an_llm_from_scratch_starts_from_the_text_model(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = train.parse(recipe.options("llm", "unused"))
-    conf = train.own_or_common(args, "train_conf")
-    model = train.build_model(args, conf).part.llm.model
+    conf = train.own_or_common(args, train.read_recipe(args), "train_conf")
+    model = train.build_model(args, train.read_recipe(args), conf).part.llm.model
     assert "has no model.safetensors: the text model starts from random weights" in capsys.readouterr().err
 
     text_model = tmp_path / "CosyVoice-BlankEN"
@@ -149,17 +142,17 @@ def test_an_llm_from_scratch_starts_from_the_text_model(
     del given["lm_head.weight"]  # as published: it is the embedding
     safetensors.torch.save_file(given, text_model / "model.safetensors")
     args.qwen_pretrain_path = text_model
-    started = train.build_model(args, conf).part.llm.model.state_dict()
+    started = train.build_model(args, train.read_recipe(args), conf).part.llm.model.state_dict()
     given["lm_head.weight"] = given["model.embed_tokens.weight"]
     assert all(torch.equal(started[name], tensor.float()) for name, tensor in given.items())
 
     config = json.loads((text_model / "config.json").read_text())
     (text_model / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
     with pytest.raises(InputError, match="model.safetensors does not fit this model"):
-        train.build_model(args, conf)
+        train.build_model(args, train.read_recipe(args), conf)
     (text_model / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match="model.safetensors cannot be read"):
-        train.build_model(args, conf)
+        train.build_model(args, train.read_recipe(args), conf)
 
 
 def test_mistakes_are_said_before_training(recipe: Recipe, tmp_path: Path) -> None:
@@ -188,7 +181,8 @@ def test_mistakes_are_said_before_training(recipe: Recipe, tmp_path: Path) -> No
 def test_settings_of_preferences(recipe: Recipe) -> None:
     def model(**conf: Any) -> PreferenceModel:
         args = train.parse(recipe.options("llm", "unused", "--dpo", "--ref_model", str(recipe.model.weights("llm"))))
-        return train.build_model(args, train.own_or_common(args, "train_conf") | conf)
+        entries = train.read_recipe(args)
+        return train.build_model(args, entries, train.own_or_common(args, entries, "train_conf") | conf)
 
     assert model(dpo_conf={"beta": 0.2}).preference.beta == 0.2
     with pytest.raises(InputError, match="dpo_conf: .*bata"):

@@ -345,7 +345,7 @@ def test_deepspeed_is_told_what_the_recipe_says(model: ModelFolder, monkeypatch:
 
     monkeypatch.setattr(pl, "Trainer", lambda **options: given.update(options))
     monkeypatch.setattr("pytorch_lightning.strategies.DeepSpeedStrategy", lambda config: ("deepspeed", config))
-    train.build_trainer(args, train.own_or_common(args, "train_conf"), [pl.Callback()])
+    train.build_trainer(args, train.own_or_common(args, train.read_recipe(args), "train_conf"), [pl.Callback()])
     assert given["strategy"] == ("deepspeed", str(config))
     assert given["gradient_clip_val"] == 5 and given["accumulate_grad_batches"] == 2
     assert given["plugins"] is None  # it writes its own checkpoints

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from models import tiny, tiny_model_dir
-from recipe import CLIPS_A_FILE, FILES, train_as, write_config, write_corpus
+from recipe import CLIPS_A_FILE, FILES, TrainingRuns, train_as, write_config, write_corpus
 from torch import Tensor
 
 from cosyvoice.bin import average_model, export_jit, export_onnx, train
@@ -31,23 +31,10 @@ from cosyvoice.runtime.errors import InputError
 PARTS = ("llm", "flow", "hifigan")
 
 
-class Recipe:
-    """Runs of train.py on one corpus, each in a folder of its own."""
-
+class Recipe(TrainingRuns):
     def __init__(self, folder: Path) -> None:
         self.folder, self.data = folder, write_corpus(folder)
         self.config = write_config(folder)
-
-    def options(self, part: str, run: str, *options: str, config: Path | None = None) -> list[str]:
-        paths = {"config": config or self.config, "train_data": self.data, "cv_data": self.data}
-        paths |= {"model_dir": self.folder / run, "tensorboard_dir": self.folder / "tensorboard" / run}
-        given = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
-        return ["--model", part, *given, "--ddp.dist_backend", "gloo", "--max_epoch", "2", *options]
-
-    def train(self, part: str, run: str, *options: str, config: Path | None = None) -> Path:
-        """Returns the run's folder."""
-        assert train.main(self.options(part, run, *options, config=config)) == 0
-        return self.folder / run
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import soundfile
 import torch
 from models import tiny_model_dir
 from PIL import Image
-from recipe import train_as, write_config, write_corpus
+from recipe import TrainingRuns, train_as, write_config, write_corpus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -32,7 +32,7 @@ from training.listening import AdaptedPart, BasePart
 RATE_HZ = 22050
 
 
-class Heard:
+class Heard(TrainingRuns):
     """Runs of train.py on one corpus, with the options of samples and without them."""
 
     def __init__(self, folder: Path) -> None:
@@ -43,22 +43,15 @@ class Heard:
         torch.manual_seed(0)
         save_tensors({"reader": {"embedding": torch.randn(1, 192)}}, folder / "spk2info.pt")
 
-    def options(self, part: str, run: str, *options: str) -> list[str]:
-        paths = {"config": self.config, "train_data": self.data, "cv_data": self.data}
-        paths |= {"checkpoint": self.model_dir / f"{part}.pt"}
-        paths |= {"model_dir": self.folder / run, "tensorboard_dir": self.folder / "tensorboard" / run}
-        given = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
-        return ["--model", part, *given, "--ddp.dist_backend", "gloo", "--max_epoch", "2", *options]
-
     def samples(self, every: int = 1) -> list[str]:
         paths = {"model_dir": self.model_dir, "texts": self.folder / "texts.txt"}
         paths |= {"speakers": self.folder / "spk2info.pt"}
         given = [text for name, path in paths.items() for text in (f"--sample_{name}", str(path))]
         return ["--sample_every", str(every), *given]
 
-    def train(self, part: str, run: str, *options: str, judge: Any = None) -> Path:
-        assert train.main(self.options(part, run, *options), judge) == 0
-        return self.folder / run
+    def options(self, part: str, run: str, *options: str, config: Path | None = None) -> list[str]:
+        start = "--checkpoint", str(self.model_dir / f"{part}.pt")
+        return super().options(part, run, *start, *options, config=config)
 
 
 @pytest.fixture(autouse=True)
@@ -214,7 +207,7 @@ def test_what_samples_need_is_looked_for_before_training(heard: Heard, tmp_path:
 
 
 def test_a_model_that_cannot_fit_is_refused_with_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "device_bytes", lambda device: 8.6e9)
+    monkeypatch.setattr(memory, "total_memory", lambda device: 8.6e9)
     with torch.device("meta"):
         part = nn.Linear(1000, 506_000, bias=False)
     cpu = torch.device("cpu")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from recipe import SHARED_SHELL
 
 from cosyvoice.cli.frontend import read_spk2info
 from cosyvoice.model_folder.folder import ModelFolder
@@ -42,8 +43,8 @@ def copy_of_the_recipe(project: Path) -> Path:
     for path in [*ROOT.glob("*.py"), *(ROOT / name for name in ("tools", "cosyvoice", "matcha", "clips", "voices"))]:
         (project / path.name).symlink_to(path)
     (project / "examples").mkdir()
-    for path in (ROOT / "examples" / "recipe.sh", ROOT / "examples" / "libritts"):
-        (project / "examples" / path.name).symlink_to(path)
+    for name in (*SHARED_SHELL, "libritts"):
+        (project / "examples" / name).symlink_to(ROOT / "examples" / name)
     ignored = shutil.ignore_patterns("data", "exp", "tensorboard")
     return Path(shutil.copytree(RECIPE, project / "examples" / "sft", symlinks=True, ignore=ignored))
 

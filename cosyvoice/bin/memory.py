@@ -1,11 +1,9 @@
-"""How much memory training takes at least, and how much there is."""
-
-import math
-import os
+"""How much memory training takes at least."""
 
 import torch
 from torch import nn
 
+from cosyvoice.runtime.device import total_memory
 from cosyvoice.runtime.errors import InputError
 
 TRAINED_BYTES = 16  # a parameter, its gradient and the optimiser's two averages, in float32
@@ -20,7 +18,7 @@ def check_memory(part: nn.Module, name: str, device: torch.device, in_half: bool
     """
     weights = sum(parameter.numel() for parameter in part.parameters())
     needed = weights * (TRAINED_BYTES + HALF_BYTES * in_half) + PROCESS_BYTES
-    there = device_bytes(device)
+    there = total_memory(device)
     if device.type == "cpu":
         there /= processes
     if needed > there:
@@ -31,12 +29,3 @@ def check_memory(part: nn.Module, name: str, device: torch.device, in_half: bool
             f"{what} (weights, gradients, the optimiser's averages), and {place} has {there / 1e9:.1f} GB. "
             f"Train LoRA adapters instead: {remedy}"
         )
-
-
-def device_bytes(device: torch.device) -> float:
-    """Return the memory of a GPU or of the computer, infinite where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):  # Windows
-        return math.inf
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

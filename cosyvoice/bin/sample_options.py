@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from cosyvoice.bin.sample_parts import Version
     from cosyvoice.bin.sampling import Judge, OpenJudge, Recording, Sampler
+    from cosyvoice.model_folder.folder import ModelFolder
 
 NEEDED = ("model_dir", "texts", "speakers")
 
@@ -59,8 +60,9 @@ def recipe_sampler(args: argparse.Namespace, part: "nn.Module", open_judge: "Ope
         own = [recording for recording, _ in islice(recordings(args.train_data), MOST_RECORDINGS)]
         return open_judge(own, texts)
 
+    folder = ModelFolder(args.sample_model_dir)
     plan = SamplePlan(
-        folder=ModelFolder(args.sample_model_dir),
+        folder=folder,
         texts=dict(enumerate(texts, start=1)),
         embedding=embedding,
         reference=reference,
@@ -68,15 +70,14 @@ def recipe_sampler(args: argparse.Namespace, part: "nn.Module", open_judge: "Ope
         every=args.sample_every,
         output=args.model_dir / "samples",
     )
-    return Sampler(plan, versions(args, part), judge if open_judge else None)
+    return Sampler(plan, versions(args, folder, part), judge if open_judge else None)
 
 
-def versions(args: argparse.Namespace, part: "nn.Module") -> "list[Version]":
+def versions(args: argparse.Namespace, folder: "ModelFolder", part: "nn.Module") -> "list[Version]":
     """Return what is heard: the new llm with the old flow, or the new flow with the old and with the trained llm."""
     from cosyvoice.bin.sample_parts import StoredPart, TrainedPart, Version
-    from cosyvoice.model_folder.folder import ModelFolder
 
-    folder, trained = ModelFolder(args.sample_model_dir), TrainedPart(part)
+    trained = TrainedPart(part)
     if args.model == "llm":
         return [Version("llm", trained, StoredPart(folder, "flow"))]
     found = [Version("flow", StoredPart(folder, "llm"), trained)]

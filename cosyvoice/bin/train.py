@@ -95,16 +95,17 @@ def train(args: argparse.Namespace, open_judge: "OpenJudge | None" = None) -> in
     from cosyvoice.bin.quiet_trainer import fit_quietly
     from cosyvoice.bin.recipe_checkpoints import LAST, RecipeCheckpoints
 
-    train_conf = own_or_common(args, "train_conf")
+    recipe = read_recipe(args)
+    train_conf = own_or_common(args, recipe, "train_conf")
     check_numbers(train_conf, args.config)
     last = args.model_dir / LAST
     resumable = args.train_engine == "torch_ddp"
     resumed = resumable and args.resume is not None and last.exists()
     if not resumed:
         refuse_used_folder(args.model_dir)
-    model = build_model(args, train_conf)
+    model = build_model(args, recipe, train_conf)
     check_fits(args, model)
-    steps = own_or_common(args, "data_pipeline")
+    steps = own_or_common(args, recipe, "data_pipeline")
     train_loader, cv_loader = build_loaders(args, steps)
     state = identity(args, train_conf, steps, train_loader)
     if resumed:
@@ -117,21 +118,29 @@ def train(args: argparse.Namespace, open_judge: "OpenJudge | None" = None) -> in
     return 0
 
 
-def own_or_common(args: argparse.Namespace, name: str) -> Any:
+def read_recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the entries of the recipe's YAML, not built yet, with the text model that the options name."""
+    from cosyvoice.model_folder.model_yaml import parse_model_yaml
+
+    entries = parse_model_yaml(args.config)
+    if args.qwen_pretrain_path is None:
+        return entries
+    if entries.get(TEXT_MODEL) is None:
+        raise InputError(f"{args.config} has no entry {TEXT_MODEL}. Leave --{TEXT_MODEL} out")
+    return entries | {TEXT_MODEL: str(args.qwen_pretrain_path)}
+
+
+def own_or_common(args: argparse.Namespace, recipe: dict[str, Any], name: str) -> Any:
     """The YAML's entry NAME_MODEL where it has one, else `name` or, for the vocoder, NAME_gan."""
     own, common = f"{name}_{args.model}", f"{name}_gan" if args.model == "hifigan" else name
-    return read_entry(args, own, {own: None}) or read_entry(args, common)
+    return built(args, recipe, own, {own: None}) or built(args, recipe, common)
 
 
-def read_entry(args: argparse.Namespace, name: str, defaults: dict[str, Any] | None = None) -> Any:
-    """Return an entry of the YAML, built, with the text model that the options name."""
-    from cosyvoice.model_folder.model_yaml import load_model_yaml
+def built(args: argparse.Namespace, recipe: dict[str, Any], name: str, defaults: dict[str, Any] | None = None) -> Any:
+    """Return an entry of the recipe, built anew."""
+    from cosyvoice.model_folder.model_yaml import build_entries
 
-    overrides = {} if args.qwen_pretrain_path is None else {TEXT_MODEL: str(args.qwen_pretrain_path)}
-    for entry in overrides:
-        if load_model_yaml(args.config, (entry,), {entry: None})[entry] is None:
-            raise InputError(f"{args.config} has no entry {entry}. Leave --{entry} out")
-    return load_model_yaml(args.config, (name,), defaults, overrides)[name]
+    return build_entries(args.config, recipe, (name,), defaults)[name]
 
 
 def check_numbers(train_conf: dict[str, Any], config: Path) -> None:
@@ -206,7 +215,7 @@ def refuse_used_folder(model_dir: Path) -> None:
 # Building
 
 
-def build_model(args: argparse.Namespace, train_conf: dict[str, Any]) -> "RecipeModel":
+def build_model(args: argparse.Namespace, recipe: dict[str, Any], train_conf: dict[str, Any]) -> "RecipeModel":
     from cosyvoice.bin.preference_model import PreferenceModel
     from cosyvoice.bin.recipe_models import SpeechModel, VocoderModel
     from cosyvoice.bin.text_model import start_from_text_model
@@ -214,14 +223,14 @@ def build_model(args: argparse.Namespace, train_conf: dict[str, Any]) -> "Recipe
 
     seed_all(args.seed)
     with_more = f"{args.model}_training"  # the part with what only its training needs, where a recipe has that
-    part = read_entry(args, with_more, {with_more: None}) or read_entry(args, args.model)
+    part = built(args, recipe, with_more, {with_more: None}) or built(args, recipe, args.model)
     start = args.checkpoint or args.ref_model
     if start is not None:
         load_weights(part, start)
     elif args.model == "llm" and args.qwen_pretrain_path is not None:
         start_from_text_model(part, args.qwen_pretrain_path)
     if args.dpo:
-        reference = read_entry(args, args.model)
+        reference = built(args, recipe, args.model)
         load_weights(reference, args.ref_model)
         return PreferenceModel(part, reference, train_conf, args.seed)
     kind = VocoderModel if args.model == "hifigan" else SpeechModel

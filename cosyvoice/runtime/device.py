@@ -1,5 +1,7 @@
 """The choice between CPU and GPU."""
 
+import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -31,6 +33,15 @@ def free_memory(device: torch.device) -> int | None:
         return None
     found = re.search(r"^MemAvailable: *(\d+) kB", MEMORY_FILE.read_text(), re.MULTILINE)
     return 1024 * int(found[1]) if found else None
+
+
+def total_memory(device: torch.device) -> float:
+    """Return the bytes of a GPU or of the computer, infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def cuda_problem() -> str:

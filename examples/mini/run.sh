@@ -56,4 +56,4 @@ write_config() {
     cp "$recipe/cosyvoice.yaml" "$config"
 }
 
-source examples/mini/stages.sh
+source examples/mini/recipe.sh

@@ -50,4 +50,4 @@ write_config() {
     cat "$recipe/cosyvoice2.yaml" "$recipe/training.yaml" >"$config"
 }
 
-source examples/mini/stages.sh
+source examples/mini/recipe.sh

@@ -1,21 +1,25 @@
 # The stages of the recipes of both small models: each run.sh sets its variables, and then sources this file. It also
 # tells how the corpora are made (make_corpora) and the YAML to train by is written (write_config).
 
-fail() {
-    echo "run.sh: $*" >&2
-    exit 2
-}
-
-for number in "$stage" "$stop_stage"; do
-    [[ $number =~ ^-?[0-9]+$ ]] || fail "the stage '$number' is not a whole number"
-done
+source examples/stages.sh
 
 mkdir -p "$work_dir"
 write_config
 
-asks_for() { # the number of a stage
-    [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ]
-}
+stage_titles=(
+    [0]="corpus"
+    [1]="speech tokenizer, speaker encoder"
+    [2]="tokens and vectors"
+    [3]="parquet files"
+    [5]="train the language model, and beside it the flow and then the vocoder"
+    [6]="average"
+    [7]="model folder"
+)
+
+folders=()
+for corpus in "${corpora[@]}"; do
+    folders+=("$work_dir/$corpus/train" "$work_dir/$corpus/dev")
+done
 
 write_lists() { # of all runs, so that what is missing shows at the start
     local run split corpus part
@@ -36,39 +40,36 @@ train() { # the name of the run, the network, options
         --model_dir "$work_dir/exp/$1" --tensorboard_dir "$work_dir/tensorboard/$1" --ddp.dist_backend gloo --use_amp "${@:3}"
 }
 
-if asks_for 0; then
-    echo "Stage 0: corpus"
+stage_0() {
     make_corpora
-fi
+}
 
-if asks_for 1; then
-    echo "Stage 1: speech tokenizer, speaker encoder"
+stage_1() {
     python examples/mini/train_tokenizer.py --recipe "$recipe" --data "$work_dir"/{mixes,speakers,prompts}/train \
         --dev "$work_dir"/{mixes,prompts}/dev --output "$work_dir/$tokenizer" --pull "$pull" --seed "$seed"
     python examples/mini/make_speaker_encoder.py --output "$work_dir/campplus.onnx"
-fi
+}
 
-for corpus in "${corpora[@]}"; do
-    for split in train dev; do
-        folder=$work_dir/$corpus/$split
-        if asks_for 2; then
-            echo "Stage 2: tokens and vectors of $folder"
-            python tools/extract_speech_token.py --dir "$folder" --num_thread "$num_jobs" \
-                --onnx_path "$work_dir/$tokenizer"
-            python tools/extract_embedding.py --dir "$folder" --num_thread "$num_jobs" \
-                --onnx_path "$work_dir/campplus.onnx"
-        fi
-        if asks_for 3; then
-            echo "Stage 3: parquet files of $folder"
-            # small ones: they are shuffled whole, and hold neighbours in a table that is sorted by speaker
-            python tools/make_parquet_list.py --num_utts_per_parquet 100 --num_processes "$num_jobs" \
-                --src_dir "$folder" --des_dir "$folder/parquet"
-        fi
+stage_2() {
+    local folder
+    for folder in "${folders[@]}"; do
+        echo "$folder"
+        python tools/extract_speech_token.py --dir "$folder" --num_thread "$num_jobs" --onnx_path "$work_dir/$tokenizer"
+        python tools/extract_embedding.py --dir "$folder" --num_thread "$num_jobs" --onnx_path "$work_dir/campplus.onnx"
     done
-done
+}
 
-if asks_for 5; then
-    echo "Stage 5: train the language model, and beside it the flow and then the vocoder"
+stage_3() {
+    local folder
+    for folder in "${folders[@]}"; do
+        echo "$folder"
+        # small ones: they are shuffled whole, and hold neighbours in a table that is sorted by speaker
+        python tools/make_parquet_list.py --num_utts_per_parquet 100 --num_processes "$num_jobs" \
+            --src_dir "$folder" --des_dir "$folder/parquet"
+    done
+}
+
+stage_5() {
     write_lists
     python examples/mini/make_flow_start.py --config "$config" --output "$work_dir/exp/flow_start.pt" --seed "$seed"
     set -m # process groups of their own, so that each is stopped whole
@@ -82,17 +83,19 @@ if asks_for 5; then
     wait -n # where one fails, the other is stopped
     wait -n
     trap - EXIT
-fi
+}
 
-if asks_for 6; then
-    echo "Stage 6: average"
+stage_6() {
+    local model
     for model in llm flow hifigan; do
         python cosyvoice/bin/average_model.py --dst_model "$work_dir/exp/$model/$model.pt" \
             --src_path "$work_dir/exp/$model" --num "${averaged[$model]}" --val_best
     done
-fi
+}
 
-if asks_for 7; then
-    echo "Stage 7: model folder"
-    python examples/mini/make_model_dir.py --recipe "$recipe" --work_dir "$work_dir" --voices "${stored_voices[@]}" --model_dir "$model_dir"
-fi
+stage_7() {
+    python examples/mini/make_model_dir.py --recipe "$recipe" --work_dir "$work_dir" --voices "${stored_voices[@]}" \
+        --model_dir "$model_dir"
+}
+
+run_stages 0 1 2 3 5 6 7
