@@ -130,7 +130,7 @@ def model_folder(source: Path) -> "ModelFolder":
 
 def with_config(folder: Path, config: Path) -> "ModelFolder":
     """Make a model folder from a .yaml file, its lexicon and its text model, without weights and encoders."""
-    from tools.random_blank_en import write_blank_en
+    from tools.blank_en import write_blank_en
     from tools.random_model import SIZES
 
     for path in (config, *config.parent.glob("lexicon.txt.gz")):

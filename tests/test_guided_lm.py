@@ -14,7 +14,7 @@ from cosyvoice.llm.qwen2_lm import Qwen2LM
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.tokenizer.qwen import get_qwen_tokenizer
 from examples.mini2.make_text_model import PIECES, learn_merges
-from tools.random_blank_en import write_blank_en
+from tools.blank_en import write_blank_en
 
 SIZES = {
     "vocab_size": 544,

@@ -15,7 +15,7 @@ from cosyvoice.model_folder.fingerprints import fingerprint_file
 from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import load_part
 from cosyvoice.tokenizer.qwen import get_qwen_tokenizer
-from tools.random_blank_en import byte_pairs, write_blank_en
+from tools.blank_en import byte_pairs, write_blank_en
 from tools.random_model import ROOT, SIZES, main, make_random_model, resized
 
 FILES = {

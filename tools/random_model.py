@@ -137,7 +137,7 @@ def make_random_model(folder: Path, seed: int, size: str = "small") -> Path:
 
     from cosyvoice.model_folder.folder import ModelFolder
     from cosyvoice.utils.file_utils import atomic_write
-    from tools.random_blank_en import write_blank_en
+    from tools.blank_en import write_blank_en
     from tools.random_onnx import write_speaker_encoder, write_speech_tokenizer
 
     chosen = SIZES[size]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosyvoice.cli.base import FolderVoice
+from cosyvoice.cli.base import VOICE_NAME, FolderVoice
 from cosyvoice.cli.cosyvoice import AutoModel
 from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import read_state_dict
@@ -20,7 +20,6 @@ from voices.choice import Voice
 from voices.lines import Line
 
 MOST_LETTERS_NAMED = 10
-VOICE_NAME = "voice"  # under this name the chosen speaker vector is handed to the front end
 
 
 @dataclass

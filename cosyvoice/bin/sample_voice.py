@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cosyvoice.cli.base import VOICE_NAME
 from cosyvoice.cli.cosyvoice import AutoModel
 from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.runtime.draws import Draws
-
-VOICE_NAME = "voice"  # under this name the front end has the speaker vector
 
 
 @dataclass

@@ -20,6 +20,7 @@ from cosyvoice.utils.frontend_utils import has_words
 Text = str | Iterator[str]  # whole, or in pieces that are still being written
 Speech = Iterator[dict[str, Tensor]]
 
+VOICE_NAME = "voice"  # under which a caller may give the front end a speaker vector of its own
 NOTHING_TO_SPEAK = "nothing to speak in the text %s; give it words or numbers"
 
 logger = logging.getLogger(__name__)

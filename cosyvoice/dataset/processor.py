@@ -81,12 +81,11 @@ def tokenize(
         raise InputError(f"tokenize: spelled_share is {spelled_share}. Give a number from 0 to 1")
     if spelled_share and not isinstance(tokenizer, PhoneTokenizer):
         raise InputError("tokenize: spelled_share works only with get_phone_tokenizer. Leave it out")
-    spells = spelled_share > 0 and mode == "train"
+    spelling = (lambda: random.random() < spelled_share,) if spelled_share and mode == "train" else ()
     for sample in data:
         _check_columns(sample, "text")
         if isinstance(tokenizer, ByteTokenizer | QwenTokenizer):
-            drawn = [lambda: spells and random.random() < spelled_share] if spelled_share else []
-            words = tokenizer.encode_words(sample["text"], *drawn)
+            words = tokenizer.encode_words(sample["text"], *spelling)
             counts = [len(word) for word in words]
             yield {**sample, "text_token": [number for word in words for number in word], "word_token_counts": counts}
         else:

@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     from cosyvoice.runtime.errors import InputError
+    from tools.blank_en import write_blank_en
     from tools.kaldi_folder import read_table
-    from tools.random_blank_en import write_blank_en
 
     merges = learn_merges(text for table in options.texts for text in read_table(table).values())
     if len(merges) < PIECES:
