@@ -35,6 +35,7 @@ RECIPE_SCRIPTS = (
     "examples/mini/voice_folders",
     "examples/mini/resynthesise",
     "examples/mini2/make_text_model",
+    "examples/mini2/train_text_model",
 )
 BENCHES = tuple(
     f"bench/{name}" for name in ("decode", "synthesis", "train_steps", "operations", "preparation", "start_up")

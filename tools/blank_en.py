@@ -3,11 +3,15 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cosyvoice.tokenizer.tokenizer import BYTES, PRINTED
 from cosyvoice.utils.file_utils import atomic_write
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS = "model.safetensors"
 # Each becomes one token, with the blank before it, and so does each of its beginnings.
 WORDS = (
     "the and of to in is it that was for you with on are as this be have from or one had not but what all were when "
@@ -54,3 +58,11 @@ def word_merges() -> list[tuple[str, str]]:
         spelled = BLANK + word
         merges |= dict.fromkeys((spelled[:end], spelled[end]) for end in range(1, len(spelled)))
     return list(merges)
+
+
+def write_weights(path: Path, weights: "dict[str, Tensor]") -> None:
+    """Write the Qwen2 model's weights, or a file of none."""
+    from safetensors.torch import save
+
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(save(weights, metadata={"format": "pt"}))

@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cosyvoice.model_folder.weights import read_state_dict
     from cosyvoice.runtime.errors import InputError
     from cosyvoice.utils.file_utils import atomic_write, copy_file, save_tensors
+    from tools.blank_en import WEIGHTS as TEXT_WEIGHTS
+    from tools.blank_en import write_weights
 
     results, folder, recipe = options.work_dir, options.model_dir, ModelFolder(options.recipe)
     copied = [recipe.speaker_encoder.name, recipe.speech_tokenizer.name, *text_files(recipe)]
@@ -50,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         copy_file(source, folder / name)
     names = [*WEIGHTS, *copies, "spk2info.pt"]
     if recipe.text_model:
-        names.append(f"{recipe.text_model.name}/model.safetensors")
-        write_no_weights(folder / names[-1])
+        # the public CosyVoice2 wants this file beside config.json, and reads llm.pt over it
+        names.append(f"{recipe.text_model.name}/{TEXT_WEIGHTS}")
+        write_weights(folder / names[-1], {})
     names.sort()
     with atomic_write(folder / "SHA256SUMS") as temporary:
         temporary.write_text("".join(f"{fingerprint_file(folder / name)}  {name}\n" for name in names))
@@ -66,16 +69,6 @@ def text_files(recipe: "ModelFolder") -> list[str]:
     if not recipe.text_model:
         return [LEXICON]
     return [f"{recipe.text_model.name}/{file}" for file in ("config.json", *TOKENIZER_FILES)]
-
-
-def write_no_weights(path: Path) -> None:
-    """Write a file of no weights: the public CosyVoice2 wants it beside config.json, and reads llm.pt over it."""
-    from safetensors.torch import save_file
-
-    from cosyvoice.utils.file_utils import atomic_write
-
-    with atomic_write(path) as temporary:
-        save_file({}, temporary, metadata={"format": "pt"})
 
 
 def read_voices(corpus: Path, names: Sequence[str]) -> dict:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# CosyVoice2-mini from the recordings of CosyVoice-mini: its encoders, its three networks and its model folder, in stages:
+# CosyVoice2-mini from the recordings of CosyVoice-mini: its text model, encoders, three networks and folder, in stages:
 #
-#     0 corpus    1 speech tokenizer, speaker encoder    2 tokens and vectors    3 parquet files
-#     5 train     6 average                                 7 model folder
+#     0 corpus, text model    1 speech tokenizer, speaker encoder    2 tokens and vectors    3 parquet files
+#     5 train    6 average    7 model folder
 #
 #     bash examples/mini2/run.sh                          all of them
 #     stage=5 stop_stage=6 bash examples/mini2/run.sh     some
@@ -44,6 +44,8 @@ make_corpora() {
     done
     python examples/mini2/make_text_model.py --texts "$work_dir"/{voices,mixes,texts}/train/text \
         --des_dir "$work_dir/CosyVoice-BlankEN"
+    python examples/mini2/train_text_model.py --config "$config" --text_model "$work_dir/CosyVoice-BlankEN" \
+        --lexicon "$corpus_dir/lexicon.txt.gz" --texts "$work_dir"/{voices,mixes,texts}/train/text --seed "$seed"
 }
 
 write_config() {

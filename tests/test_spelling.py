@@ -1,0 +1,141 @@
+"""The spelling lessons of CosyVoice2-mini's text model."""
+
+import gzip
+import shutil
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosyvoice.bin.text_model import start_from_text_model
+from cosyvoice.model_folder.model_yaml import load_model_yaml
+from cosyvoice.tokenizer.phones import PHONES, PhoneTokenizer
+from cosyvoice.tokenizer.qwen import QwenTokenizer, get_qwen_tokenizer
+from examples.mini import encoder_training
+from examples.mini2 import train_text_model
+from examples.mini2.spelling import BATCH, SILENCE, Speller, next_phones_right
+from tools.blank_en import write_blank_en
+
+SIZES = {
+    "vocab_size": 544,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": True,
+}
+CONFIG = """
+qwen_pretrain_path: ''
+llm_training: !new:cosyvoice.llm.guided.GuidedQwen2LM
+    llm_input_size: 32
+    llm_output_size: 32
+    speech_token_size: 81
+    llm: !new:cosyvoice.llm.llm.Qwen2Encoder
+        pretrain_path: !ref <qwen_pretrain_path>
+    sampling: !name:cosyvoice.utils.common.ras_sampling
+    guided_layers: [1]
+"""
+TEXT = "Cat is, day."
+
+
+@pytest.fixture
+def text_model(tmp_path: Path) -> Path:
+    write_blank_en(tmp_path / "CosyVoice-BlankEN", SIZES)
+    return tmp_path / "CosyVoice-BlankEN"
+
+
+@pytest.fixture
+def letters(text_model: Path) -> QwenTokenizer:
+    return get_qwen_tokenizer(str(text_model), skip_special_tokens=True)
+
+
+def lexicon_of(folder: Path, *lines: str) -> Path:
+    path = folder / "lexicon.txt.gz"
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    return path
+
+
+@pytest.fixture
+def speller(letters: QwenTokenizer, tmp_path: Path) -> Speller:
+    lexicon = PhoneTokenizer(lexicon_of(tmp_path, "cat k ae1 t", "is ih1 z", "day d ey1"))
+    return Speller(letters, lexicon, ["cat", "is", "day"], [])
+
+
+def test_the_phones_follow_the_text(speller: Speller, letters: QwenTokenizer) -> None:
+    lesson = speller.lesson(TEXT)
+    runs = [(phone, len(list(run))) for phone, run in groupby(lesson.phones)]
+    told = [PHONES[phone] if phone != SILENCE else "-" for phone, _ in runs]
+    assert told == ["-", "k", "ae1", "t", "ih1", "z", "-", "d", "ey1", "-"]
+    assert all(1 <= frames <= (6 if phone == SILENCE else 3) for phone, frames in runs)
+    assert lesson.text == letters.encode(TEXT)
+    assert len(lesson.places) == len(lesson.phones)
+    assert lesson.places == sorted(lesson.places)
+    word_of = [word for word, ids in enumerate(letters.encode_words(TEXT)) for _ in ids]
+    words = {phone: word_of[place] for phone, place in zip(lesson.phones, lesson.places, strict=True)}
+    assert [words[PHONES.index(phone)] for phone in ("k", "ae1", "t", "ih1", "z", "d", "ey1")] == [0, 0, 0, 1, 1, 2, 2]
+
+
+def test_the_share_of_right_phones_is_counted_where_a_phone_begins(speller: Speller) -> None:
+    """A model that knows the answer gets all right, one that always says the same class few."""
+    batch = speller.draw_batch()
+
+    class Told:
+        training = False
+
+        def __init__(self, scores: torch.Tensor) -> None:
+            self.scores = scores
+
+        def eval(self) -> None: ...
+        def train(self, mode: bool) -> None: ...
+
+        def predictions(self, told: dict[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, ...]:
+            lengths = told["speech_token_len"] + 1  # with the end
+            return self.scores, torch.tensor([]), torch.arange(BATCH).repeat_interleave(lengths)
+
+    pairs = list(zip(batch["speech_token"], batch["speech_token_len"], strict=True))
+    asked = torch.cat([torch.cat((phones[:length], torch.tensor([81]))) for phones, length in pairs])
+    assert next_phones_right(Told(torch.eye(84)[asked]), batch) == 1
+    assert next_phones_right(Told(torch.eye(84)[torch.zeros_like(asked)]), batch) < 0.5
+
+
+def test_a_killed_training_ends_as_an_undisturbed_one(
+    text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the training on speech starts from what it wrote."""
+    lexicon = lexicon_of(tmp_path, *(f"{a}{b} {a} {b}" for a in "bdfgk" for b in "lmnprszv"))
+    (tmp_path / "text").write_text("utt bl dm fn\n")
+    config = tmp_path / "cosyvoice2.yaml"
+    config.write_text(CONFIG)
+    monkeypatch.setattr(encoder_training, "CHECKPOINT_STEPS", 2)
+    monkeypatch.setattr(train_text_model, "HELD_OUT", 15)
+    step = encoder_training.Training._step
+
+    def killed(self: encoder_training.Training, number: int, *arguments: object) -> float:
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, number, *arguments)
+
+    def train(folder: Path) -> None:
+        paths = {"--config": config, "--text_model": folder, "--lexicon": lexicon, "--texts": tmp_path / "text"}
+        options = [str(part) for pair in paths.items() for part in pair]
+        train_text_model.main([*options, "--steps", "4", "--seed", "7"])
+
+    whole, stopped = (Path(shutil.copytree(text_model, tmp_path / name)) for name in ("whole", "stopped"))
+    train(whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encoder_training.Training, "_step", killed)
+        train(stopped)
+    train(stopped)
+    assert "continuing after step 2" in capsys.readouterr().out
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (whole, stopped)]
+    assert weights[0] == weights[1]
+
+    overrides = {"qwen_pretrain_path": str(whole)}
+    model = load_model_yaml(config, ("llm_training",), overrides=overrides)["llm_training"]
+    before = model.llm.embed_tokens.weight.clone()
+    start_from_text_model(model, whole)
+    assert not torch.equal(before, model.llm.embed_tokens.weight)
