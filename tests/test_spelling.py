@@ -66,17 +66,12 @@ def speller(letters: QwenTokenizer, tmp_path: Path) -> Speller:
 
 
 def test_the_phones_follow_the_text(speller: Speller, letters: QwenTokenizer) -> None:
-    lesson = speller.lesson(TEXT)
-    runs = [(phone, len(list(run))) for phone, run in groupby(lesson.phones)]
+    text, phones = speller.lesson(TEXT)
+    runs = [(phone, len(list(run))) for phone, run in groupby(phones)]
     told = [PHONES[phone] if phone != SILENCE else "-" for phone, _ in runs]
     assert told == ["-", "k", "ae1", "t", "ih1", "z", "-", "d", "ey1", "-"]
-    assert all(1 <= frames <= (6 if phone == SILENCE else 3) for phone, frames in runs)
-    assert lesson.text == letters.encode(TEXT)
-    assert len(lesson.places) == len(lesson.phones)
-    assert lesson.places == sorted(lesson.places)
-    word_of = [word for word, ids in enumerate(letters.encode_words(TEXT)) for _ in ids]
-    words = {phone: word_of[place] for phone, place in zip(lesson.phones, lesson.places, strict=True)}
-    assert [words[PHONES.index(phone)] for phone in ("k", "ae1", "t", "ih1", "z", "d", "ey1")] == [0, 0, 0, 1, 1, 2, 2]
+    assert all(1 <= frames <= (5 if phone == SILENCE else 3) for phone, frames in runs)
+    assert text == letters.encode(TEXT)
 
 
 def test_the_share_of_right_phones_is_counted_where_a_phone_begins(speller: Speller) -> None:

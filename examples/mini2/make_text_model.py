@@ -24,6 +24,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-06,
+    "initializer_range": 0.06,  # about 1 / sqrt(hidden_size)
     "hidden_act": "silu",
     "tie_word_embeddings": True,
 }

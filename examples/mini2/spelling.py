@@ -2,13 +2,12 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from cosyvoice.llm.guided import GuidedQwen2LM
+from cosyvoice.llm.qwen2_lm import Qwen2LM
 from cosyvoice.tokenizer.phones import PHONES, PhoneTokenizer
 from cosyvoice.tokenizer.qwen import QwenTokenizer
 from cosyvoice.tokenizer.tokenizer import BYTES
@@ -16,21 +15,12 @@ from cosyvoice.utils.common import pad_list
 
 BATCH = 16
 DRAWN_BATCHES = 4  # at once, of which one is taken whose texts are about equally long
-WORDS = range(2, 10)  # drawn for one text
-DRAWN_SHARE = 0.5  # of the texts that are drawn words; the others are sentences of the corpora
+WORDS = (1, 1, 2, 2, 3, 4, 6, 8)  # in one text; to find the way through a text is learnt from the short ones
+SENTENCE_SHARE = 0.25  # of the texts that are sentences of the corpora
 COMMA_SHARE = 0.1  # of the drawn words
 SILENCE = len(PHONES)  # the class after those of the phones
-FRAMES, SILENT_FRAMES = range(1, 4), range(2, 7)  # of one phone and of one pause: at 25 a second, 40 to 120 ms
+FRAMES, SILENT_FRAMES = range(1, 4), range(1, 6)  # of one phone and of one pause: 25 a second
 STOPS = frozenset(",.;:?!")
-
-
-@dataclass
-class Lesson:
-    """A text and the frames of its speech."""
-
-    text: list[int]  # (T,) ids of the Qwen tokenizer
-    phones: list[int]  # (S,) places in PHONES, or SILENCE
-    places: list[int]  # (S,) the text token that each frame says
 
 
 class Speller:
@@ -45,60 +35,45 @@ class Speller:
         self.letters, self.lexicon, self.words, self.sentences = letters, lexicon, words, sentences
 
     def draw_batch(self) -> dict[str, Tensor]:
-        """Return a batch for `GuidedQwen2LM`, whose speech tokens are phones. Draws with Python's generator."""
+        """Return a batch for a `Qwen2LM`, whose speech tokens are phones. Draws with Python's generator."""
         lessons = [self.lesson(self.draw_text()) for _ in range(DRAWN_BATCHES * BATCH)]
-        lessons.sort(key=lambda lesson: len(lesson.text) + len(lesson.phones))
+        lessons.sort(key=lambda lesson: sum(map(len, lesson)))
         first = random.randrange(DRAWN_BATCHES) * BATCH
-        lessons = lessons[first : first + BATCH]
-        texts, phones, places = (
-            [torch.tensor(getattr(lesson, name)) for lesson in lessons] for name in ("text", "phones", "places")
-        )
+        pairs = zip(*lessons[first : first + BATCH], strict=True)
+        texts, spoken = ([torch.tensor(part) for part in parts] for parts in pairs)
         return {
             "text_token": pad_list(texts, 0),
             "text_token_len": torch.tensor([len(text) for text in texts]),
-            "speech_token": pad_list(phones, 0),
-            "speech_token_len": torch.tensor([len(frames) for frames in phones]),
-            "text_place": pad_list(places, 0),
+            "speech_token": pad_list(spoken, 0),
+            "speech_token_len": torch.tensor([len(phones) for phones in spoken]),
         }
 
     def draw_text(self) -> str:
-        if self.sentences and random.random() >= DRAWN_SHARE:
+        if self.sentences and random.random() < SENTENCE_SHARE:
             return random.choice(self.sentences)
         words = random.choices(self.words, k=random.choice(WORDS))
         commas = ["," * (random.random() < COMMA_SHARE) for _ in words[1:]]
         text = " ".join(word + comma for word, comma in zip(words, [*commas, "."], strict=True))
         return text[0].upper() + text[1:]
 
-    def lesson(self, text: str) -> Lesson:
-        """Return the text with phones of random lengths, and pauses at its ends and stops."""
-        ids = self.letters.encode_words(text)
-        lesson = Lesson([number for word in ids for number in word], [], [])
-        self.add(lesson, SILENCE, 0, SILENT_FRAMES)
-        first = 0
-        for word, units in zip(ids, self.lexicon.encode_words(text), strict=True):
-            phones = [unit - len(BYTES) for unit in units if unit >= len(BYTES)]
-            for number, phone in enumerate(phones):
-                # the piece of the word's letters that stands as far into it as the phone
-                self.add(lesson, phone, first + int((number + 0.5) / len(phones) * len(word)), FRAMES)
-            first += len(word)
+    def lesson(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the text's ids, and its phones, each repeated for a random time, with pauses at ends and stops."""
+        phones = repeated(SILENCE, SILENT_FRAMES)
+        for units in self.lexicon.encode_words(text):
+            for unit in units:
+                if unit >= len(BYTES):
+                    phones += repeated(unit - len(BYTES), FRAMES)
             if any(unit < len(BYTES) and chr(BYTES[unit]) in STOPS for unit in units):
-                self.add(lesson, SILENCE, first - 1, SILENT_FRAMES)
-        return lesson
-
-    @staticmethod
-    def add(lesson: Lesson, phone: int, place: int, frames: range) -> None:
-        count = random.choice(frames)
-        lesson.phones += [phone] * count
-        lesson.places += [place] * count
+                phones += repeated(SILENCE, SILENT_FRAMES)
+        return self.letters.encode(text), phones
 
 
-def loss_of(model: GuidedQwen2LM, batch: dict[str, Tensor]) -> Tensor:
-    losses = model(batch, batch["text_token"].device)
-    return losses["loss"] + losses["loss_aligner"]
+def repeated(phone: int, frames: range) -> list[int]:
+    return [phone] * random.choice(frames)
 
 
 @torch.no_grad()
-def next_phones_right(model: GuidedQwen2LM, batch: dict[str, Tensor]) -> float:
+def next_phones_right(model: Qwen2LM, batch: dict[str, Tensor]) -> float:
     """Return the share of phones that the model tells right when it is told that a new one begins."""
     training = model.training
     model.eval()
