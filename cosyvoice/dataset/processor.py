@@ -21,7 +21,6 @@ from cosyvoice.dataset.batching import Sample, frame_count, padded, runs, runs_o
 from cosyvoice.dataset.parquet import VECTORS, is_intact, rows
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.tokenizer.phones import PhoneTokenizer
-from cosyvoice.tokenizer.qwen import QwenTokenizer
 from cosyvoice.tokenizer.tokenizer import ByteTokenizer
 from cosyvoice.utils import audio
 from cosyvoice.utils.pitch import pitch_track
@@ -84,7 +83,7 @@ def tokenize(
     spelling = (lambda: random.random() < spelled_share,) if spelled_share and mode == "train" else ()
     for sample in data:
         _check_columns(sample, "text")
-        if isinstance(tokenizer, ByteTokenizer | QwenTokenizer):
+        if isinstance(tokenizer, ByteTokenizer):
             words = tokenizer.encode_words(sample["text"], *spelling)
             counts = [len(word) for word in words]
             yield {**sample, "text_token": [number for word in words for number in word], "word_token_counts": counts}
@@ -92,12 +91,11 @@ def tokenize(
             yield {**sample, "text_token": tokenizer.encode(sample["text"], allowed_special=allowed_special)}
 
 
-def read_places(data: Iterable[Sample], places_a_token: int = 1, mode: str = "train") -> Iterator[Sample]:
+def read_places(data: Iterable[Sample], mode: str = "train") -> Iterator[Sample]:
     """Add `text_place` (S,), which text token each speech token says, from the .places beside the recording.
 
     The file holds a number w + f for each speech token: it says word w of `text.split()`, and the share 0 <= f < 1 of
-    that word is over. So the numbers do not depend on how a word is written. places_a_token: so many numbers a token,
-    where the file was written for a higher token rate; the one in its middle counts.
+    that word is over. So the numbers do not depend on how a word is written.
 
     Raises InputError where the file is missing, holds something else, or names a word that the text does not have.
     """
@@ -115,8 +113,7 @@ def read_places(data: Iterable[Sample], places_a_token: int = 1, mode: str = "tr
         word = places.astype(int)
         through = ((places - word) * counts[word]).astype(int)  # below counts[word], since the share is below 1
         text_place = torch.from_numpy((np.cumsum(counts) - counts)[word] + through)
-        index = torch.arange(len(sample["speech_token"])) * places_a_token + places_a_token // 2
-        index = index.clamp(max=len(places) - 1)  # rounding: a token more
+        index = torch.arange(len(sample["speech_token"])).clamp(max=len(places) - 1)  # rounding: a token more
         yield {**sample, "text_place": text_place[index]}
 
 

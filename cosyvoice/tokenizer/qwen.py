@@ -1,13 +1,11 @@
 """The text tokenizer of CosyVoice2: that of Qwen2, and special tokens for what else can be heard in speech."""
 
-from bisect import bisect_left
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosyvoice.model_folder.blank_en import REMEDY, read_json, read_text
 from cosyvoice.runtime.errors import InputError
-from cosyvoice.tokenizer.tokenizer import PIECE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -46,18 +44,6 @@ class QwenTokenizer:
     def encode(self, text: str, allowed_special: str | set[str] = "all") -> list[int]:
         """Return ids. allowed_special belongs to every tokenizer's signature and changes nothing here."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_words(self, text: str) -> list[list[int]]:
-        """Return the ids of each word of `text.split()` with the blanks behind it. Joined, they are those of `encode`.
-
-        What one piece joins of two words belongs to the second.
-        """
-        encoded = self.tokenizer.encode(text, add_special_tokens=False)
-        ends = [match.end() for match in PIECE.finditer(text)]
-        words: list[list[int]] = [[] for _ in ends]
-        for number, (_, end) in zip(encoded.ids, encoded.offsets, strict=True):
-            words[min(bisect_left(ends, end), len(ends) - 1)].append(number)
-        return words
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids. What is not UTF-8 becomes replacement characters."""

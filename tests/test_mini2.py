@@ -1,19 +1,25 @@
-"""The spelling lessons of CosyVoice2-mini's text model."""
+"""CosyVoice2-mini: its text model's pieces and spelling lessons, and its language model in training."""
 
 import gzip
 import shutil
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cosyvoice.bin.text_model import start_from_text_model
+from cosyvoice.llm.corruption import CorruptedQwen2LM
+from cosyvoice.llm.qwen2_encoder import Qwen2Encoder
+from cosyvoice.llm.qwen2_lm import Qwen2LM
 from cosyvoice.model_folder.model_yaml import load_model_yaml
+from cosyvoice.runtime.errors import InputError
 from cosyvoice.tokenizer.phones import PHONES, PhoneTokenizer
 from cosyvoice.tokenizer.qwen import QwenTokenizer, get_qwen_tokenizer
 from examples.mini import encoder_training
 from examples.mini2 import train_text_model
+from examples.mini2.make_text_model import PIECES, learn_merges
 from examples.mini2.spelling import BATCH, SILENCE, Speller, next_phones_right
 from tools.blank_en import write_blank_en
 
@@ -28,16 +34,17 @@ SIZES = {
     "rms_norm_eps": 1e-06,
     "tie_word_embeddings": True,
 }
+CODES = 81
 CONFIG = """
 qwen_pretrain_path: ''
-llm_training: !new:cosyvoice.llm.guided.GuidedQwen2LM
+llm_training: !new:cosyvoice.llm.corruption.CorruptedQwen2LM
     llm_input_size: 32
     llm_output_size: 32
     speech_token_size: 81
     llm: !new:cosyvoice.llm.llm.Qwen2Encoder
         pretrain_path: !ref <qwen_pretrain_path>
     sampling: !name:cosyvoice.utils.common.ras_sampling
-    guided_layers: [1]
+    input_corruption: 0.05
 """
 TEXT = "Cat is, day."
 
@@ -134,3 +141,43 @@ def test_a_killed_training_ends_as_an_undisturbed_one(
     before = model.llm.embed_tokens.weight.clone()
     start_from_text_model(model, whole)
     assert not torch.equal(before, model.llm.embed_tokens.weight)
+
+
+def test_merges_shorten_the_texts(tmp_path: Path) -> None:
+    words = Path(__file__).read_text(encoding="utf-8").splitlines()
+    merges = learn_merges(words)
+    assert len(merges) == PIECES == len({"".join(pair) for pair in merges})
+    write_blank_en(tmp_path, SIZES, merges)
+    tokenizer = get_qwen_tokenizer(str(tmp_path), skip_special_tokens=True)
+    text = words[0]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(text)) < 0.6 * len(text)
+
+
+# The language model
+
+
+def language_model(kind: type[Qwen2LM], text_model: Path, **options: Any) -> Qwen2LM:
+    torch.manual_seed(1)
+    return kind(32, 32, CODES, Qwen2Encoder(str(text_model)), sampling=None, **options)
+
+
+def test_its_weights_and_its_evaluation_are_those_of_the_model_that_speaks(text_model: Path, speller: Speller) -> None:
+    trained = language_model(CorruptedQwen2LM, text_model, input_corruption=0.3).eval()
+    plain = language_model(Qwen2LM, text_model).eval()
+    plain.load_state_dict(trained.state_dict())
+    batch = speller.draw_batch() | {"bistream": torch.arange(BATCH) % 2 == 0}
+    for name, value in plain(batch, torch.device("cpu")).items():
+        assert torch.equal(trained(batch, torch.device("cpu"))[name], value)
+
+
+def test_what_is_read_is_corrupted_in_training_only(text_model: Path) -> None:
+    lm = language_model(CorruptedQwen2LM, text_model, input_corruption=0.25)
+    speech = torch.randint(0, CODES, (4, 500))
+    assert torch.equal(lm.eval().heard(speech), speech)
+    assert 0.2 < (lm.train().heard(speech) != speech).float().mean() < 0.3
+
+
+def test_an_impossible_share_is_refused(text_model: Path) -> None:
+    with pytest.raises(InputError, match="input_corruption is a share"):
+        language_model(CorruptedQwen2LM, text_model, input_corruption=1)
