@@ -118,6 +118,13 @@ def test_a_model_folder_is_made_from_what_the_recipe_leaves(tmp_path: Path) -> N
         (work_dir / "moved").rename(work_dir / name)
 
 
+def test_a_folder_holds_equal_weights_once(tmp_path: Path) -> None:
+    embedding = torch.randn(9, 4)
+    tied = make_model_dir.halved({"embedding": embedding, "head": embedding.clone(), "turned": embedding.view(4, 9)})
+    assert tied["embedding"] is tied["head"]
+    assert tied["turned"].shape == (4, 9) and torch.equal(tied["head"], embedding.half())
+
+
 def test_a_folder_for_each_speaker(tmp_path: Path) -> None:
     source, target = tmp_path / "dev", tmp_path / "voices"
     for name in ("one", "two"):

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cosyvoice.model_folder.folder import ModelFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{missing[0]} does not exist. Run the stages of {recipe.path}/run.sh before this one")
     voices = read_voices(results / "voices" / "train", options.voices)
     for name, source in WEIGHTS.items():
-        state = read_state_dict(results / source)
-        save_tensors({key: value.half() for key, value in state.items()}, folder / name)
+        save_tensors(halved(read_state_dict(results / source)), folder / name)
     save_tensors(voices, folder / "spk2info.pt")
     copies = {name: results / name for name in copied}
     copies |= {recipe.yaml.name: recipe.yaml, "README.md": recipe.path / "model_card.md"}
@@ -60,6 +61,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         temporary.write_text("".join(f"{fingerprint_file(folder / name)}  {name}\n" for name in names))
     size = sum((folder / name).stat().st_size for name in names)
     print(f"{folder}: {size / 1e6:.1f} MB, voices {', '.join(voices)}")
+
+
+def halved(state: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """Return the weights in half precision. Equal ones, as of an embedding and its head, become one, stored once."""
+    halves = {name: value.half() for name, value in state.items()}
+    once: dict[tuple, Tensor] = {}
+    return {name: once.setdefault((half.shape, half.numpy().tobytes()), half) for name, half in halves.items()}
 
 
 def text_files(recipe: "ModelFolder") -> list[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cosyvoice.cli.cosyvoice import CosyVoice
+    from cosyvoice.cli.base import FolderVoice
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,13 +37,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     from clips.recordings import find_recordings
-    from cosyvoice.cli.cosyvoice import CosyVoice
+    from cosyvoice.cli.cosyvoice import AutoModel
     from cosyvoice.utils.file_utils import atomic_write
     from cosyvoice.utils.wav_files import write_wav
 
     folder = find_model_dir(options.model_dir)
     limit_threads(folder)
-    cosyvoice = CosyVoice(folder)
+    cosyvoice = AutoModel(folder)
     recordings = [found for found in find_recordings(options.src_dir) if found.audio and found.text]
     pass_through = from_mel if options.through == "mel" else from_tokens
     for recording in tqdm(recordings, unit="clip", disable=None):
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             temporary.write_bytes(recording.text_bytes())
 
 
-def from_mel(cosyvoice: "CosyVoice", audio: Path) -> "Tensor":
+def from_mel(cosyvoice: "FolderVoice", audio: Path) -> "Tensor":
     """Return the vocoder's speech (1, samples) for the recording's own mel."""
     from cosyvoice.utils.audio import load_wav
 
@@ -63,7 +63,7 @@ def from_mel(cosyvoice: "CosyVoice", audio: Path) -> "Tensor":
     return speech
 
 
-def from_tokens(cosyvoice: "CosyVoice", audio: Path) -> "Tensor":
+def from_tokens(cosyvoice: "FolderVoice", audio: Path) -> "Tensor":
     """Return the speech (1, samples) of flow and vocoder for the recording's own tokens and speaker vector."""
     from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav
 
