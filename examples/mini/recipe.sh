@@ -46,7 +46,8 @@ stage_0() {
 
 stage_1() {
     python examples/mini/train_tokenizer.py --recipe "$recipe" --data "$work_dir"/{mixes,speakers,prompts}/train \
-        --dev "$work_dir"/{mixes,prompts}/dev --output "$work_dir/$tokenizer" --pull "$pull" --seed "$seed"
+        --dev "$work_dir"/{mixes,prompts}/dev --output "$work_dir/$tokenizer" --pull "$pull" \
+        --steps "$tokenizer_steps" --seed "$seed"
     python examples/mini/make_speaker_encoder.py --output "$work_dir/campplus.onnx"
 }
 

@@ -36,6 +36,7 @@ config=$work_dir/cosyvoice.yaml # beside the lexicon that it names
 lexicon=$work_dir/lexicon.txt.gz
 tokenizer=speech_tokenizer_v1.onnx
 pull=0.15 # on neighbouring tokens, to be alike
+tokenizer_steps=2500
 train_options=()
 
 make_corpus() { # the name of the corpus, options
