@@ -214,6 +214,7 @@ def train(
         return ", ".join(f"dev {name} {value:.3f}" for name, value in measure(model, dev_corpus).items())
 
     training.run(batch_loss, report)
+    round_weights(model.encoder)  # as the file has them
     file = TokenizerFile(whisper_start(), model.encoder)
     export(file, example_inputs, output, "indices", {"feats": {2: "T"}, "indices": {1: "N"}})
     training.checkpoint.unlink(missing_ok=True)
