@@ -28,6 +28,7 @@ from cosyvoice.utils.pitch import pitch_track
 
 FRAMES_PER_SECOND = 100  # the frames of 10 ms that `filter` counts in
 LOWEST_COLOUR_HZ = 100.0
+PLACES_SLACK = 0.4  # of their number: a recording may go on after its last phone
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,8 @@ def read_places(data: Iterable[Sample], places_a_token: int = 1, mode: str = "tr
     that word is over. So the numbers do not depend on how a word is written. places_a_token: so many numbers a token,
     where the file was written for a higher token rate; the one in its middle counts.
 
-    Raises InputError where the file is missing, holds something else, or names a word that the text does not have.
+    Raises InputError where the file is missing, holds something else, is for another token rate, or names a word that
+    the text does not have.
     """
     for sample in data:
         path = Path(sample["wav"]).with_suffix(".places")
@@ -112,6 +114,10 @@ def read_places(data: Iterable[Sample], places_a_token: int = 1, mode: str = "tr
             raise InputError(f"{path} does not tell places in the text: {error}. Make it again") from None
         if not (len(places) and np.all((places >= 0) & (places < len(counts)))):
             raise InputError(f"{path} is empty, or names a word that the text does not have. Make it again")
+        expected = places_a_token * len(sample["speech_token"])
+        if abs(len(places) - expected) > PLACES_SLACK * expected + 2 * places_a_token:
+            problem = f"{path} has {len(places)} numbers, and places_a_token {places_a_token} asks for {expected}"
+            raise InputError(f"{problem}. Correct places_a_token, or make the file again")
         word = places.astype(int)
         through = ((places - word) * counts[word]).astype(int)  # below counts[word], since the share is below 1
         text_place = torch.from_numpy((np.cumsum(counts) - counts)[word] + through)
