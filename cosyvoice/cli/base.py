@@ -15,13 +15,12 @@ from cosyvoice.model_folder.weights import NoRandomInit
 from cosyvoice.runtime.draws import Draws
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
-from cosyvoice.utils.frontend_utils import has_words
+from cosyvoice.utils.frontend_utils import has_words, nothing_to_speak
 
 Text = str | Iterator[str]  # whole, or in pieces that are still being written
 Speech = Iterator[dict[str, Tensor]]
 
 VOICE_NAME = "voice"  # under which a caller may give the front end a speaker vector of its own
-NOTHING_TO_SPEAK = "nothing to speak in the text %s; give it words or numbers"
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +166,8 @@ class FolderVoice:
         pieces = self._pieces(tts_text, text_frontend)
         if not pieces:
             if not tts_text.strip():
-                raise InputError(NOTHING_TO_SPEAK % repr(tts_text))
-            logger.warning(NOTHING_TO_SPEAK, repr(tts_text))
+                raise InputError(nothing_to_speak(tts_text))
+            logger.warning(nothing_to_speak(tts_text))
         for piece in pieces:
             yield from self.model.tts(**inputs(piece), stream=stream, speed=speed)
 
@@ -180,7 +179,7 @@ class FolderVoice:
         """Return the pieces that a text is spoken in. Raises InputError if it has nothing to speak."""
         pieces = self._pieces(tts_text, text_frontend)
         if not pieces:
-            raise InputError(NOTHING_TO_SPEAK % repr(tts_text))
+            raise InputError(nothing_to_speak(tts_text))
         return pieces
 
     def speak_together(
