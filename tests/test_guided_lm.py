@@ -149,7 +149,7 @@ def test_places_of_a_higher_rate_are_read_in_their_middle(tmp_path: Path) -> Non
 def test_places_of_another_token_rate_are_refused(tokens: int, places_a_token: int, tmp_path: Path) -> None:
     (tmp_path / "a.places").write_text("0.5 " * 40)
     sample = {"wav": str(tmp_path / "a.wav"), "word_token_counts": [4], "speech_token": list(range(tokens))}
-    message = f"a.places has 40 numbers, and places_a_token {places_a_token} asks for {tokens * places_a_token}"
+    message = f"a.places has 40 numbers, but with places_a_token {places_a_token} it needs {tokens * places_a_token}"
     with pytest.raises(InputError, match=message):
         list(processor.read_places([sample], places_a_token=places_a_token))
 

@@ -184,5 +184,5 @@ def test_places_are_words_and_shares_of_them(tokenizer: PhoneTokenizer, tmp_path
         with pytest.raises(InputError, match="u.places .*again"):
             list(processor.read_places([sample]))
     del sample["word_token_counts"]
-    with pytest.raises(InputError, match="goes word by word"):
+    with pytest.raises(InputError, match="works word by word"):
         list(processor.read_places([sample]))
