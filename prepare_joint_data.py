@@ -1,10 +1,10 @@
-"""Turns recordings of one speaker and their texts into training data.
+"""Turn recordings of one speaker and their texts into training data.
 
     python prepare_joint_data.py --input-dir raw_audio --speaker anna
 
 Reads recordings of 0.5 to 30 s with a text of the same name (001.wav and 001.txt), or with a list of texts
-(LJSpeech's metadata.csv, GPT-SoVITS's .list). Writes parquet files and report.csv, which says of every clip
-whether it was kept and why not. A second run redoes only what changed.
+(LJSpeech's metadata.csv, GPT-SoVITS's .list). Writes parquet files and report.csv, which says for every clip whether it
+was kept, or why it was not. A second run processes only what has changed.
 """
 
 if __name__ == "__main__":  # before the imports, which take a while
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from clips.recordings import Recording
 
 FORMULA_MARKS = ("=", "+", "-", "@", "\t")
-REPORT_COLUMNS = {  # heading: digits after the point, where it is a fraction
+REPORT_COLUMNS = {  # heading: digits after the point, or None if it is no fraction
     "utt": None,
     "seconds": 2,
     "cut_seconds": 2,
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--speaker", default="speaker", help="name of the speaker (default: %(default)s)")
     data.add_argument(
         "--edges", type=float, default=0.2, metavar="SECONDS",
-        help="pause that stays before and after speech, the rest is cut off (default: %(default)s; -1 cuts nothing)",
+        help="pause to keep before and after the speech (default: %(default)s; -1: keep all)",
     )  # fmt: skip
     work = parser.add_argument_group("work")
     work.add_argument(
@@ -65,15 +65,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     check_least("--workers", options.workers)
     if not (options.edges == -1 or 0 <= options.edges <= 30):
-        raise InputError(f"--edges {options.edges:g}: seconds from 0 to 30 are needed, or -1 to cut nothing")
+        raise InputError(f"--edges is {options.edges:g}. Give 0 to 30 seconds, or -1 to cut nothing")
     if not options.speaker.strip():
-        raise InputError("--speaker is empty; give the speaker a name")
+        raise InputError("--speaker is empty. Give the speaker a name")
     if not is_unicode(options.speaker):
-        raise InputError(f"--speaker {options.speaker!r} is not UTF-8; give the speaker another name")
+        raise InputError(f"--speaker {options.speaker!r} is not UTF-8. Give the speaker another name")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Return its exit code."""
     options = parse(argv)
     folder, input_dir = find_model_dir(options.model_dir), find_input_dir(options.input_dir)
     check_writable(options.data_dir, folder.path)
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(options: argparse.Namespace, folder: ModelFolder, input_dir: Path) -> None:
-    """Write the parquet files and the report, and say what was kept."""
+    """Write the parquet files and the report, and print what was kept. Raises InputError if no clip can be used."""
     import torch
 
     from clips.checks import compare
@@ -108,7 +109,7 @@ def prepare(options: argparse.Namespace, folder: ModelFolder, input_dir: Path) -
     kept = [outcome for outcome in outcomes if outcome.row is not None]
     if not kept:
         example = f"{outcomes[0].utt}: {outcomes[0].reason}"
-        raise InputError(f"none of {len(outcomes)} clips can be used ({example}); see {options.data_dir}/report.csv")
+        raise InputError(f"none of {len(outcomes)} clips can be used ({example}). See {options.data_dir}/report.csv")
     write_clips([outcome.row for outcome in kept], options.speaker.strip(), options.data_dir)
     summarise(outcomes)
 
@@ -116,7 +117,7 @@ def prepare(options: argparse.Namespace, folder: ModelFolder, input_dir: Path) -
 def make_clips(
     maker: "ClipMaker", recordings: Sequence["Recording"], workers: int, data_dir: Path
 ) -> Iterator["Outcome"]:
-    """Every recording's outcome, in their order; new rows are kept on disk at once."""
+    """Yield the outcome of each recording, in their order, after saving its row if that is new."""
     from tqdm import tqdm
 
     from clips.store import save_unfinished
@@ -128,11 +129,11 @@ def make_clips(
         return outcome
 
     done = in_parallel(work, recordings, workers)
-    yield from tqdm(done, total=len(recordings), desc="clips", unit="clip", disable=None)  # None: where nobody looks
+    yield from tqdm(done, total=len(recordings), desc="clips", unit="clip", disable=None)  # None: only on a terminal
 
 
 def write_report(outcomes: Sequence["Outcome"], path: Path) -> None:
-    """One line a clip: the measures of Outcome, kept (yes or no), the reason why not, and warnings."""
+    """Write a line for each clip: its measures, whether it was kept, the reason if not, and warnings."""
     import csv
 
     from cosyvoice.utils.file_utils import atomic_write
@@ -144,7 +145,7 @@ def write_report(outcomes: Sequence["Outcome"], path: Path) -> None:
         return value if digits is None or value is None else f"{value:.{digits}f}"
 
     def harmless(text: str) -> str:
-        """A text that no spreadsheet takes for a formula."""
+        """Return the text so that no spreadsheet takes it for a formula."""
         return f"'{text}" if text.startswith(FORMULA_MARKS) else text
 
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
@@ -157,7 +158,7 @@ def write_report(outcomes: Sequence["Outcome"], path: Path) -> None:
 
 
 def summarise(outcomes: Sequence["Outcome"]) -> None:
-    """Say what was kept, what was not and why, and which clips deserve a look."""
+    """Print how many clips were kept, why others were not, and which ones to look at."""
     kept = [outcome for outcome in outcomes if outcome.row is not None]
     minutes = sum(outcome.seconds for outcome in kept) / 60
     unchanged = sum(outcome.reused for outcome in kept)

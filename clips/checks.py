@@ -16,8 +16,9 @@ MIN_SECONDS, MAX_SECONDS = 0.5, 30.0
 MIN_RATE_HZ, DULL_RATE_HZ = 4000, 16000  # below the first, speech cannot be understood
 QUIET_DBFS = -30.0
 FRAME_SECONDS = 0.02
-PAUSE_DB, LOUDEST_PAUSE_DB = -40.0, -20.0  # a frame this far below the loudest is a pause; in noise,
-ABOVE_NOISE_DB = 10.0  # one less than this above the noise is one too
+PAUSE_DB = -40.0  # relative to the loudest frame; below this, a frame is a pause
+ABOVE_NOISE_DB = 10.0  # a frame that rises less than this above the noise is a pause too,
+LOUDEST_PAUSE_DB = -20.0  # unless it is above this
 LONG_CUT_SECONDS = 1.0
 CLIPPED_PAIRS = 10  # neighbouring samples that are both the largest
 CONSTANT_SHARE = 0.1  # of a waveform's RMS, for its mean
@@ -48,25 +49,26 @@ class Outcome:
 def check_waveform(wav: Tensor, rate: int, outcome: Outcome) -> None:
     """Measure a waveform (1, samples). Raises InputError if it cannot be trained on."""
     if not wav.isfinite().all():
-        raise InputError("the audio has samples that are not numbers")
+        raise InputError("the audio has samples that are not numbers. Convert it again")
     outcome.seconds = wav.shape[1] / rate
     outcome.peak_dbfs = decibels(wav.abs().max())
     if rate < MIN_RATE_HZ:
-        raise InputError(f"the audio has {rate} samples a second; it needs at least {MIN_RATE_HZ}")
+        raise InputError(f"the audio has {rate} samples a second. It needs at least {MIN_RATE_HZ}")
     if outcome.seconds < MIN_SECONDS:
-        raise InputError(f"the audio lasts {outcome.seconds:.3f} s; it must last at least {MIN_SECONDS} s")
+        raise InputError(f"the audio lasts {outcome.seconds:.3f} s. It must last at least {MIN_SECONDS} s")
     if outcome.seconds > MAX_SECONDS:
-        raise InputError(f"the audio lasts {outcome.seconds:.3f} s; it may last at most {MAX_SECONDS:.0f} s")
+        raise InputError(f"the audio lasts {outcome.seconds:.3f} s. It may last at most {MAX_SECONDS:.0f} s")
     outcome.silence_share = silence_share(wav, rate)
     if is_silent(wav):
-        raise InputError("the audio is silent")
+        raise InputError("the audio is silent. Record it again, or leave it out")
 
 
 def check_pace(text: str, outcome: Outcome) -> None:
     """Raise InputError for a text without words, or one that nobody can speak in the clip's time."""
     outcome.characters_per_second = len("".join(text.split())) / outcome.seconds
     if not has_words(text):
-        raise InputError("the text has nothing to speak" if text else "the text is empty")
+        problem = "the text has nothing to speak" if text else "the text is empty"
+        raise InputError(f"{problem}. Write down what the recording says")
     slowest, fastest = PACES["chinese" if contains_chinese(text) else "other"]
     if not slowest <= outcome.characters_per_second <= fastest:
         problem = f"the text has {outcome.characters_per_second:.1f} characters a second of audio"

@@ -130,7 +130,7 @@ class ClipMaker:
         if abs(outcome.speech_tokens - expected) > 0.1 * expected + 5:
             raise InputError(
                 f"the speech tokenizer gave {outcome.speech_tokens} tokens for {outcome.seconds:.1f} s, not "
-                f"{self.rates.token_rate} a second; use {self.generation.speech_tokenizer} of {self.generation.name}"
+                f"{self.rates.token_rate} a second. Use {self.generation.speech_tokenizer} of {self.generation.name}"
             )
 
 
@@ -140,4 +140,4 @@ def _check_complete(recording: Recording) -> None:
     if recording.text is None and recording.similar:
         raise InputError(f"it has no text. Did you mean {recording.similar.name}? Rename that to {recording.utt}.txt")
     if recording.text is None:
-        raise InputError("it has no text")
+        raise InputError("it has no text. Add its text, or remove the recording")

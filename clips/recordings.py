@@ -64,7 +64,7 @@ def _visible_files(folder: Path) -> list[Path]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     for path in files:
         if not is_unicode(str(path)):
-            raise InputError(f"the file name {path.name!r} in {folder} is not UTF-8; rename it, for example to 001.wav")
+            raise InputError(f"the file name {path.name!r} in {folder} is not UTF-8. Rename it, for example to 001.wav")
     return files
 
 

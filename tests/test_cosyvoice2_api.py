@@ -248,7 +248,7 @@ def test_new_weights_speak(voice: CosyVoice2, model_dir: Path) -> None:
 
 
 def test_each_class_opens_its_own_folders(model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is a CosyVoice2-0.5B folder; open it with AutoModel"):
+    with pytest.raises(InputError, match="is a CosyVoice2-0.5B folder. Open it with AutoModel"):
         CosyVoice(model_dir)
     with pytest.raises(ValueError, match="cosyvoice2.yaml does not exist"):
         CosyVoice2(tmp_path)

@@ -183,6 +183,10 @@ def test_places_are_words_and_shares_of_them(tokenizer: PhoneTokenizer, tmp_path
         (tmp_path / "u.places").write_text(content)
         with pytest.raises(InputError, match="u.places .*again"):
             list(processor.read_places([sample]))
+    (tmp_path / "u.places").write_text("0.5 " * 40)
+    for tokens in (20, 80):
+        with pytest.raises(InputError, match=f"40 numbers for {tokens} speech tokens. Make it for their rate"):
+            list(processor.read_places([{**sample, "speech_token": [1] * tokens}]))
     del sample["word_token_counts"]
-    with pytest.raises(InputError, match="goes word by word"):
+    with pytest.raises(InputError, match="works word by word"):
         list(processor.read_places([sample]))

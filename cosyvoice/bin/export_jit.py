@@ -66,7 +66,8 @@ def export(stack: "nn.Module", path: Path) -> None:
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of what `check` shows not to matter
         traced = torch.jit.trace(stack, example(stack, *EXAMPLE), check_trace=False)
     with atomic_write(path) as temporary:
-        torch.jit.save(traced, temporary)
+        with temporary.open("wb") as file:  # the bytes would depend on the name of a file that torch opens itself
+            torch.jit.save(traced, file)
         check(torch.jit.load(temporary), stack, path)
     print(f"wrote {path}")
 

@@ -94,18 +94,24 @@ def train(args: argparse.Namespace, open_judge: "OpenJudge | None" = None) -> in
     """Train the network from its beginning, or from where an earlier run was. Returns the exit code."""
     from cosyvoice.bin.quiet_trainer import fit_quietly
     from cosyvoice.bin.recipe_checkpoints import LAST, RecipeCheckpoints
+    from cosyvoice.bin.recipe_checks import Pipeline, check_numbers, naming
 
     recipe = read_recipe(args)
     train_conf = own_or_common(args, recipe, "train_conf")
-    check_numbers(train_conf, args.config)
+    steps = own_or_common(args, recipe, "data_pipeline")
+    with naming(args.config):
+        check_numbers(train_conf)
+        pipeline = Pipeline.of(steps)
+        pipeline.check(args.model, *rates(args, recipe))
     last = args.model_dir / LAST
     resumable = args.train_engine == "torch_ddp"
     resumed = resumable and args.resume is not None and last.exists()
     if not resumed:
         refuse_used_folder(args.model_dir)
     model = build_model(args, recipe, train_conf)
+    with naming(args.config):
+        pipeline.check_model(args.model, model.part)
     check_fits(args, model)
-    steps = own_or_common(args, recipe, "data_pipeline")
     train_loader, cv_loader = build_loaders(args, steps)
     state = identity(args, train_conf, steps, train_loader)
     if resumed:
@@ -143,12 +149,10 @@ def built(args: argparse.Namespace, recipe: dict[str, Any], name: str, defaults:
     return build_entries(args.config, recipe, (name,), defaults)[name]
 
 
-def check_numbers(train_conf: dict[str, Any], config: Path) -> None:
-    """Raises InputError unless those that the trainer divides or counts by are there and above zero."""
-    for name, default in {"max_epoch": None, "grad_clip": None, "accum_grad": 1, "log_interval": 1}.items():
-        value = train_conf.get(name, default)
-        if not isinstance(value, int | float) or value <= 0:
-            raise InputError(f"{config}: {name} of train_conf is {value}; a number above 0 is needed")
+def rates(args: argparse.Namespace, recipe: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Return sample_rate and token_frame_rate of the YAML in Hz, each None if it is not there."""
+    names = ("sample_rate", "token_frame_rate")
+    return tuple(built(args, recipe, name, {name: None}) for name in names)
 
 
 def identity(

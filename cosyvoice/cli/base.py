@@ -1,4 +1,4 @@
-"""What the models of both generations do alike: open a folder, keep voices, and speak in the modes that both have."""
+"""The API that both generations share: it opens a folder, keeps voices, and speaks in the modes that both have."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,25 +15,24 @@ from cosyvoice.model_folder.weights import NoRandomInit
 from cosyvoice.runtime.draws import Draws
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.file_utils import save_tensors
-from cosyvoice.utils.frontend_utils import has_words
+from cosyvoice.utils.frontend_utils import has_words, nothing_to_speak
 
 Text = str | Iterator[str]  # whole, or in pieces that are still being written
 Speech = Iterator[dict[str, Tensor]]
 
-VOICE_NAME = "voice"  # under which a caller may give the front end a speaker vector of its own
-NOTHING_TO_SPEAK = "nothing to speak in the text %s; give it words or numbers"
+VOICE_NAME = "voice"  # the name under which callers put a speaker vector into the front end
 
 logger = logging.getLogger(__name__)
 
 
 class FolderVoice:
-    """Speaks with a model folder of one generation, which a subclass names, with its model and its front end.
+    """An opened model folder that speaks. Subclasses name its generation, and the classes of its model and front end.
 
     Every `inference_*` yields `{"tts_speech": (1, samples)}` with float32 samples in [-1, 1] on the CPU, at
-    `sample_rate` Hz: one for each sentence-sized piece of the text, or with `stream` one for each chunk of it. A text
-    of signs alone yields nothing, and a warning; an empty one is an error. `speed` is 0.5 to 2 and not for streams.
-    `text_frontend` False takes the text as it is. A prompt recording is at most 30 s long. InputError says what the
-    caller can mend.
+    `sample_rate` Hz: one for each sentence-sized piece of the text, or one for each chunk with `stream`. A text of
+    punctuation alone yields nothing and logs a warning; an empty one is an error. `speed` is 0.5 to 2, and 1 for
+    streams. With `text_frontend` False the text is not normalised. A prompt recording lasts at most 30 s. InputError
+    means that the caller can correct something.
     """
 
     generation: Generation
@@ -49,27 +48,27 @@ class FolderVoice:
         weights: Mapping[str, Weights] | None,
         precision: str,
     ) -> None:
-        """Open the folder. accelerators: by their names, whether the caller asks for them. The rest as in CosyVoice."""
+        """Open the folder. accelerators: whether the caller asks for them, by name. For the others see `CosyVoice`."""
         folder = as_folder(model_dir)
         self.model_dir = str(folder.path)  # which programs put before "/spk2info.pt"
         self._check_generation(folder)
         for name in (name for name, wanted in accelerators.items() if wanted):
-            logger.warning("%s is not supported here; going on without it", name)
+            logger.warning("%s is not supported here. Going on without it", name)
         files = {name: folder.weights(name) for name in MODEL_PARTS} | dict(weights or {})
         parts = {name: given for name, given in files.items() if isinstance(given, nn.Module)}
         missing = [name for name in MODEL_PARTS if name not in parts]
         parts |= self._build(folder, *FRONTEND_PARTS, *missing, "text_split")
         if parts["flow"].input_frame_rate != folder.rates.token_rate:
             raise InputError(
-                f"{folder.yaml}: the flow reads {parts['flow'].input_frame_rate} speech tokens a second, and the model "
-                f"is not a {folder.rates.token_rate} Hz model then; use one of {', '.join(self.generation.models)}"
+                f"{folder.yaml}: the flow reads {parts['flow'].input_frame_rate} speech tokens a second, but the model "
+                f"has {folder.rates.token_rate}. Use one of {', '.join(self.generation.models)}"
             )
         modules = [parts[name] for name in MODEL_PARTS]
         options = {"fp16": fp16, "device": device, "precision": precision}
         self.model = self.model_class(*modules, **options, rebuild=lambda name: self._build(folder, name)[name])
         self.fp16 = self.model.fp16
         if fp16 and not self.fp16:
-            logger.warning("fp16 is for GPUs; computing in float32")
+            logger.warning("fp16 needs a GPU. Computing in float32")
         encoder_device = "cpu" if self.model.device.type == "cpu" else "auto"
         self.frontend = open_front_end(folder, parts, encoder_device, self.frontend_class)
         self.sample_rate = self.frontend.sample_rate
@@ -77,15 +76,15 @@ class FolderVoice:
 
     @staticmethod
     def _build(folder: ModelFolder, *names: str) -> dict[str, Any]:
-        """Return parts of the folder's YAML, whose weights hold anything."""
+        """Return parts of the folder's YAML with undefined weights."""
         with NoRandomInit():
             return folder.parts(names, {"text_split": None})
 
     def _check_generation(self, folder: ModelFolder) -> None:
         if folder.generation is not self.generation and folder.yaml.is_file():
-            raise InputError(f"{folder.path} is a {folder.generation.name} folder; open it with AutoModel")
+            raise InputError(f"{folder.path} is a {folder.generation.name} folder. Open it with AutoModel")
         if not (yaml := folder.path / self.generation.yaml).is_file():
-            raise InputError(f"{yaml} does not exist; copy the whole folder of {self.generation.name} again")
+            raise InputError(f"{yaml} does not exist. Copy the whole folder of {self.generation.name} again")
 
     def list_available_spks(self) -> list[str]:
         """Return the names of the stored voices."""
@@ -94,10 +93,10 @@ class FolderVoice:
     def add_zero_shot_spk(self, prompt_text: str, prompt_wav: Prompt, zero_shot_spk_id: str) -> bool:
         """Keep a prompt under a name, so that later calls need only `zero_shot_spk_id`. Return True.
 
-        The name also serves `inference_sft`, which uses the speaker vector alone.
+        `inference_sft` knows the name too, and uses the speaker vector alone. Raises InputError if the name is empty.
         """
         if not zero_shot_spk_id:
-            raise InputError("zero_shot_spk_id is empty; give the voice a name")
+            raise InputError("zero_shot_spk_id is empty. Give the voice a name")
         prompt_text = self.frontend.text_normalize(prompt_text, split=False)
         voice = self.frontend.prompt_inputs(prompt_text, prompt_wav)
         self.frontend.spk2info[zero_shot_spk_id] = voice | {"embedding": voice["flow_embedding"]}
@@ -167,8 +166,8 @@ class FolderVoice:
         pieces = self._pieces(tts_text, text_frontend)
         if not pieces:
             if not tts_text.strip():
-                raise InputError(NOTHING_TO_SPEAK % repr(tts_text))
-            logger.warning(NOTHING_TO_SPEAK, repr(tts_text))
+                raise InputError(nothing_to_speak(tts_text))
+            logger.warning(nothing_to_speak(tts_text))
         for piece in pieces:
             yield from self.model.tts(**inputs(piece), stream=stream, speed=speed)
 
@@ -180,15 +179,16 @@ class FolderVoice:
         """Return the pieces that a text is spoken in. Raises InputError if it has nothing to speak."""
         pieces = self._pieces(tts_text, text_frontend)
         if not pieces:
-            raise InputError(NOTHING_TO_SPEAK % repr(tts_text))
+            raise InputError(nothing_to_speak(tts_text))
         return pieces
 
     def speak_together(
         self, pieces: Sequence[str], spk_id: str, draws: Sequence[Draws], speed: float = 1.0
     ) -> Iterator[Tensor]:
-        """Yield the speech (1, samples) of several pieces of `split` with a stored voice; faster than one by one.
+        """Yield the speech (1, samples) of each piece, spoken with a stored voice; this is faster than one by one.
 
-        draws: where each piece has its random numbers from. All pieces are written before the first is heard.
+        pieces: of `split`. draws: the source of each piece's random numbers. The language model finishes all pieces
+        before the first speech is yielded.
         """
         check_speed(speed)
         inputs = [self.frontend.frontend_sft(piece, spk_id=spk_id) for piece in pieces]

@@ -15,7 +15,7 @@ from cosyvoice.runtime.errors import InputError
 from cosyvoice.speech_encoders.encoders import SpeakerEncoder, SpeechTokenizer, check_prompt
 from cosyvoice.utils.audio import PROMPT_RATE_HZ, load_wav, resample
 from cosyvoice.utils.frames import Rates
-from cosyvoice.utils.frontend_utils import has_words
+from cosyvoice.utils.frontend_utils import has_words, nothing_to_speak
 from cosyvoice.utils.rates_300m import TOKEN_RATE_HZ, rates_at
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class CosyVoiceFrontEnd:
 
     def _text_inputs(self, tts_text: str | Iterator[str]) -> dict[str, Any]:
         if isinstance(tts_text, str) and not has_words(tts_text):
-            raise InputError(f"there is nothing to speak in the text {tts_text!r}; give it words or numbers")
+            raise InputError(nothing_to_speak(tts_text))
         text, text_len = self._extract_text_token(tts_text)
         return {"text": text, "text_len": text_len}
 

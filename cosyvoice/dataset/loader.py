@@ -50,7 +50,8 @@ class EpochLoader:
             if seen > skip:
                 yield batch
         if not seen:
-            raise InputError(f"no utterance of {self.dataset.name} can be trained on; check filter in the YAML")
+            remedy = "Check the settings of filter and resample in the YAML"
+            raise InputError(f"no utterance of {self.dataset.name} can be trained on. {remedy}")
 
     def batches(self) -> Iterator[Batch]:
         try:

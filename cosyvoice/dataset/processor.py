@@ -1,8 +1,7 @@
-"""The steps from parquet rows to padded batches, as the `data_pipeline` of cosyvoice.yaml chains them.
+"""The steps from parquet rows to padded batches, which the `data_pipeline` of cosyvoice.yaml chains.
 
-Each step is a generator over what the step before yields: sample dicts up to `batch`, then lists of
-samples, then the padded dict. `mode` (train or dev) belongs to the common signature of the steps; only
-`tokenize` and `equalize` depend on it.
+Each step is a generator over the results of the step before: sample dicts up to `batch`, then lists of samples, then
+the padded dict. All steps take `mode` (train or dev), but only `tokenize` and `equalize` depend on it.
 """
 
 import logging
@@ -27,14 +26,15 @@ from cosyvoice.utils.pitch import pitch_track
 
 FRAMES_PER_SECOND = 100  # the frames of 10 ms that `filter` counts in
 LOWEST_COLOUR_HZ = 100.0
+PLACES_SLACK = 0.4  # of their number: a recording may go on after its last phone
 
 logger = logging.getLogger(__name__)
 
 
 def parquet_opener(data: Iterable[Sample], mode: str = "train") -> Iterator[Sample]:
-    """{'src': path of a parquet file} -> one sample a row, with the row's columns added.
+    """Yield a sample for each row of the parquet files {'src': path}: the file's sample and the row's columns.
 
-    Rows with a missing or damaged value are left out, with a warning. Raises InputError for a file that cannot be read.
+    Rows with a missing or damaged value are left out with a warning. Raises InputError if a file cannot be read.
     """
     for sample in data:
         for row in rows(sample["src"]):
@@ -46,7 +46,7 @@ def parquet_opener(data: Iterable[Sample], mode: str = "train") -> Iterator[Samp
 
 
 def preferences(data: Iterable[Sample], mode: str = "train") -> Iterator[Sample]:
-    """Leave out samples without `reject_speech_token`, the tokens that preference training teaches to avoid."""
+    """Yield the samples with `reject_speech_token`, the tokens that preference training teaches to avoid."""
     for sample in data:
         _check_columns(sample, "reject_speech_token")
         rejected = sample["reject_speech_token"]
@@ -55,10 +55,10 @@ def preferences(data: Iterable[Sample], mode: str = "train") -> Iterator[Sample]
 
 
 def _check_columns(sample: Sample, *names: str) -> None:
-    """Raise InputError if the file that a sample is from lacks one of the columns."""
+    """Raise InputError if the file of a sample lacks one of the columns."""
     if missing := [name for name in names if name not in sample]:
-        remedy = "make it anew with tools/make_parquet_list.py"
-        raise InputError(f"{sample.get('src')} has no column {', '.join(missing)}; {remedy}")
+        remedy = "Make it again with tools/make_parquet_list.py"
+        raise InputError(f"{sample.get('src')} has no column {', '.join(missing)}. {remedy}")
 
 
 def tokenize(
@@ -70,10 +70,10 @@ def tokenize(
 ) -> Iterator[Sample]:
     """Add `text_token`, the ids of `text`.
 
-    Tokenizers that go word by word also give `word_token_counts`, how many ids each word of `text.split()` has.
-    spelled_share: in training, this share of the words is written in letters though a PhoneTokenizer knows its phones.
+    Tokenizers that work word by word also give `word_token_counts`, the number of ids of each word of `text.split()`.
+    spelled_share: in training, a PhoneTokenizer writes this share of the words it knows in letters, not in phones.
 
-    Raises InputError for a spelled_share that is not from 0 to 1, or above 0 with another tokenizer.
+    Raises InputError if spelled_share is not between 0 and 1, or if it is above 0 with another tokenizer.
     """
     tokenizer = get_tokenizer()
     if not 0 <= spelled_share <= 1:
@@ -92,28 +92,33 @@ def tokenize(
 
 
 def read_places(data: Iterable[Sample], mode: str = "train") -> Iterator[Sample]:
-    """Add `text_place` (S,), which text token each speech token says, from the .places beside the recording.
+    """Add `text_place` (S,), the index of the text token that each speech token says.
 
-    The file holds a number w + f for each speech token: it says word w of `text.split()`, and the share 0 <= f < 1 of
-    that word is over. So the numbers do not depend on how a word is written.
+    It comes from the .places file beside the recording, which has a number w + f for each speech token: at that token,
+    the share 0 <= f < 1 of word w of `text.split()` has been spoken. These numbers do not depend on how a word is
+    written.
 
-    Raises InputError where the file is missing, holds something else, or names a word that the text does not have.
+    Raises InputError if the file is missing or malformed, belongs to another token rate, or names a word that the text
+    does not have.
     """
     for sample in data:
         path = Path(sample["wav"]).with_suffix(".places")
         if "word_token_counts" not in sample:
-            raise InputError("read_places needs a tokenizer that goes word by word. Use get_phone_tokenizer, for one")
+            raise InputError("read_places needs a tokenizer that works word by word. Use get_phone_tokenizer")
         counts = np.array(sample["word_token_counts"])
         try:
             places = np.array([float(place) for place in path.read_text(encoding="utf-8").split()])
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} does not tell places in the text: {error}. Make it again") from None
+            raise InputError(f"{path} has no places in the text: {error}. Make it again") from None
         if not (len(places) and np.all((places >= 0) & (places < len(counts)))):
             raise InputError(f"{path} is empty, or names a word that the text does not have. Make it again")
+        tokens = len(sample["speech_token"])
+        if abs(len(places) - tokens) > PLACES_SLACK * tokens + 2:
+            raise InputError(f"{path} has {len(places)} numbers for {tokens} speech tokens. Make it for their rate")
         word = places.astype(int)
-        through = ((places - word) * counts[word]).astype(int)  # below counts[word], since the share is below 1
+        through = ((places - word) * counts[word]).astype(int)  # less than counts[word], since the share is less than 1
         text_place = torch.from_numpy((np.cumsum(counts) - counts)[word] + through)
-        index = torch.arange(len(sample["speech_token"])).clamp(max=len(places) - 1)  # rounding: a token more
+        index = torch.arange(tokens).clamp(max=len(places) - 1)  # rounding may add a token
         yield {**sample, "text_place": text_place[index]}
 
 
@@ -127,11 +132,11 @@ def filter(
     max_output_input_ratio: float = 1.0,
     mode: str = "train",
 ) -> Iterator[Sample]:
-    """Decodes `audio_data` to `speech` (1, samples) at `sample_rate` Hz, and drops what cannot teach.
+    """Decode `audio_data` to `speech` (1, samples) at `sample_rate` Hz, and drop samples that are of no use.
 
-    Dropped are clips outside `min_length` to `max_length` (frames of 10 ms), texts outside
-    `token_min_length` to `token_max_length`, clips with fewer or more text tokens a frame than the two
-    ratios, clips without speech tokens, and audio that cannot be decoded (with a warning).
+    A sample is dropped if its length is not between `min_length` and `max_length` frames of 10 ms, its number of text
+    tokens not between `token_min_length` and `token_max_length`, or its text tokens per frame not between the two
+    ratios; if it has no speech token; and, with a warning, if its audio cannot be decoded.
     """
     for sample in data:
         _check_columns(sample, "audio_data", "speech_token")
@@ -154,7 +159,7 @@ def filter(
 def resample(
     data: Iterable[Sample], resample_rate: int, min_sample_rate: int = 16000, mode: str = "train"
 ) -> Iterator[Sample]:
-    """`speech` at `resample_rate` Hz, its peak at most 1; drops clips of less than `min_sample_rate` Hz."""
+    """Resample `speech` to `resample_rate` Hz with a peak of at most 1, and drop clips below `min_sample_rate` Hz."""
     for sample in data:
         if sample["sample_rate"] < min_sample_rate:
             continue
@@ -164,9 +169,9 @@ def resample(
 
 
 def truncate(data: Iterable[Sample], truncate_length: int = 24576, mode: str = "train") -> Iterator[Sample]:
-    """A random window of `truncate_length` samples of `speech`; shorter clips get zeros at the end.
+    """Cut a random window of `truncate_length` samples out of `speech`; shorter clips get zeros at the end.
 
-    `is_window` says that `speech_token` is of the whole recording and `speech` is not.
+    Add `is_window`: `speech_token` still belongs to the whole recording.
     """
     for sample in data:
         speech = sample["speech"]  # (1, samples)
@@ -180,10 +185,10 @@ def truncate(data: Iterable[Sample], truncate_length: int = 24576, mode: str = "
 def equalize(
     data: Iterable[Sample], sample_rate: int, bands: int = 8, spread_db: float = 4.0, mode: str = "train"
 ) -> Iterator[Sample]:
-    """Colours `speech` by a random smooth curve, for training only: other rooms, microphones and throats.
+    """In training, filter `speech` with a random smooth curve, which stands for other rooms, microphones and throats.
 
-    The curve goes through `bands` points, evenly spaced in octaves from 100 Hz to half the rate, each drawn from a
-    normal distribution of `spread_db`.
+    The curve goes through `bands` points, evenly spaced in octaves from 100 Hz to half the rate. Their gains are drawn
+    from a normal distribution with the standard deviation `spread_db`.
     """
     for sample in data:
         if mode == "train":
@@ -194,7 +199,7 @@ def equalize(
 
 
 def _coloured(speech: Tensor, sample_rate: int, gains_db: np.ndarray) -> Tensor:
-    """speech (1, samples) with a gain at each frequency, interpolated in octaves."""
+    """Return speech (1, samples) filtered with gains that are interpolated in octaves."""
     samples = speech.size(1)
     hz = np.fft.rfftfreq(samples, 1 / sample_rate)
     points = np.linspace(np.log(LOWEST_COLOUR_HZ), np.log(sample_rate / 2), len(gains_db))
@@ -208,9 +213,9 @@ def compute_fbank(
     num_frames: int | None = None,
     mode: str = "train",
 ) -> Iterator[Sample]:
-    """Adds `speech_feat` (T, M), the log-mel of `speech`.
+    """Add `speech_feat` (T, M), the log-mel of `speech`.
 
-    num_frames: samples of a speech token, for models whose tokens and mel frames must fit together, see `_aligned`.
+    num_frames: samples per speech token, for models whose tokens last a whole number of mel frames. See `_aligned`.
     """
     for sample in data:
         sample = _aligned(sample, num_frames)
@@ -221,7 +226,7 @@ def compute_fbank(
 def compute_whisper_fbank(
     data: Iterable[Sample], num_frames: int | None = None, mode: str = "train"
 ) -> Iterator[Sample]:
-    """Adds `whisper_feat` (T, 128), what the speech tokenizer hears of `speech`, 100 frames a second.
+    """Add `whisper_feat` (T, 128), the speech tokenizer's input for `speech`, 100 frames per second.
 
     num_frames: as in `compute_fbank`.
     """
@@ -233,10 +238,10 @@ def compute_whisper_fbank(
 
 
 def _aligned(sample: Sample, token_samples: int | None) -> Sample:
-    """Return the sample with as many speech tokens as `speech` lasts, which ends with a whole token.
+    """Return the sample with `speech` and its speech tokens cut to the same number of whole tokens.
 
-    A window of a recording stays as it is, since its tokens are those of the whole: zeros at its end would be sound
-    that the vocoder learns.
+    A window is returned unchanged: its tokens belong to the whole recording, and the vocoder would learn the zeros that
+    fill the last token.
     """
     if token_samples is None or sample.get("is_window"):
         return sample
@@ -245,13 +250,13 @@ def _aligned(sample: Sample, token_samples: int | None) -> Sample:
 
 
 def compute_f0(data: Iterable[Sample], sample_rate: int, hop_size: int, mode: str = "train") -> Iterator[Sample]:
-    """Adds `pitch_feat` (T,), the pitch of `speech` in Hz at each mel frame, 0 where there is no voice."""
+    """Add `pitch_feat` (T,), the pitch of `speech` in Hz at each mel frame, 0 where there is no voice."""
     for sample in data:
         yield {**sample, "pitch_feat": pitch_track(sample["speech"], sample_rate, hop_size)}
 
 
 def parse_embedding(data: Iterable[Sample], normalize: bool, mode: str = "train") -> Iterator[Sample]:
-    """Turns `utt_embedding` and `spk_embedding` into float32 tensors (192,), of length 1 when `normalize`."""
+    """Make `utt_embedding` and `spk_embedding` float32 tensors (192,), with length 1 if `normalize`."""
     for sample in data:
         _check_columns(sample, *VECTORS)
         vectors = {name: torch.tensor(sample[name], dtype=torch.float32) for name in VECTORS}
@@ -261,10 +266,9 @@ def parse_embedding(data: Iterable[Sample], normalize: bool, mode: str = "train"
 
 
 def shuffle(data: Iterable[Sample], shuffle_size: int = 10000, mode: str = "train") -> Iterator[Sample]:
-    """Shuffles through a buffer of `shuffle_size` samples, with Python's global generator.
+    """Shuffle with a buffer of `shuffle_size` samples and Python's global generator.
 
-    A full buffer gives half of its samples and keeps the rest, so that a sample may travel further than one
-    buffer.
+    A full buffer yields half of its samples and keeps the rest, so that a sample may move further than one buffer.
     """
     buffer: list[Sample] = []
     for sample in data:
@@ -278,7 +282,7 @@ def shuffle(data: Iterable[Sample], shuffle_size: int = 10000, mode: str = "trai
 
 
 def sort(data: Iterable[Sample], sort_size: int = 500, mode: str = "train") -> Iterator[Sample]:
-    """Sorts runs of `sort_size` samples by frames, so that a batch holds similar lengths."""
+    """Sort each run of `sort_size` samples by frames, so that the samples of a batch are of similar length."""
     for buffer in runs(data, sort_size):
         yield from sorted(buffer, key=frame_count)
 
@@ -290,27 +294,27 @@ def batch(
     max_frames_in_batch: int = 12000,
     mode: str = "train",
 ) -> Iterator[list[Sample]]:
-    """Lists of samples: `batch_size` of them (static), or what `max_frames_in_batch` admits (dynamic).
+    """Yield lists of `batch_size` samples (static), or of as many as fit into `max_frames_in_batch` (dynamic).
 
-    Frames are those of the mel spectrogram, or the speech tokens of samples without one.
+    Frames are those of the mel, or the speech tokens of samples without a mel. Raises InputError for another type.
     """
     if batch_type == "static":
         return runs(data, batch_size)
     if batch_type == "dynamic":
         return runs_of_frames(data, max_frames_in_batch)
-    raise InputError(f"batch_type {batch_type!r} is not known; use 'static' or 'dynamic'")
+    raise InputError(f"batch_type {batch_type!r} is not known. Use 'static' or 'dynamic'")
 
 
 def padding(
     data: Iterable[list[Sample]], use_spk_embedding: bool, mode: str = "train", gan: bool = False, dpo: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Lists of samples -> dicts of zero-padded tensors, the longest waveform first.
+    """Yield a dict of zero-padded tensors for each list of samples, ordered from the longest waveform to the shortest.
 
     `utts`, `text`: lists (B). `text_token`, `speech_token` (B, L) int64, each with its lengths `<name>_len`
-    (B,) int32. `utt_embedding`, `spk_embedding` (B, 192); `embedding` is the speaker's where
-    `use_spk_embedding`, else the utterance's. `speech_feat` (B, T, M), `whisper_feat` (B, T, 128) and `text_place`
-    (B, S), with their lengths, are there where the samples have them. `gan` adds `speech` (B, samples) and
-    `pitch_feat` (B, T), `dpo` adds `reject_speech_token` (B, L) int64.
+    (B,) int32. `utt_embedding`, `spk_embedding` (B, 192); `embedding` is the speaker's if `use_spk_embedding`, else the
+    utterance's. If the samples have them: `speech_feat` (B, T, M), `whisper_feat` (B, T, 128) and `text_place` (B, S),
+    with their lengths. `gan` adds `speech` (B, samples) and `pitch_feat` (B, T), `dpo` adds `reject_speech_token`
+    (B, L) int64. Raises InputError if the speaker vectors of a list differ in size.
     """
     for samples in data:
         samples = sorted(samples, key=lambda sample: -sample["speech"].size(1))
@@ -322,7 +326,7 @@ def padding(
             result |= padded(name, token_tensors(samples, name))
         for name in VECTORS:
             if len({sample[name].shape for sample in samples}) > 1:
-                raise InputError(f"the {name} of {result['utts']} differ in size; run tools/extract_embedding.py again")
+                raise InputError(f"the {name} of {result['utts']} differ in size. Run tools/extract_embedding.py again")
             result[name] = torch.stack([sample[name] for sample in samples])
         for name in ("speech_feat", "whisper_feat", "text_place"):
             if name in samples[0]:

@@ -50,6 +50,7 @@ class HiFTGenerator(nn.Module):
     ) -> None:
         super().__init__()
         self.n_fft, self.hop = istft_params["n_fft"], istft_params["hop_len"]
+        self.sampling_rate = sampling_rate
         self.samples_per_frame = prod(upsample_rates) * self.hop
         self.lrelu_slope, self.audio_limit = lrelu_slope, audio_limit
         bins = self.n_fft // 2 + 1

@@ -7,9 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 # The more of these a model has, the more memory it takes while it is built; the largest public models stay far below.
-MOST = {"num_blocks": 200, "n_blocks": 100, "num_mid_blocks": 100, "num_up_blocks": 100, "takes": 64}
+MOST = {"num_blocks": 200, "n_blocks": 100, "num_mid_blocks": 100, "num_up_blocks": 100, "takes": 64, "num_mels": 1000}
 MAY_BE_NEGATIVE = {"num_decoding_left_chunks"}  # -1: all of them
 MOST_ANYTHING = 10**7
+# Rates and sizes of the data's steps, which divide by them or have nothing to work on without.
+ABOVE_ZERO = {
+    *("resample_rate", "sample_rate", "sampling_rate", "hop_size", "n_fft", "win_size", "num_mels"),
+    *("truncate_length", "num_frames", "bands"),
+}
 MOST_ITEMS = 100
 
 
@@ -30,6 +35,8 @@ def misfits(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Itera
             yield f"{name} must be {_spelled(annotation)}, not {value!r:.80}"
         elif not _is_moderate(abs(value) if name in MAY_BE_NEGATIVE else value, MOST.get(name, MOST_ANYTHING)):
             yield f"{name} is {value!r:.80}, which no model has"
+        elif name in ABOVE_ZERO and value == 0:
+            yield f"{name} is 0; it must be at least 1"
 
 
 def _fits(value: Any, annotation: Any) -> bool:

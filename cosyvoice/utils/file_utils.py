@@ -5,13 +5,14 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cosyvoice.runtime.errors import DISK_TROUBLE, InputError
+from cosyvoice.runtime.temporary_files import temporary_file
 from cosyvoice.utils.audio import load_wav
 from cosyvoice.utils.text_files import decode_lines
 
@@ -32,27 +33,25 @@ __all__ = [
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, which replaces `path` if the block succeeds, and else is removed.
 
-    The suffix is kept, since writers choose a format by it. A killed run's leftover is overwritten. Raises InputError
-    if the folder cannot be written.
+    The suffix is kept, since writers choose a format by it. Of several that write the same file at once, on whatever
+    machines, each has its own temporary file, and the last to finish wins. Leftovers of killed runs are removed. Raises
+    InputError if the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another folder") from None
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in DISK_TROUBLE or error.filename2 is not None:  # a second name: os.replace failed
-            raise InputError(f"cannot write {path}: {error.strerror}; make room or choose another folder") from None
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    with ExitStack() as temporaries:
+        try:
+            temporary = temporaries.enter_context(temporary_file(path))
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}; choose another folder") from None
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno in DISK_TROUBLE or error.filename2 is not None:  # a second name: os.replace failed
+                raise InputError(f"cannot write {path}: {error.strerror}; make room or choose another folder") from None
+            raise
 
 
 @contextmanager

@@ -28,6 +28,11 @@ def has_words(text: str) -> bool:
     return any(character.isalnum() for character in text)
 
 
+def nothing_to_speak(text: str) -> str:
+    """Return the message about a text without words."""
+    return f"there is nothing to speak in the text {text!r}. Give it words or numbers"
+
+
 def replace_corner_mark(text: str) -> str:
     """Replace superscript two and three by the Chinese words for square and cube."""
     return text.replace("²", "平方").replace("³", "立方")

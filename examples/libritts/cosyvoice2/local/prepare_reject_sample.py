@@ -144,13 +144,14 @@ def speak(voice: "FolderVoice", utterance: Utterance, seed: int) -> "Tensor":
 
     from cosyvoice.runtime.draws import Draws
     from cosyvoice.runtime.errors import InputError
+    from cosyvoice.utils.frontend_utils import nothing_to_speak
 
     with Draws(seed, zlib.crc32(utterance.name.encode())):
         prompt = utterance.prompt_text, utterance.prompt_wav
         spoken = voice.inference_zero_shot(utterance.text, *prompt, text_frontend=False)
         pieces = [piece["tts_speech"] for piece in spoken]
     if not pieces:
-        raise InputError(f"nothing to speak in the text {utterance.text!r}")
+        raise InputError(nothing_to_speak(utterance.text))
     return torch.cat(pieces, dim=1)
 
 
