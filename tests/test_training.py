@@ -327,7 +327,7 @@ def test_a_gpu_computes_a_step_in_fewer_passes_unless_the_user_says_how_many(
     def noted(model: JointModel, loaders: Any, *_options: Any) -> None:
         config = model.config
         used.append((config["batch_size"], config["accumulate_grad_batches"]))
-        assert loaders[0].batch_size == config["batch_size"]
+        assert loaders[0].batch_sampler.batch_size == config["batch_size"]
         raise Interrupted(tmp_path)
 
     monkeypatch.setattr("training.trainer.fit", noted)
