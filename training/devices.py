@@ -13,6 +13,7 @@ import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor
 
 from cosyvoice.runtime.device import cuda_problem
 from cosyvoice.runtime.errors import InputError
@@ -60,13 +61,30 @@ def sharing_options(place: Place) -> dict[str, Any]:
     """Return the trainer's options for the devices; each process feeds its own."""
     if place.devices == 1:
         return {"devices": 1}
-    strategy = DDPStrategy(
-        cluster_environment=StartedProcess(place.rank),
-        process_group_backend=BACKEND,
-        find_unused_parameters=True,  # of a part that has stopped
-        broadcast_buffers=False,  # no buffer changes
-    )
+    strategy = SharedGradients(cluster_environment=StartedProcess(place.rank), process_group_backend=BACKEND)
     return {"devices": place.devices, "strategy": strategy, "use_distributed_sampler": False}
+
+
+class SharedGradients(DDPStrategy):
+    """Gives all processes the mean of their gradients, once for each optimiser step.
+
+    The usual wrapper around the model does not know when a part stops, and first sends everyone the frozen weights.
+    """
+
+    def configure_ddp(self) -> None:
+        """Leave the model as it is: every process has built the same."""
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        trainer = self.lightning_module.trainer
+        done = trainer.fit_loop.batch_idx + 1
+        if done % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            return
+        gradients = [weight.grad for weight in self.lightning_module.parameters() if weight.grad is not None]
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(together)
+        together /= trainer.world_size
+        for gradient, mean in zip(gradients, together.split([each.numel() for each in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 class StartedProcess(LightningEnvironment):
