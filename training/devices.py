@@ -121,7 +121,7 @@ def connected(place: Place) -> Iterator[None]:
 class EndedByTerm(Callback):
     """Ends the run at SIGTERM. The trainer's own handler would send the others a message that they do not wait for."""
 
-    def on_fit_start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
         """Set the first process's handler: the workers ignore the signal and end with it."""
         signal.signal(signal.SIGTERM, interrupt if trainer.is_global_zero else signal.SIG_IGN)
 

@@ -21,11 +21,13 @@ def quiet_trainer(device: str, callbacks: Sequence[Callback], **options: Any) ->
 
     options: any others of `pl.Trainer`.
     """
+    bars = [TQDMProgressBar()] if sys.stderr.isatty() else []
     for package in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
     return pl.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
-        callbacks=[*callbacks, TQDMProgressBar(refresh_rate=int(sys.stderr.isatty()))],
+        callbacks=[*callbacks, *bars],
+        enable_progress_bar=bool(bars),
         num_sanity_val_steps=0,
         enable_model_summary=False,
         **options,
