@@ -28,7 +28,7 @@ from llm_flow_model import JointModel
 from tools.random_model import make_random_model
 from training.checkpoints import CheckpointKeeper
 from training.devices import check_devices, passes_a_device
-from training.workers import Place, with_workers
+from training.workers import Place, WorkerFailed, with_workers
 from voices.run import read_run
 
 ROOT = Path(__file__).parents[1]
@@ -194,12 +194,7 @@ def test_more_devices_than_there_are_is_one_line(places: Path, tmp_path: Path, m
     ("task", "kind", "message"),
     [
         (worker_tasks.make_a_mistake, InputError, "^there is no parquet file; prepare one$"),
-        pytest.param(
-            worker_tasks.divide_by_zero,
-            RuntimeError,
-            "a worker has failed:\n(?s:.*)ZeroDivisionError",
-            marks=pytest.mark.slow,
-        ),
+        (worker_tasks.divide_by_zero, WorkerFailed, "(?s:.*)ZeroDivisionError"),
         (worker_tasks.be_killed, InputError, r"ended from outside \(exit code -9\); is the memory full"),
     ],
 )
@@ -211,7 +206,6 @@ def test_what_a_worker_fails_with_is_told(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.slow
 def test_a_lost_connection_is_told_by_its_cause() -> None:
     with pytest.raises(InputError, match="the disk is full"), with_workers(2, worker_tasks.fail_after_meeting) as place:
         place.meet()

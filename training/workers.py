@@ -36,6 +36,10 @@ class Place:
 Work = Callable[[Place], object]
 
 
+class WorkerFailed(Exception):
+    """What a worker ended with, where it is not a user's mistake: its traceback."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """How a worker has failed."""
@@ -46,7 +50,7 @@ class Failure:
 
     @property
     def error(self) -> Exception:
-        return InputError(self.line) if self.line else RuntimeError(f"a worker has failed:\n{self.details}")
+        return InputError(self.line) if self.line else WorkerFailed(self.details)
 
 
 @contextmanager
@@ -54,7 +58,7 @@ def with_workers(devices: int, work: Work) -> Iterator[Place]:
     """Yield the first process's place, and do `work` in one more process for each further device.
 
     work: a picklable function that does what the block does; what it prints is not shown. However the block ends, no
-    worker is left. Raises what a worker failed with: InputError, or RuntimeError where it is not a user's mistake.
+    worker is left. Raises what a worker failed with: InputError, or WorkerFailed where it is not a user's mistake.
     """
     if devices == 1:
         yield Place()
