@@ -213,12 +213,13 @@ class JointModel(pl.LightningModule):
     def group_share(self, clips: int, number: int) -> float:
         """What makes each clip of an optimiser step count the same, also where an epoch's last batches are smaller.
 
-        The trainer divides the sum of the batches' means by the number of batches in a whole group: first by those of
-        a device, then, where it takes the mean of the devices' gradients, by the number of devices.
+        The trainer divides the sum of the batches' means by the number of batches in a whole group, of one device; the
+        sums of all devices are added.
         """
         passes, whole = self.config["accumulate_grad_batches"], self.config["batch_size"]
         before = number // passes * passes * whole  # clips of the epoch's earlier steps
-        return clips * passes / min(passes * whole, len(self.trainer.train_dataloader.dataset) - before)
+        clips_of_step = min(passes * whole, len(self.trainer.train_dataloader.dataset) - before)
+        return clips * self.trainer.accumulate_grad_batches / clips_of_step
 
     def on_validation_start(self) -> None:
         self.held_out: list[dict[str, Tensor]] = []  # by batch

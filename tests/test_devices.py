@@ -76,7 +76,7 @@ def assert_same(one: Path, two: Path) -> None:
     for part in first.parts:
         for name, tensor in first.adapters[part].items():
             # where a gradient is nearly zero, the optimiser makes a step of its rounding
-            torch.testing.assert_close(second.adapters[part][name], tensor, atol=5e-4, rtol=0, msg=name)
+            torch.testing.assert_close(second.adapters[part][name], tensor, atol=1e-4, rtol=0, msg=name)
         was, now = first.state.progress[part], second.state.progress[part]
         assert (now.stopped, now.best_epoch) == (was.stopped, was.best_epoch)
         for before, after in zip(was.history, now.history, strict=True):
@@ -128,12 +128,16 @@ def test_clips_have_the_same_draws_and_weights_on_all_devices(places: Path, monk
             batches = DealtBatches(SequentialSampler(made), 2, rank, devices)
             loader = DataLoader(made, batch_sampler=batches, collate_fn=lambda chosen: chosen)
             model._trainer = SimpleNamespace(
-                world_size=devices, global_rank=rank, current_epoch=3, train_dataloader=SimpleNamespace(dataset=made)
+                world_size=devices,
+                global_rank=rank,
+                current_epoch=3,
+                accumulate_grad_batches=passes_a_device(config, devices),
+                train_dataloader=SimpleNamespace(dataset=made),
             )
             for i, batch in enumerate(loader):
                 model.on_train_batch_start({}, i)
                 number = model.batch_number(i)
-                share = model.group_share(len(batch), number) / passes_a_device(config, devices) / devices
+                share = round(model.group_share(len(batch), number) / model.trainer.accumulate_grad_batches, 12)
                 utts = tuple(clip.utt for clip in batch)
                 found[utts] = [seeds.pop(), model.spread_times(len(batch), number).tolist(), share]
         return found

@@ -217,6 +217,7 @@ def test_more_memory_takes_more_clips_at_once(model_dir: Path) -> None:
         for room in (-1.0, 0.5, 1.1, 3.2, 5.5, 6.5, 100.0)
     ]
     assert found == [0, 0, 1, 3, 4, 6, 12]
+    assert clips_a_pass(model, made, 10**12, "cpu", devices=4) == 3  # each has a fourth of the step
 
 
 def test_half_precision_takes_about_half_the_memory(model_dir: Path) -> None:

@@ -66,7 +66,7 @@ def sharing_options(place: Place) -> dict[str, Any]:
 
 
 class SharedGradients(DDPStrategy):
-    """Gives all processes the mean of their gradients, once for each optimiser step.
+    """Gives all processes the sum of their gradients, once for each optimiser step.
 
     The usual wrapper around the model does not know when a part stops, and first sends everyone the frozen weights.
     """
@@ -79,12 +79,13 @@ class SharedGradients(DDPStrategy):
         done = trainer.fit_loop.batch_idx + 1
         if done % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
-        gradients = [weight.grad for weight in self.lightning_module.parameters() if weight.grad is not None]
+        trained = [weight for weight in self.lightning_module.parameters() if weight.requires_grad]
+        # no process may leave one out, even if this one did not need it
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in trained]
         together = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(together)
-        together /= trainer.world_size
-        for gradient, mean in zip(gradients, together.split([each.numel() for each in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        for weight, total in zip(trained, together.split([weight.numel() for weight in trained]), strict=True):
+            weight.grad = total.view_as(weight)
 
 
 class StartedProcess(LightningEnvironment):
