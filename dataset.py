@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Sampler
 
 from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.runtime.errors import InputError
@@ -219,8 +219,32 @@ class EpochOrder(Sampler[int]):
         yield from order[skip:]
 
 
+class DealtBatches(BatchSampler):
+    """The batches of one of several devices, which take the batches of a pass in turn.
+
+    All devices get the same number of them: where a pass ends in the middle of a turn, the others get an empty one.
+    """
+
+    def __init__(self, clips: Sampler[int], batch_size: int, rank: int, devices: int) -> None:
+        super().__init__(clips, batch_size, drop_last=False)
+        self.rank, self.devices = rank, devices
+
+    def __len__(self) -> int:
+        return -(-super().__len__() // self.devices)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = list(super().__iter__())
+        batches += [[]] * (-len(batches) % self.devices)
+        yield from batches[self.rank :: self.devices]
+
+
 def collate(clips: list[Clip]) -> dict[str, Tensor]:
-    """Return a padded batch with the names that the models' `forward` expects. embedding: (B, 192), one per clip."""
+    """Return a padded batch with the names that the models' `forward` expects, or an empty one without clips.
+
+    embedding: (B, 192), one per clip.
+    """
+    if not clips:
+        return {}
 
     def padded(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
         return pad_list(sequences, 0), torch.tensor([len(sequence) for sequence in sequences])

@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from cosyvoice.flow.token_flow import MAX_PREFIX_SHARE
 from cosyvoice.llm.qwen2_encoder import Qwen2Encoder
 from cosyvoice.runtime.command import VALIDATION, seed_all
 from cosyvoice.runtime.errors import InputError
+from cosyvoice.runtime.processes import all_in_turn, mean_of_all
 from cosyvoice.transformer.encoder_layer import EncoderLayer
 from cosyvoice.utils.scheduler import learning_rate_factor
 from dataset import crop_windows
@@ -38,7 +40,8 @@ def trainable_share(module: nn.Module) -> tuple[int, float]:
 class JointModel(pl.LightningModule):
     """Trains the adapters of `llm`, `flow` or both; every base weight stays frozen and its dropout off.
 
-    All random draws of a batch follow from (seed, epoch, batch), so a resumed run repeats an uninterrupted one.
+    All random draws of a batch follow from (seed, epoch, number of the batch), where batches are numbered as one device
+    that took them all would; so a resumed run repeats an uninterrupted one, and several devices one.
     Checkpoints hold adapters only, and `run_state`.
     """
 
@@ -155,25 +158,46 @@ class JointModel(pl.LightningModule):
             group["lr"] = self.config["learning_rate"] * factor(schedule.last_epoch)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        seed_all(self.seed, self.current_epoch, batch_idx)
+        seed_all(self.seed, self.current_epoch, self.batch_number(batch_idx))
+
+    def batch_number(self, batch_idx: int) -> int:
+        """The batch's number within the epoch, of the batches of all devices, which take them in turn."""
+        return batch_idx * self.trainer.world_size + self.global_rank
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        clips = len(batch["text_token"])
-        losses = self.losses(batch, self.active(), self.spread_times(clips, batch_idx))
-        total = sum(self.config[f"{name}_loss_weight"] * losses[f"{name}_loss"] for name in self.active())
+        number, clips = self.batch_number(batch_idx), len(batch.get("text_token", ()))
+        losses = self.losses(batch, self.active(), self.spread_times(clips, number)) if batch else self.no_losses()
+        self.record(*mean_of_all(losses, clips))
+        return self.total(losses) * self.group_share(clips, number)
+
+    def no_losses(self) -> dict[str, Tensor]:
+        """Return zeros, whose gradients are zeros, for a device that has no batch while others have one."""
+        result = {}
+        for name in self.active():
+            trained = [weight.sum() for weight in self.parts[name].parameters() if weight.requires_grad]
+            result[f"{name}_loss"] = 0.0 * torch.stack(trained).sum()
+        if "llm" in self.active():
+            result["llm_acc"] = torch.zeros((), device=self.device)
+        return result
+
+    def record(self, losses: dict[str, Tensor], clips: int) -> None:
+        """Count and log the mean losses of a batch, or of the batches that the devices take at the same time."""
         for name in self.active():
             self.progress[name].add(self.finite(name, losses[f"{name}_loss"]), clips)
         self.log_dict(losses, on_step=True, on_epoch=True, batch_size=clips)
-        self.log("train_loss", total, on_step=True, on_epoch=True, prog_bar=True, batch_size=clips)
+        self.log("train_loss", self.total(losses), on_step=True, on_epoch=True, prog_bar=True, batch_size=clips)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=clips)
-        return total * self.group_share(clips, batch_idx)
 
-    def spread_times(self, clips: int, batch_idx: int) -> Tensor:
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """Return the weighted sum of the losses of the parts that train, 0-d."""
+        return sum(self.config[f"{name}_loss_weight"] * losses[f"{name}_loss"] for name in self.active())
+
+    def spread_times(self, clips: int, number: int) -> Tensor:
         """(B,): flow times that lie evenly over an optimiser step's clips (Kingma et al. 2021, appendix I.1).
 
         Each is as likely to be any time from 0 to 1, but together they say more than random ones.
         """
-        step, before = divmod(batch_idx, self.config["accumulate_grad_batches"])
+        step, before = divmod(number, self.config["accumulate_grad_batches"])
         whole = self.config["batch_size"]
         places = torch.arange(before * whole, before * whole + clips) / (whole * self.config["accumulate_grad_batches"])
         offset = random.Random(f"{self.seed} {self.current_epoch} {step}").random()
@@ -186,43 +210,60 @@ class JointModel(pl.LightningModule):
             raise InputError(f"the {name} loss became {value} in epoch {self.epoch_number}: {DIVERGED}")
         return value
 
-    def group_share(self, clips: int, batch_idx: int) -> float:
+    def group_share(self, clips: int, number: int) -> float:
         """What makes each clip of an optimiser step count the same, also where an epoch's last batches are smaller.
 
-        The trainer divides the sum of the batches' means by the number of batches in a whole group.
+        The trainer divides the sum of the batches' means by the number of batches in a whole group, of one device; the
+        sums of all devices are added.
         """
         passes, whole = self.config["accumulate_grad_batches"], self.config["batch_size"]
-        before = batch_idx // passes * passes * whole  # clips of the epoch's earlier steps
-        return clips * passes / min(passes * whole, len(self.trainer.train_dataloader.dataset) - before)
+        before = number // passes * passes * whole  # clips of the epoch's earlier steps
+        clips_of_step = min(passes * whole, len(self.trainer.train_dataloader.dataset) - before)
+        return clips * self.trainer.accumulate_grad_batches / clips_of_step
 
     def on_validation_start(self) -> None:
-        self.held_out: dict[str, list[Tensor]] = {name: [] for name in self.active()}
-        self.held_out_clips = 0
+        self.held_out: list[dict[str, Tensor]] = []  # by batch
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The same draws in every epoch, so that epochs can be compared."""
-        seed_all(self.seed, VALIDATION, batch_idx)
+        if not batch:
+            return
+        seed_all(self.seed, VALIDATION, self.batch_number(batch_idx))
         clips = len(batch["text_token"])
         embedding = self.training_embeddings(clips)
-        if "llm" in self.held_out:
-            losses, accuracy = self.parts["llm"].clip_losses(batch | {"embedding": embedding}, self.device)
-            self.held_out["llm"].append(losses)
-            self.log_dict({"val_llm_loss": losses.mean(), "val_llm_acc": accuracy}, batch_size=clips)
-        if "flow" in self.held_out:
+        found = {"clips": torch.tensor(clips)}
+        if "llm" in self.active():
+            batch = batch | {"embedding": embedding}
+            found["llm"], found["llm_acc"] = self.parts["llm"].clip_losses(batch, self.device)
+        if "flow" in self.active():
             places = torch.arange(clips) / FLOW_DRAWS
             times = [(places + (draw + torch.rand(clips)) / FLOW_DRAWS) % 1 for draw in range(FLOW_DRAWS)]
             draws = enumerate(times)
-            losses = torch.stack([self.flow_loss(batch, embedding, of_draw, draw) for draw, of_draw in draws])
-            self.held_out["flow"].append(losses * clips)
-            self.log("val_flow_loss", losses.mean(), batch_size=clips)
-        self.held_out_clips += clips
+            found["flow"] = torch.stack([self.flow_loss(batch, embedding, of_draw, draw) for draw, of_draw in draws])
+        self.held_out.append(found)
+
+    def on_validation_epoch_end(self) -> None:
+        """Put the figures of all devices' batches together, in the order of the batches, and log them."""
+        own = [{name: value.cpu() for name, value in found.items()} for found in self.held_out]
+        self.held_out = all_in_turn(own)
+        for name in self.active():
+            self.log(f"val_{name}_loss", statistics.fmean(self.held_out_losses(name)))
+        if "llm" in self.active():
+            right = sum(found["llm_acc"] * found["clips"] for found in self.held_out)
+            self.log("val_llm_acc", right / self.held_out_clips())
+
+    def held_out_clips(self) -> int:
+        return sum(int(found["clips"]) for found in self.held_out)
 
     def held_out_losses(self, name: str) -> list[float]:
         """Of each clip (LLM), or of each draw and all clips together (Flow); empty where nothing is held out."""
         if not self.trainer.num_val_batches or not sum(self.trainer.num_val_batches):
             return []
-        found = self.held_out[name]
-        losses = torch.cat(found) if name == "llm" else torch.stack(found).sum(dim=0) / self.held_out_clips
+        if name == "llm":
+            losses = torch.cat([found["llm"] for found in self.held_out])
+        else:
+            sums = torch.stack([found["flow"] * found["clips"] for found in self.held_out]).sum(dim=0)
+            losses = sums / self.held_out_clips()
         self.finite(name, losses.mean())
         return losses.tolist()
 

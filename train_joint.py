@@ -17,21 +17,23 @@ import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import JOINT_TRAINING_CONFIG, MODES, PASSES_ON_GPU, SEED, find_model_dir, settings_for, with_changes
 from cosyvoice.model_folder.folder import ModelFolder
-from cosyvoice.runtime.command import EXIT_INTERRUPTED, run
+from cosyvoice.runtime.command import EXIT_INTERRUPTED, check_least, run
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.frontend_utils import has_words
 from utils import add_device, add_folders, add_seed, check_writable, limit_threads, pick_device, quoted, repeated
 
 if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, Sampler
 
     from dataset import Clip
     from llm_flow_model import JointModel
+    from training.workers import Place
     from voices.run import Run
     from voices.run_state import Origin
 
@@ -66,8 +68,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     heard.add_argument("--listen-file", type=Path, metavar="FILE", help="the same with each line of a UTF-8 file")
     add_folders(parser, "model", "data", "output")
     add_device(parser)
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs that share the clips of a step")
     add_seed(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_least("--devices", args.devices)
+    return args
 
 
 def memory_size(text: str) -> int:
@@ -92,9 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = with_changes(settings_for(folder), changes(args))
     check_writable(args.output_dir, folder.path)
     from cosyvoice.utils.file_utils import alone_in
+    from training.devices import check_devices
+    from training.workers import with_workers
 
-    with alone_in(args.output_dir, "train_joint.py"):
-        return train(args, folder, config)
+    check_devices(args.devices, args.device)
+    work = partial(train, args, folder, config)
+    with alone_in(args.output_dir, "train_joint.py"), with_workers(args.devices, work) as place:
+        return train(args, folder, config, place)
 
 
 def check_listen(args: argparse.Namespace) -> None:
@@ -114,12 +123,16 @@ def listened_texts(args: argparse.Namespace) -> dict[int, str]:
     return {line.number: line.text for line in read_lines(args.listen, args.listen_file, Path("listen.wav"))}
 
 
-def train(args: argparse.Namespace, folder: ModelFolder, config: dict[str, Any]) -> int:
-    """Train, or continue, and say what came out of it. Returns the exit code."""
+def train(args: argparse.Namespace, folder: ModelFolder, config: dict[str, Any], place: "Place") -> int:
+    """Train, or continue, and say what came out of it. Returns the exit code.
+
+    place: which of several processes this one is. They share the training; the first one does the rest.
+    """
     device = pick_device(args.device).type
-    limit_threads(folder)
+    limit_threads(folder, args.devices)
     from dataset import load_clips, speaker_name
     from training.checkpoints import Interrupted
+    from training.devices import passes_a_device
     from training.listening import joint_sampler
     from training.trainer import fit
     from voices.run import base_fingerprints, last_checkpoint, read_run
@@ -138,30 +151,32 @@ def train(args: argparse.Namespace, folder: ModelFolder, config: dict[str, Any])
         config = with_changes(resumed.config, changes(args))
         check_kept(resumed, config, args)
         origin, args.seed = replace(origin, run=resumed.state.origin.run), resumed.state.seed
-    if resumed and finished(resumed, config):
-        trained = replace(resumed, state=replace(resumed.state, config=config))
-    else:
+    is_over = resumed is not None and finished(resumed, config)
+    if not is_over:
         if device == "cuda" and not resumed and not sets_passes(args, folder):
             config |= PASSES_ON_GPU
             chosen = ", ".join(f"{key}={value}" for key, value in PASSES_ON_GPU.items())
             print(f"on a GPU: {chosen}; --batch-size 1 computes clip by clip, in less memory")
-        model, loaders = build(args, config, folder, clips, origin, device)
+        model, loaders = build(args, config, folder, clips, origin, device, place)
+        passes_a_device(model.config, args.devices, resumed is not None)  # or one line says why not
         if resumed:
-            loaders[0].sampler.skip = resumed.state.batches_done * resumed.config["batch_size"]
-        describe(model, loaders, device)
+            loaders[0].batch_sampler.sampler.skip = resumed.state.batches_done * resumed.config["batch_size"]
+        describe(model, loaders, device, args.devices)
         try:
             sampler = None
             if texts := listened_texts(args):
                 from tools.sample_judge import open_sample_judge
 
                 sampler = joint_sampler(model, loaders, texts, args.data_dir, folder, device, open_sample_judge)
-            fit(model, loaders, args.output_dir, device, resumed, sampler)
+            fit(model, loaders, args.output_dir, device, resumed, sampler, place)
         except Interrupted as stop:
-            options = f"--mode {origin.mode} --resume auto{repeated(args, 'model', 'data', 'output')}"
-            options += f" --listen {quoted(args.listen)}" if args.listen else ""
-            options += f" --listen-file {quoted(args.listen_file)}" if args.listen_file else ""
-            print(f"{stop}; go on with: python train_joint.py {options}")
+            print(f"{stop}; go on with: python train_joint.py {options_to_go_on(args, origin.mode)}")
             return EXIT_INTERRUPTED
+    if place.rank:
+        return 0
+    if is_over:
+        trained = replace(resumed, state=replace(resumed.state, config=config))
+    else:
         trained = read_run(last_checkpoint(args.output_dir, origin.mode))
     conclude(trained, args.output_dir, folder)
     options = repeated(args, "model", "output") + both_files(trained, args.output_dir)
@@ -170,6 +185,14 @@ def train(args: argparse.Namespace, folder: ModelFolder, config: dict[str, Any])
 
 
 # Continuing
+
+
+def options_to_go_on(args: argparse.Namespace, mode: str) -> str:
+    """The options that take up an interrupted run of the mode."""
+    options = f"--mode {mode} --resume auto{repeated(args, 'model', 'data', 'output')}"
+    options += f" --devices {args.devices}" if args.devices > 1 else ""
+    options += f" --listen {quoted(args.listen)}" if args.listen else ""
+    return options + (f" --listen-file {quoted(args.listen_file)}" if args.listen_file else "")
 
 
 def find_resumed(args: argparse.Namespace, origin: "Origin", folder: ModelFolder) -> "Run | None":
@@ -255,13 +278,15 @@ def build(
     clips: "list[Clip]",
     origin: "Origin",
     device: str,
+    place: "Place",
 ) -> "tuple[JointModel, tuple[DataLoader, DataLoader | None]]":
     """The model with new adapters (or those of `--init`), and the loaders of training and held-out clips."""
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, SequentialSampler
 
     from cosyvoice.model_folder.weights import load_part
     from cosyvoice.runtime.command import seed_all
     from dataset import (
+        DealtBatches,
         EpochOrder,
         check_vocabularies,
         collate,
@@ -283,10 +308,14 @@ def build(
     if args.init:
         start_from(args.init, model, folder)
     if args.memory:
-        fill_memory(model, clips, args.memory, device)
-    size = model.config["batch_size"]
-    train_loader = DataLoader(train, size, sampler=EpochOrder(len(train), args.seed), collate_fn=collate)
-    return model, (train_loader, DataLoader(held_out, size, collate_fn=collate) if held_out else None)
+        fill_memory(model, clips, args.memory, device, args.devices)
+
+    def loader(own: "list[Clip]", order: "Sampler[int]") -> DataLoader:
+        batches = DealtBatches(order, model.config["batch_size"], place.rank, place.devices)
+        return DataLoader(own, batch_sampler=batches, collate_fn=collate)
+
+    train_loader = loader(train, EpochOrder(len(train), args.seed))
+    return model, (train_loader, loader(held_out, SequentialSampler(held_out)) if held_out else None)
 
 
 def sets_passes(args: argparse.Namespace, folder: ModelFolder) -> bool:
@@ -297,12 +326,12 @@ def sets_passes(args: argparse.Namespace, folder: ModelFolder) -> bool:
     return bool(args.memory or given & PASSES_ON_GPU.keys() or differs)
 
 
-def fill_memory(model: "JointModel", clips: "list[Clip]", memory: int, device: str) -> None:
+def fill_memory(model: "JointModel", clips: "list[Clip]", memory: int, device: str, devices: int) -> None:
     """Give the model's settings as many clips a pass as fit; a step has as many as before."""
     from training.memory import clips_a_pass
 
     config = model.config
-    size = clips_a_pass(model, clips, memory, device)
+    size = clips_a_pass(model, clips, memory, device, devices)
     if not size:
         size = 1
         print("even one clip at a time may need more; --set recompute=True and a smaller max_feat_len need less")
@@ -330,7 +359,7 @@ def start_from(checkpoint: Path, model: "JointModel", folder: ModelFolder) -> No
         print(f"{part}: starting from {checkpoint}" + (f", epoch {progress.best_epoch}" if chosen else ""))
 
 
-def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]", device: str) -> None:
+def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]", device: str, devices: int) -> None:
     """Say what will be trained."""
     import torch
 
@@ -341,15 +370,17 @@ def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]
         count, share = trainable_share(part)
         print(f"{name}: training {count:,} adapter parameters, {share:.2%} of all")
     train, held_out = (len(loader.dataset) if loader else 0 for loader in loaders)
-    print(f"{train} clips to train on, {held_out} held out; {device}, {compute_precision(model.config, device)}")
-    passes, epochs = model.config["accumulate_grad_batches"], model.config["max_epochs"]
-    steps = math.ceil(len(loaders[0]) / passes)
+    where = device if devices == 1 else f"{devices} x {device}"
+    print(f"{train} clips to train on, {held_out} held out; {where}, {compute_precision(model.config, device)}")
+    clips, epochs = model.config["accumulate_grad_batches"] * model.config["batch_size"], model.config["max_epochs"]
+    steps = math.ceil(train / clips)
     print(
         f"{steps * epochs} optimiser steps planned, {steps} in each of {epochs} epochs, at most "
-        f"{min(train, passes * model.config['batch_size'])} clips a step"
+        f"{min(train, clips)} clips a step"
     )
-    if device == "cuda" and (count := torch.cuda.device_count()) > 1:
-        print(f"one of {count} GPUs is used; CUDA_VISIBLE_DEVICES chooses which")
+    if device == "cuda" and (count := torch.cuda.device_count()) > devices:
+        used = "one" if devices == 1 else devices
+        print(f"{used} of {count} GPUs used; --devices takes more, and CUDA_VISIBLE_DEVICES chooses which")
     if not held_out:
         print("no clip is held out (fewer than 8, or validation_ratio 0): training losses choose the best weights")
 

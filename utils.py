@@ -86,11 +86,16 @@ def pick_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
-def limit_threads(folder: ModelFolder) -> None:
-    """Set the number of torch threads that suits the base model, unless OMP_NUM_THREADS sets it."""
+def limit_threads(folder: ModelFolder, processes: int = 1) -> None:
+    """Set the number of torch threads that suits the base model, unless OMP_NUM_THREADS sets it.
+
+    processes: that share the cores.
+    """
     import torch
 
     threads = folder.threads
+    if processes > 1 and not threads:
+        threads = max(1, torch.get_num_threads() // processes)
     if threads and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
 

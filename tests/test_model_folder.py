@@ -46,6 +46,12 @@ def test_settings_and_threads_travel_with_a_renamed_copy(tmp_path: Path, monkeyp
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     limit_threads(ModelFolder(copy))
     assert chosen == [1]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    (copy / "cosyvoice.yaml").write_text("sample_rate: 22050\n")
+    for processes in (1, 4, 32):
+        limit_threads(ModelFolder(copy), processes)
+    assert chosen == [1, 4, 1]
 
 
 def test_a_folder_that_asks_for_nothing_gets_the_defaults(tmp_path: Path) -> None:

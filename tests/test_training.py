@@ -217,6 +217,7 @@ def test_more_memory_takes_more_clips_at_once(model_dir: Path) -> None:
         for room in (-1.0, 0.5, 1.1, 3.2, 5.5, 6.5, 100.0)
     ]
     assert found == [0, 0, 1, 3, 4, 6, 12]
+    assert clips_a_pass(model, made, 10**12, "cpu", devices=4) == 3  # each has a fourth of the step
 
 
 def test_half_precision_takes_about_half_the_memory(model_dir: Path) -> None:
@@ -327,7 +328,7 @@ def test_a_gpu_computes_a_step_in_fewer_passes_unless_the_user_says_how_many(
     def noted(model: JointModel, loaders: Any, *_options: Any) -> None:
         config = model.config
         used.append((config["batch_size"], config["accumulate_grad_batches"]))
-        assert loaders[0].batch_size == config["batch_size"]
+        assert loaders[0].batch_sampler.batch_size == config["batch_size"]
         raise Interrupted(tmp_path)
 
     monkeypatch.setattr("training.trainer.fit", noted)

@@ -20,8 +20,8 @@ RECOMPUTING_SHARE = 4  # what a block takes while its gradients are computed, ov
 FLOAT32_ON_GPU = (F.layer_norm, F.group_norm)  # what autocast computes in float32 on a GPU, but not on a CPU
 
 
-def clips_a_pass(model: JointModel, clips: Sequence[Clip], memory: int, device: str) -> int:
-    """Return how many clips fit into one pass in `memory` bytes: a divisor of the clips of a step, or 0.
+def clips_a_pass(model: JointModel, clips: Sequence[Clip], memory: int, device: str, devices: int = 1) -> int:
+    """Return how many clips fit into one pass in `memory` bytes: a divisor of a device's clips of a step, or 0.
 
     Judged by what the longest clip keeps. Fewer passes of more clips give the same gradient.
     """
@@ -31,8 +31,8 @@ def clips_a_pass(model: JointModel, clips: Sequence[Clip], memory: int, device: 
     model.train()
     room = memory - PROCESS_BYTES - weight_bytes(model, computes_in_half, device)
     most = int(room / (PASSING_SHARE * kept_bytes(model, collate([longest]), computes_in_half)))
-    clips_a_step = config["batch_size"] * config["accumulate_grad_batches"]
-    return max((size for size in range(1, clips_a_step + 1) if clips_a_step % size == 0 and size <= most), default=0)
+    share = config["batch_size"] * config["accumulate_grad_batches"] // devices
+    return max((size for size in range(1, share + 1) if share % size == 0 and size <= most), default=0)
 
 
 def weight_bytes(model: JointModel, computes_in_half: bool, device: str) -> int:

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -13,7 +13,9 @@ from cosyvoice.bin.quiet_trainer import fit_quietly, quiet_trainer
 from cosyvoice.bin.sampling import Sampler
 from llm_flow_model import JointModel
 from training.checkpoints import CheckpointKeeper
+from training.devices import EndedByTerm, connected, passes_a_device, sharing_options
 from training.precision import half_type, precision_options
+from training.workers import Place
 from voices.run import Run, last_checkpoint
 
 
@@ -24,10 +26,11 @@ def fit(
     device: str,
     resumed: Run | None,
     sampler: Sampler | None = None,
+    place: Place = Place(),  # noqa: B008  it is frozen
 ) -> None:
     """Train until every part has stopped, at most `max_epochs`, from where `resumed` ends if it is given.
 
-    Raises Interrupted after Ctrl-C.
+    place: which of several processes this one is; all of them call this. Raises Interrupted after Ctrl-C.
     """
     config = model.config
     if dtype := half_type(config, device):
@@ -36,20 +39,21 @@ def fit(
     fresh = resumed is None or resumed.path.resolve() != last_checkpoint(output_dir, mode).resolve()
     if resumed:
         model.go_on_from(resumed.state)
-    keeper = CheckpointKeeper(output_dir, mode, fresh)
+    keeper = CheckpointKeeper(output_dir, mode, fresh, len(loaders[0]))
+    callbacks = [keeper, *([sampler] if sampler else []), *([EndedByTerm()] if place.devices > 1 else [])]
     trainer = quiet_trainer(
         device,
-        [keeper, sampler] if sampler else [keeper],
-        devices=1,
+        callbacks,
+        **sharing_options(place),
         **precision_options(config, device),
         max_epochs=config["max_epochs"],
-        accumulate_grad_batches=config["accumulate_grad_batches"],
+        accumulate_grad_batches=passes_a_device(config, place.devices),
         gradient_clip_val=config["gradient_clip_val"],
         logger=TensorBoardLogger(output_dir / "joint_logs", name=mode),
         log_every_n_steps=1,
     )
     model.train()
-    with stopping_on_interrupt(keeper):
+    with connected(place), nullcontext() if place.rank else stopping_on_interrupt(keeper):
         fit_quietly(trainer, model, *loaders, resumed and resumed.path)
 
 

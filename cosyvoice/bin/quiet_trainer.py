@@ -11,8 +11,9 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 
 # What the trainer warns of, and is as intended: a base in eval mode, no worker processes, loaders that resume by
-# themselves, nothing held out, a step in half precision that is left out, and its own use of a deprecated class.
-INTENDED = "eval mode|many workers|not resumable|no `val_dataloader`|lr_scheduler.step|LeafSpec"
+# themselves, nothing held out, a step in half precision that is left out, figures that are the same in all processes,
+# and its own use of a deprecated class.
+INTENDED = "eval mode|many workers|not resumable|no `val_dataloader`|lr_scheduler.step|sync_dist|LeafSpec"
 
 
 def quiet_trainer(device: str, callbacks: Sequence[Callback], **options: Any) -> pl.Trainer:
@@ -20,11 +21,13 @@ def quiet_trainer(device: str, callbacks: Sequence[Callback], **options: Any) ->
 
     options: any others of `pl.Trainer`.
     """
+    bars = [TQDMProgressBar()] if sys.stderr.isatty() else []
     for package in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
     return pl.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
-        callbacks=[*callbacks, TQDMProgressBar(refresh_rate=int(sys.stderr.isatty()))],
+        callbacks=[*callbacks, *bars],
+        enable_progress_bar=bool(bars),
         num_sanity_val_steps=0,
         enable_model_summary=False,
         **options,

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 
-import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from cosyvoice.dataset.dataset import Batch, Dataset
 from cosyvoice.runtime.errors import InputError
+from cosyvoice.runtime.processes import everywhere, rank_and_processes
 
 
 class EpochLoader:
@@ -61,10 +60,6 @@ class EpochLoader:
             raise InputError(message.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")) from None
 
 
-def rank_and_processes() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def in_step(batches: Iterator[Batch]) -> Iterator[Batch]:
     """Yield batches as long as every process has one."""
     for batch in batches:
@@ -72,13 +67,3 @@ def in_step(batches: Iterator[Batch]) -> Iterator[Batch]:
             return
         yield batch
     everywhere(False)
-
-
-def everywhere(here: bool) -> bool:
-    """Return whether `here` is true in all processes, which must all call this."""
-    if rank_and_processes()[1] == 1:
-        return here
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    answer = torch.tensor(int(here), device=device)
-    dist.all_reduce(answer, dist.ReduceOp.MIN)
-    return bool(answer)

@@ -33,27 +33,32 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> None:
     try:
         with _interrupts():
             code = main(None) or 0
-    except InputError as error:
-        reason = str(error)
-    except OSError as error:
-        if error.errno not in PLACE_TROUBLE:
+    except (InputError, OSError, RuntimeError, MemoryError) as error:
+        reason = what_to_do(error)
+        if not reason:
             raise
-        where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
-        remedy = "make room, or choose files and folders that can be read and written"
-        if error.errno in GONE:
-            remedy = "was it moved or deleted during the run? Put it back, and run the same command again"
-        reason = f"{error.strerror}{where}; {remedy}"
-    except (RuntimeError, MemoryError) as error:
-        if not is_memory_trouble(error):
-            raise
-        told = str(error).splitlines()[0] if str(error) else "the memory is full."
-        reason = f"{told} See 'Out of memory' in docs/settings.md."
     except KeyboardInterrupt:
         code, reason = EXIT_INTERRUPTED, "interrupted; what was finished is kept"
     if reason:
         print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the first to be called: nothing is left to stop
     sys.exit(code)
+
+
+def what_to_do(error: Exception) -> str:
+    """Return the line for an error that the user can mend, or nothing where it is the program's own."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in PLACE_TROUBLE:
+        where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
+        remedy = "make room, or choose files and folders that can be read and written"
+        if error.errno in GONE:
+            remedy = "was it moved or deleted during the run? Put it back, and run the same command again"
+        return f"{error.strerror}{where}; {remedy}"
+    if isinstance(error, RuntimeError | MemoryError) and is_memory_trouble(error):
+        told = str(error).splitlines()[0] if str(error) else "the memory is full."
+        return f"{told} See 'Out of memory' in docs/settings.md."
+    return ""
 
 
 @contextmanager
