@@ -68,7 +68,7 @@ class FolderVoice:
         self.model = self.model_class(*modules, **options, rebuild=lambda name: self._build(folder, name)[name])
         self.fp16 = self.model.fp16
         if fp16 and not self.fp16:
-            logger.warning("fp16 needs a GPU. Computing in float32")
+            logger.warning("fp16 is for GPUs. Computing in float32")
         encoder_device = "cpu" if self.model.device.type == "cpu" else "auto"
         self.frontend = open_front_end(folder, parts, encoder_device, self.frontend_class)
         self.sample_rate = self.frontend.sample_rate
