@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     heard.add_argument("--listen-file", type=Path, metavar="FILE", help="the same with each line of a UTF-8 file")
     add_folders(parser, "model", "data", "output")
     add_device(parser)
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs that share the clips of a step")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs that share a step (default: 1)")
     add_seed(parser)
     args = parser.parse_args(argv)
     check_least("--devices", args.devices)
@@ -379,8 +379,7 @@ def describe(model: "JointModel", loaders: "tuple[DataLoader, DataLoader | None]
         f"{min(train, clips)} clips a step"
     )
     if device == "cuda" and (count := torch.cuda.device_count()) > devices:
-        used = "one" if devices == 1 else devices
-        print(f"{used} of {count} GPUs used; --devices takes more, and CUDA_VISIBLE_DEVICES chooses which")
+        print(f"using {devices} of {count} GPUs; --devices takes more, and CUDA_VISIBLE_DEVICES chooses which")
     if not held_out:
         print("no clip is held out (fewer than 8, or validation_ratio 0): training losses choose the best weights")
 

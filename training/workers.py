@@ -126,7 +126,7 @@ class Workers:
 def be_worker(rank: int, devices: int, port: int, reports: Connection, work: Work) -> None:
     """Do a worker's work, in silence."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+    sys.stdout = sys.stderr = open(os.devnull, "w", errors="replace")  # noqa: SIM115  until the process ends
     try:
         work(Place(rank, devices, partial(arrive, reports, port)))
     except Exception as error:
