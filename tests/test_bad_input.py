@@ -366,7 +366,7 @@ def test_more_faults_of_single_clips(
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
 def test_a_file_name_of_another_encoding_is_named(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + "/你好.wav".encode("gbk"))).touch()
-    with pytest.raises(InputError, match="is not UTF-8; rename"):
+    with pytest.raises(InputError, match="is not UTF-8. Rename"):
         find_recordings(tmp_path)
 
 
