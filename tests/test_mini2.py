@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cosyvoice.bin.text_model import start_from_text_model
-from cosyvoice.llm.corruption import CorruptedQwen2LM
+from cosyvoice.llm.corrupted_qwen2_lm import CorruptedQwen2LM
 from cosyvoice.llm.qwen2_encoder import Qwen2Encoder
 from cosyvoice.llm.qwen2_lm import Qwen2LM
 from cosyvoice.model_folder.model_yaml import load_model_yaml
@@ -37,7 +37,7 @@ SIZES = {
 CODES = 81
 CONFIG = """
 qwen_pretrain_path: ''
-llm_training: !new:cosyvoice.llm.corruption.CorruptedQwen2LM
+llm_training: !new:cosyvoice.llm.corrupted_qwen2_lm.CorruptedQwen2LM
     llm_input_size: 32
     llm_output_size: 32
     speech_token_size: 81
@@ -92,7 +92,6 @@ def test_the_share_of_right_phones_is_counted_where_a_phone_begins(speller: Spel
             self.scores = scores
 
         def eval(self) -> None: ...
-        def train(self, mode: bool) -> None: ...
 
         def predictions(self, told: dict[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, ...]:
             lengths = told["speech_token_len"] + 1  # with the end

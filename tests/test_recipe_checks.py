@@ -194,15 +194,15 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize(("entry", "setting"), NUMBERS, ids=lambda value: value.partition(":")[0])
-def test_every_number_is_used_or_refused_before_training(entry: str, setting: str, runs: Runs) -> None:
-    for value in (None, 0, 1, 255, 512, 4096, 24000, 10**6):
-        before = runs.batches
-        try:
-            runs.train("hifigan", "any", config=runs.with_setting(entry, setting, value))
-        except InputError as error:
-            assert "changed.yaml" in str(error) and "\n" not in str(error), f"{setting} {value}"
-        except Exception as error:
-            raise AssertionError(f"{setting} {value} ends in {error!r}") from error
-        else:
-            assert runs.batches == before + 1
+@pytest.mark.parametrize(("entry", "setting"), NUMBERS, ids=lambda part: part.partition(":")[0])
+@pytest.mark.parametrize("value", [None, 0, 1, 255, 512, 4096, 24000, 10**6])
+def test_every_number_is_used_or_refused_before_training(
+    entry: str, setting: str, value: int | None, runs: Runs
+) -> None:
+    before = runs.batches
+    try:
+        runs.train("hifigan", "any", config=runs.with_setting(entry, setting, value))
+    except InputError as error:
+        assert "changed.yaml" in str(error) and "\n" not in str(error)
+    else:
+        assert runs.batches == before + 1

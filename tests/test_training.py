@@ -30,6 +30,7 @@ from cosyvoice.flow.flow_matching import ConditionalCFM, TrainingDraw
 from cosyvoice.llm.llm import TransformerLM
 from cosyvoice.model_folder.folder import ModelFolder
 from cosyvoice.model_folder.weights import load_part, read_state_dict
+from cosyvoice.runtime import temporary_files
 from cosyvoice.runtime.errors import InputError
 from cosyvoice.utils.scheduler import learning_rate_factor
 from dataset import Clip, collate, speaker_embedding
@@ -519,8 +520,9 @@ def test_an_epoch_that_a_killed_run_could_not_copy_is_kept_by_the_next(train, tm
     (first,) = output.glob("joint_llm_only_epoch0001_*.ckpt")
     content = first.read_bytes()
     first.unlink()
-    stray = first.with_name(f".{first.stem}.part.ckpt")
+    stray = first.with_name(f".joint.{temporary_files._machine()}-{os.getpid()}-0123abcd.part.ckpt")
     stray.write_bytes(content[:1000])
+    temporary_files._remove_abandoned.cache_clear()  # as in a new process
     train(*mode, "--epochs", "2", "--resume", "auto")
     assert first.read_bytes() == content and not stray.exists()
     assert len(list(output.glob("joint_llm_only_epoch*.ckpt"))) == 2

@@ -11,7 +11,6 @@ from cosyvoice.utils.file_utils import atomic_write
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHTS = "model.safetensors"
 # Each becomes one token, with the blank before it, and so does each of its beginnings.
 WORDS = (
     "the and of to in is it that was for you with on are as this be have from or one had not but what all were when "
@@ -61,7 +60,7 @@ def word_merges() -> list[tuple[str, str]]:
 
 
 def write_weights(path: Path, weights: "dict[str, Tensor]") -> None:
-    """Write the Qwen2 model's weights, or a file of none."""
+    """Write the Qwen2 model's weights, or a file without any."""
     from safetensors.torch import save
 
     with atomic_write(path) as temporary:

@@ -40,11 +40,9 @@ class CheckpointKeeper(Checkpoint):
         self.interrupted = False
 
     def on_train_start(self, trainer: pl.Trainer, model: JointModel) -> None:
-        """Make up for a run that was killed while it kept an epoch: copy that epoch, and remove the unfinished file."""
+        """Make up for a run that was killed while it kept an epoch: copy that epoch."""
         if not trainer.is_global_zero:
             return
-        for unfinished in self.output_dir.glob(f".joint_{self.mode}_epoch*.part.ckpt"):
-            unfinished.unlink()
         epochs_done = max(len(progress.history) for progress in model.progress.values())
         if not self.fresh and not model.batches_done and all(epoch < epochs_done for _, epoch, _ in self.kept()):
             self.keep_epoch(model, epochs_done)

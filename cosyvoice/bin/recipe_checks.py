@@ -66,12 +66,9 @@ def check_numbers(train_conf: Any) -> None:
     if not isinstance(train_conf, Mapping):
         raise InputError(f"train_conf is {train_conf!r}. Give settings by name, such as max_epoch")
     for name, default in {"max_epoch": None, "grad_clip": None, "accum_grad": 1, "log_interval": 1}.items():
-        check_above_zero(f"{name} of train_conf", train_conf.get(name, default))
-
-
-def check_above_zero(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise InputError(f"{name} is {value}. Give a number above 0")
+        value = train_conf.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise InputError(f"{name} of train_conf is {value}. Give a number above 0")
 
 
 @dataclass(frozen=True)

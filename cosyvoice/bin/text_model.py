@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from cosyvoice.model_folder.blank_en import REMEDY
+from cosyvoice.model_folder.blank_en import REMEDY, WEIGHTS
 from cosyvoice.model_folder.weights import check_finite, load_strict
 from cosyvoice.runtime.errors import InputError
 
@@ -21,7 +21,7 @@ def start_from_text_model(llm: nn.Module, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = folder / "model.safetensors"
+    path = folder / WEIGHTS
     if not path.is_file():
         print(f"{folder} has no {path.name}: the text model starts from random weights", file=sys.stderr)
         return

@@ -6,6 +6,7 @@ from typing import Any
 
 from cosyvoice.runtime.errors import InputError
 
+WEIGHTS = "model.safetensors"
 REMEDY = "copy the folder CosyVoice-BlankEN again from the model's download"
 
 

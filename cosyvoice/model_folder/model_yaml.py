@@ -25,7 +25,7 @@ from cosyvoice.runtime.errors import InputError
 
 TARGETS = frozenset(
     {
-        "cosyvoice.llm.corruption.CorruptedQwen2LM",
+        "cosyvoice.llm.corrupted_qwen2_lm.CorruptedQwen2LM",
         "cosyvoice.llm.llm.Qwen2Encoder",
         "cosyvoice.llm.llm.Qwen2LM",
         "cosyvoice.llm.llm.TransformerLM",

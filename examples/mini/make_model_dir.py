@@ -30,12 +30,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model_dir", type=Path, required=True, help="folder to write")
     options = parser.parse_args(argv)
 
+    from cosyvoice.model_folder.blank_en import WEIGHTS as TEXT_WEIGHTS
     from cosyvoice.model_folder.fingerprints import fingerprint_file
     from cosyvoice.model_folder.folder import ModelFolder
     from cosyvoice.model_folder.weights import read_state_dict
     from cosyvoice.runtime.errors import InputError
     from cosyvoice.utils.file_utils import atomic_write, copy_file, save_tensors
-    from tools.blank_en import WEIGHTS as TEXT_WEIGHTS
     from tools.blank_en import write_weights
 
     results, folder, recipe = options.work_dir, options.model_dir, ModelFolder(options.recipe)

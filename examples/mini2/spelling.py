@@ -7,11 +7,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cosyvoice.dataset.batching import padded
 from cosyvoice.llm.qwen2_lm import Qwen2LM
 from cosyvoice.tokenizer.phones import PHONES, PhoneTokenizer
 from cosyvoice.tokenizer.qwen import QwenTokenizer
 from cosyvoice.tokenizer.tokenizer import BYTES
-from cosyvoice.utils.common import pad_list
 
 BATCH = 16
 DRAWN_BATCHES = 4  # at once, of which one is taken whose texts are about equally long
@@ -41,12 +41,7 @@ class Speller:
         first = random.randrange(DRAWN_BATCHES) * BATCH
         pairs = zip(*lessons[first : first + BATCH], strict=True)
         texts, spoken = ([torch.tensor(part) for part in parts] for parts in pairs)
-        return {
-            "text_token": pad_list(texts, 0),
-            "text_token_len": torch.tensor([len(text) for text in texts]),
-            "speech_token": pad_list(spoken, 0),
-            "speech_token_len": torch.tensor([len(phones) for phones in spoken]),
-        }
+        return padded("text_token", texts) | padded("speech_token", spoken)
 
     def draw_text(self) -> str:
         if self.sentences and random.random() < SENTENCE_SHARE:
@@ -75,11 +70,9 @@ def repeated(phone: int, frames: range) -> list[int]:
 @torch.no_grad()
 def next_phones_right(model: Qwen2LM, batch: dict[str, Tensor]) -> float:
     """Return the share of phones that the model tells right when it is told that a new one begins."""
-    training = model.training
     model.eval()
     in_turns = torch.zeros(BATCH, dtype=torch.bool)  # the whole text comes first
     scores, _, items = model.predictions(batch | {"bistream": in_turns}, batch["text_token"].device)
-    model.train(training)
     right = total = 0
     for item, length in enumerate(batch["speech_token_len"].tolist()):
         phones = batch["speech_token"][item, :length].tolist()

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     check_least("--steps", options.steps)
 
-    from tools.blank_en import WEIGHTS, write_weights
+    from cosyvoice.model_folder.blank_en import WEIGHTS
 
     output = options.text_model / WEIGHTS
     if output.is_file():
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cosyvoice.tokenizer.qwen import get_qwen_tokenizer
     from examples.mini.encoder_training import Training
     from examples.mini2.spelling import Speller, next_phones_right
+    from tools.blank_en import write_weights
     from tools.kaldi_folder import read_table
 
     seed_all(options.seed)
