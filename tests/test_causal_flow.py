@@ -21,6 +21,7 @@ from cosyvoice.flow.causal_flow import CausalMaskedDiffWithXvec
 from cosyvoice.flow.causal_flow_matching import MOST_FRAMES, CausalConditionalCFM
 from cosyvoice.flow.flow import MaskedDiffWithXvec
 from cosyvoice.flow.flow_matching import TrainingDraw
+from cosyvoice.flow.median_flow_matching import MedianCFM
 from cosyvoice.flow.mel_stream import MelStream
 from cosyvoice.runtime.device import free_memory
 from cosyvoice.runtime.errors import InputError
@@ -578,6 +579,36 @@ def test_a_clip_that_is_too_short_is_named() -> None:
     batch = training_batch() | {"speech_feat_len": torch.tensor([18, 1])}
     with pytest.raises(InputError, match="leave it out"):
         loss(build_flow(), batch)
+
+
+class TowardsGoal(nn.Module):
+    """The velocity that leads all noise to one mel; it keeps what it was asked."""
+
+    in_channels = 4 * MELS
+
+    def __init__(self, goal: Tensor) -> None:
+        super().__init__()
+        self.goal = goal
+        self.asked: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, mask: Tensor, mu: Tensor, t: Tensor, *conditions: Any, **attention: Any) -> Tensor:
+        self.asked.append((x, t))
+        return (self.goal - x) / (1 - t[:, None, None])
+
+
+def test_the_median_flow_goes_to_what_it_predicts_and_sees_nothing_of_the_recording() -> None:
+    torch.manual_seed(0)
+    goal, recording = torch.randn(2, 1, MELS, 9)
+    network = TowardsGoal(goal)
+    decoder = MedianCFM(3 * MELS, CFM_PARAMS, n_spks=1, spk_emb_dim=MELS, estimator=network)
+    mask = torch.ones(1, 1, 9)
+    mask[..., 6:] = 0
+    error, y = decoder.compute_loss(recording, mask, goal, goal[..., 0], goal, times=torch.tensor([0.4]))
+    assert error.item() == pytest.approx((goal - recording)[..., :6].abs().mean().item(), abs=1e-5)
+    (noise, start), (on_the_way, then) = network.asked
+    assert (start.item(), then.item()) == (0, pytest.approx(0.4))
+    close(on_the_way, 0.6 * noise + 0.4 * goal)
+    close(y, on_the_way)
 
 
 def test_every_weight_is_trained() -> None:

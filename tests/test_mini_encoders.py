@@ -98,6 +98,31 @@ def test_the_flow_starts_from_vectors_that_are_alike_where_the_codes_numbers_are
     assert all(torch.equal(value, state[name]) for name, value in torch.load(tmp_path / "again.pt").items())
 
 
+def test_a_velocity_network_starts_as_one_that_takes_the_noise_away(tmp_path: Path) -> None:
+    config = Path(make_flow_start.__file__).parents[1] / "mini2" / "cosyvoice2.yaml"
+    make_flow_start.main(["--config", str(config), "--output", str(tmp_path / "start.pt"), "--seed", "7"])
+    flow = load_model_yaml(config, parts=("flow",))["flow"]
+    flow.load_state_dict(torch.load(tmp_path / "start.pt"))
+    torch.manual_seed(0)
+    noise, known = torch.randn(2, 80, 30), torch.zeros(2, 80, 30)
+    mu = 2.4 * torch.randn(2, 80, 30) + make_flow_start.MEL_MEAN
+    with torch.no_grad():
+        velocity = flow.decoder.estimator(noise, known[:, :1] + 1, mu, torch.tensor([0.2, 0.8]), known[..., 0], known)
+        encoded = flow.encoder_proj(torch.randn(500, flow.encoder_proj.in_features))
+    assert (velocity - (mu - noise)).square().mean().sqrt() < 0.3 * mu.std()
+    leaked = torch.linalg.lstsq(noise.flatten(0, 1), (velocity - mu + noise).flatten(0, 1)).solution
+    assert leaked.abs().max() < 0.3
+    assert encoded.mean() == pytest.approx(make_flow_start.MEL_MEAN, abs=0.2)
+
+
+def test_a_velocity_network_needs_a_channel_for_each_of_the_mels() -> None:
+    config = Path(make_flow_start.__file__).parents[1] / "mini2" / "cosyvoice2.yaml"
+    network = load_model_yaml(config, parts=("velocity",))["velocity"]
+    network.final_proj = torch.nn.Conv1d(64, 80, kernel_size=1)
+    with pytest.raises(InputError, match="the flow's channels are 64, and must be at least 80"):
+        make_flow_start.start_as_denoiser(network)
+
+
 @pytest.mark.parametrize("codes", [4097, 1, 255])
 def test_a_flow_of_another_tokenizer_is_refused(codes: int) -> None:
     with pytest.raises(InputError, match=f"speech_token_size is {codes}, and should be a fourth power"):

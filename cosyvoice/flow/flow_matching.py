@@ -93,13 +93,9 @@ class ConditionalCFM(nn.Module):
         numbers from 0 to 1 that flow times are made of, instead of random ones. drops_conditions False: every item
         keeps its conditions. attention: what the estimator takes besides.
         """
-        draw = self.draw_training(x1)
-        if times is not None:
-            draw = replace(draw, t=times.to(x1).view(-1, 1, 1))
-        if not drops_conditions:
-            draw = replace(draw, keep=torch.ones_like(draw.keep))
+        draw = self.draw_given(x1, times, drops_conditions)
         y, u = optimal_transport_path(x1, draw.z, draw.t, self.params.sigma_min)
-        mu, spks, cond = (_keep_items(condition, draw.keep) for condition in (mu, spks, cond))
+        mu, spks, cond = (keep_items(condition, draw.keep) for condition in (mu, spks, cond))
         predicted = self.estimator(y.to(mu.dtype), mask, mu, draw.t.flatten(), spks, cond, **attention)
         squared_error = ((predicted.float() - u) * mask).square().sum()
         return squared_error / (mask.sum() * u.shape[1]), y
@@ -111,6 +107,15 @@ class ConditionalCFM(nn.Module):
         z = self.draw_noise(x1)
         keep = torch.rand(batch, device=x1.device) >= self.params.training_cfg_rate
         return TrainingDraw(t, z, keep)
+
+    def draw_given(self, x1: Tensor, times: Tensor | None, drops_conditions: bool) -> TrainingDraw:
+        """Return what is drawn, with what is given in its place; see `compute_loss`."""
+        draw = self.draw_training(x1)
+        if times is not None:
+            draw = replace(draw, t=times.to(x1).view(-1, 1, 1))
+        if not drops_conditions:
+            draw = replace(draw, keep=torch.ones_like(draw.keep))
+        return draw
 
     def draw_noise(self, like: Tensor) -> Tensor:
         """Standard normal noise in float32, of the shape and on the device of `like`.
@@ -227,7 +232,7 @@ def half_workers(threads: int) -> ThreadPoolExecutor:
         return _half_workers[threads]
 
 
-def _keep_items(condition: Tensor | None, keep: Tensor) -> Tensor | None:
+def keep_items(condition: Tensor | None, keep: Tensor) -> Tensor | None:
     """The condition (B, ...) with zeros in the items that are not kept."""
     if condition is None:
         return None
