@@ -25,6 +25,7 @@ from tools.measures import (
     TALKS_ON_RATIO,
     Clip,
     ClipVoice,
+    Delivery,
     Quality,
     Units,
     centroid,
@@ -35,6 +36,7 @@ from tools.measures import (
     error_rate,
     figures,
     pace,
+    seam_jump,
     similarities_to_others,
     unit,
     voice_figures,
@@ -174,7 +176,7 @@ def test_the_table_shows_all_sets_and_what_to_know() -> None:
     texts = ["one two", "red blue"]
     spoken = [clip(1.25, seed == 7, voice, text, seed) for seed in (7, 8) for text in texts]
     originals = [clip(1.0, voice=voice, text=text) for text in ("one two three four five", "one two three four six")]
-    lines = table(Evaluation({}, 0.1, spoken, originals, 0.25)).splitlines()
+    lines = table(Evaluation({}, 0.1, spoken, originals, Delivery(0.25))).splitlines()
     ends = {line[:40].strip(): line.split()[-4:] for line in lines}
     assert lines[0].split() == ["spoken", "seed", "7", "seed", "8", "originals"]
     assert ends["word error"] == ["0.250", "0.500", "0.000", "0.000"]
@@ -393,7 +395,7 @@ def test_a_voice_speaks_with_several_seeds_and_is_judged(
     assert evaluate.main([*folders, *text_file, *base]) == 0
     content = json.loads((tmp_path / "results" / "evaluation.json").read_text(encoding="utf-8"))
     assert content["voice"]["speaker"] == "zero vector" and content["options"]["seeds"] == "[4, 5]"
-    assert content["figures"]["spoken"]["real_time_factor"] > 0
+    assert content["figures"]["spoken"]["delivery"]["real_time_factor"] > 0
     assert {name: found["sentences"] for name, found in content["figures"].items()} == {
         "spoken": 4,
         "seed 4": 2,
@@ -411,6 +413,23 @@ def test_a_voice_speaks_with_several_seeds_and_is_judged(
     assert wavs[0] != wavs[1]
     assert listening.read_sayings(tmp_path / "results")[1].text == "Three four."  # they can be judged again
     assert no_judges == ["en"]
+
+
+@pytest.mark.usefixtures("no_judges")
+def test_a_stream_is_judged_with_its_seams(folders: list[str], model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("One two.\nThree four.\n", encoding="utf-8")
+    base = ["--llm", str(model_dir / "llm.pt"), "--flow", str(model_dir / "flow.pt"), "--embedding", "zero"]
+    assert evaluate.main([*folders, "--text-file", str(tmp_path / "texts.txt"), "--stream", *base]) == 0
+    content = json.loads((tmp_path / "results" / "evaluation.json").read_text(encoding="utf-8"))
+    delivery = content["figures"]["spoken"]["delivery"]
+    assert delivery["first_sound_seconds"] > 0 and 0 <= delivery["seam_jump"] < 10
+    assert len(listening.read_sayings(tmp_path / "results")) == 2
+
+
+def test_a_jump_at_a_seam_is_measured_against_those_of_the_speech() -> None:
+    pieces = [torch.tensor([[0.0, 0.2, 0.1]]), torch.tensor([[0.5, 0.4]]), torch.tensor([[0.45]])]
+    assert seam_jump(pieces) == pytest.approx(0.4 / 0.2)
+    assert seam_jump(pieces[:1]) == 0
 
 
 @pytest.mark.parametrize(

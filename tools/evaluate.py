@@ -14,13 +14,14 @@ that of the target speaker's own recordings, which is the ceiling. `make eval` i
     DNSMOS overall   how good it sounds, from 1 to 5
     similarity       to the mean of the target speaker's recordings, and the margin over the nearest base voice
 
-A base model is judged by its files: --llm MODEL/llm.pt --flow MODEL/flow.pt --speaker NAME.
+A base model is judged by its files: --llm MODEL/llm.pt --flow MODEL/flow.pt --speaker NAME. With --stream, the lines
+are spoken in pieces as in `inference_joint.py --stream`, and where the pieces join is judged, too.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cosyvoice.model_folder.folder import ModelFolder
     from tools.evaluation_report import Evaluation
+    from tools.measures import Delivery
     from voices.lines import Line
+    from voices.synthesis import ReadyVoice
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,6 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     results.add_argument(
         "--results", type=Path, metavar="FOLDER", help="for JSON, picture and wavs (default: OUTPUT_DIR/evaluation)"
     )
+    parser.add_argument("--stream", action="store_true", help="speak in pieces, as they are made")
     add_voice(parser)
     add_folders(parser, "model", "output")
     add_device(parser)
@@ -100,35 +104,67 @@ def evaluate(args: argparse.Namespace, folder: "ModelFolder") -> "Evaluation":
         import matplotlib  # noqa: F401
     originals = read_sayings(args.reference, all_needed=False)
     bases = read_voices(args.base_voices, args.reference) if args.base_voices else {}
-    voice, real_time_factor = speak(lines, args, folder) if lines else (None, None)
+    voice, delivery = speak(lines, args, folder) if lines else (None, None)
     spoken = [read_saying(line.output, line.text, seed) for seed in lines for line in lines[seed]]
     judged = judge_all(recordings or spoken, originals, bases, judges)
     options = {name: str(value) for name, value in vars(args).items() if value is not None}
-    return Evaluation({"options": options, "voice": voice}, original_pace(originals), *judged, real_time_factor)
+    return Evaluation({"options": options, "voice": voice}, original_pace(originals), *judged, delivery)
 
 
 def speak(
     lines: dict[int, list["Line"]], args: argparse.Namespace, folder: "ModelFolder"
-) -> tuple[dict[str, str], float]:
+) -> tuple[dict[str, str], "Delivery"]:
     """Speak the lines of every seed into their wavs, the text beside each.
 
-    Returns what each part of the voice was loaded from, and the real-time factor.
+    Returns what each part of the voice was loaded from, and how the speech was made.
     """
     from tqdm import tqdm
 
     from cosyvoice.utils.file_utils import atomic_write
+    from tools.measures import Delivery
     from voices.options import open_voice
     from voices.wav import speak_into_files
 
     voice, sources = open_voice(args, folder)
-    started, total = time.perf_counter(), 0.0
+    started, total, streams = time.perf_counter(), 0.0, []
     for seed, own in lines.items():
-        spoken = speak_into_files(voice, own, speed=1.0, seed=seed, together=args.batch_size)
+        if args.stream:
+            spoken = stream(voice, own, seed, streams)
+        else:
+            spoken = speak_into_files(voice, own, speed=1.0, seed=seed, together=args.batch_size)
         for line, seconds in tqdm(spoken, desc=f"speaking with seed {seed}", total=len(own), unit="sentence"):
             total += seconds
             with atomic_write(line.output.with_suffix(".txt")) as temporary:
                 temporary.write_text(line.text + "\n", encoding="utf-8")
-    return sources, (time.perf_counter() - started) / total
+    delivery = Delivery((time.perf_counter() - started) / total)
+    if streams:
+        waits, jumps = zip(*streams, strict=True)
+        delivery.first_sound_seconds, delivery.seam_jump = sum(waits) / len(waits), max(jumps)
+    return sources, delivery
+
+
+def stream(
+    voice: "ReadyVoice", lines: list["Line"], seed: int, streams: list[tuple[float, float]]
+) -> Iterator[tuple["Line", float]]:
+    """Stream each line into its file, and yield it with its seconds of speech.
+
+    Appends to `streams` the seconds until the first sound, and the jump at the seams.
+    """
+    import torch
+
+    from cosyvoice.utils.wav_files import write_wav
+    from tools.measures import seam_jump
+
+    rate_hz = voice.cosyvoice.sample_rate
+    for line in lines:
+        started, wait, pieces = time.perf_counter(), None, []
+        for piece in voice.stream(line, seed):
+            wait = time.perf_counter() - started if wait is None else wait
+            pieces.append(piece)
+        streams.append((wait, seam_jump(pieces)))
+        speech = torch.cat(pieces, dim=1)
+        write_wav(line.output, speech, rate_hz, f"seed {seed}, line {line.number}, streamed")
+        yield line, speech.size(1) / rate_hz
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosyvoice.utils.file_utils import atomic_write
-from tools.measures import STOPS_EARLY_RATIO, TALKS_ON_RATIO, WRONG_TEXT_FLOOR, Clip, Figures, figures
+from tools.measures import STOPS_EARLY_RATIO, TALKS_ON_RATIO, WRONG_TEXT_FLOOR, Clip, Delivery, Figures, figures
 from tools.packages import optional
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Evaluation:
     pace_seconds_per_character: float
     spoken: list[Clip]
     originals: list[Clip]
-    real_time_factor: float | None  # if the speaking was timed
+    delivery: Delivery | None  # of what was spoken here
 
     @cached_property
     def figures(self) -> dict[str, Figures]:
@@ -36,7 +36,7 @@ class Evaluation:
         The originals show the best figures that can be reached.
         """
         seeds = dict.fromkeys(clip.seed for clip in self.spoken)
-        found = {"spoken": figures(self.spoken, self.real_time_factor)}
+        found = {"spoken": figures(self.spoken, self.delivery)}
         if len(seeds) > 1:
             found |= {f"seed {seed}": figures([clip for clip in self.spoken if clip.seed == seed]) for seed in seeds}
         return found | {"originals": figures(self.originals)}
@@ -89,7 +89,11 @@ def column(found: Figures) -> dict[str, str]:
         cells[f"  margin over it ({judge})"] = number(voice.margin)
         cells[f"  sentences nearer to a base voice ({judge})"] = number(voice.nearer_to_a_base)
         cells[f"  sentences without a voice ({judge})"] = number(voice.without_voice)
-    return cells | {"real-time factor": number(found.real_time_factor)}
+    return cells | {
+        "real-time factor": number(found.delivery.real_time_factor),
+        "seconds to the first sound (streams)": number(found.delivery.first_sound_seconds),
+        "largest jump at a seam, 1 is the speech's own (streams)": number(found.delivery.seam_jump),
+    }
 
 
 def number(value: float | None) -> str:

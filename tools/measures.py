@@ -4,9 +4,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from cosyvoice.cli.text_normalizer import TextNormalizer
 from cosyvoice.utils.frontend_utils import CHINESE
@@ -186,6 +188,15 @@ class VoiceFigures:
 
 
 @dataclass
+class Delivery:
+    """How quickly speech was made, and how smoothly its pieces join; None where that was not measured."""
+
+    real_time_factor: float | None = None  # seconds of work per second of speech
+    first_sound_seconds: float | None = None  # of streams, the mean over the sentences
+    seam_jump: float | None = None  # of streams, the largest of `seam_jump`
+
+
+@dataclass
 class Figures:
     """The results for a set of sentences."""
 
@@ -197,7 +208,7 @@ class Figures:
     stop_early: int  # sentences below STOPS_EARLY_RATIO
     quality: Quality  # means
     voices: dict[str, VoiceFigures]  # by speaker judge
-    real_time_factor: float | None  # seconds of work per second of speech, if the speaking was timed
+    delivery: Delivery
 
 
 def clip_voices(
@@ -210,7 +221,7 @@ def clip_voices(
     ]
 
 
-def figures(clips: Sequence[Clip], real_time_factor: float | None = None) -> Figures:
+def figures(clips: Sequence[Clip], delivery: Delivery | None = None) -> Figures:
     ratios = [clip.duration_ratio for clip in clips]
     expected_seconds = sum(clip.seconds / clip.duration_ratio for clip in clips)
     return Figures(
@@ -222,7 +233,7 @@ def figures(clips: Sequence[Clip], real_time_factor: float | None = None) -> Fig
         stop_early=sum(ratio < STOPS_EARLY_RATIO for ratio in ratios),
         quality=mean_quality([clip.quality for clip in clips]),
         voices={judge: voice_figures([clip.voices[judge] for clip in clips]) for judge in clips[0].voices},
-        real_time_factor=real_time_factor,
+        delivery=delivery or Delivery(),
     )
 
 
@@ -246,3 +257,13 @@ def voice_figures(voices: Sequence[ClipVoice | None]) -> VoiceFigures:
         margin = similarity - nearest_similarity
         nearer = sum(max(voice.bases.values()) > voice.target for voice in heard)
     return VoiceFigures(similarity, nearest, nearest_similarity, margin, nearer, len(voices) - len(heard))
+
+
+def seam_jump(pieces: Sequence[Tensor]) -> float:
+    """Return the largest step between the samples on both sides of a seam, as a share of the largest within a piece.
+
+    pieces: those of a stream, each (1, samples). 1 or less: no seam stands out from the speech itself.
+    """
+    seams = [abs(float(after[0, 0] - before[0, -1])) for before, after in pairwise(pieces)]
+    within = max(float(piece.diff().abs().max()) for piece in pieces if piece.shape[1] > 1)
+    return max(seams, default=0.0) / within
