@@ -4,6 +4,7 @@ import inspect
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,15 @@ def test_guidance_goes_in_two_halves_on_a_cpu_with_several_threads(monkeypatch: 
     finally:
         torch.set_num_threads(1)
     assert seen == 3 * STEPS * [1, 1]
+
+
+def test_a_stream_without_guidance_keeps_half_and_gives_what_one_call_gives() -> None:
+    guided, flow, token = build_flow(), build_flow(), tokens(2 * CHUNK + LOOKAHEAD + 2)
+    flow.decoder.params = replace(flow.decoder.params, inference_cfg_rate=0.0)
+    expected, stream = whole(flow, token, prompt=3), flow.stream(*voice(3), STEPS)
+    before = stream.push(token[:, :-2])[:, :, : stream.settled]
+    close(torch.cat([before, stream.push(token[:, -2:], finalize=True)], dim=2), expected)
+    assert stream.decoder_past.frame_bytes == guided.stream(*voice(3), STEPS).decoder_past.frame_bytes // 2
 
 
 def test_an_utterance_that_ends_at_once_and_one_that_waits() -> None:

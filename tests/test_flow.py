@@ -142,6 +142,16 @@ def test_guidance_extrapolates_in_one_call_per_step() -> None:
     torch.testing.assert_close(x, 1 + 1.5 * mu + 1, atol=2e-3, rtol=0)  # 1.5 (mu + 1) - 0.5 (0 + 1), and 3 t²
 
 
+def test_without_guidance_each_step_asks_with_conditions_alone() -> None:
+    field = LinearField()
+    cfm = build_cfm(field, inference_cfg_rate=0.0)
+    mu = torch.randn(1, MELS, 7)
+    ones = torch.ones(1, 1, 7, dtype=torch.bool)
+    x = cfm.solve_euler(torch.zeros_like(mu), torch.linspace(0, 1, 4001), mu, ones, mu[:, :, 0], mu)
+    assert field.batches == [1] * 4000
+    torch.testing.assert_close(x, 1 + mu + 1, atol=2e-3, rtol=0)
+
+
 def test_loss_is_the_mean_over_valid_cells() -> None:
     """A network that says zero is off by the target velocity, of which padding must not count."""
 

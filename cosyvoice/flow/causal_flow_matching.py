@@ -6,8 +6,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from cosyvoice.flow.causal_decoder import CausalConditionalDecoder
-from cosyvoice.flow.flow_matching import ConditionalCFM, for_halves
+from cosyvoice.flow.flow_matching import ConditionalCFM
 from cosyvoice.runtime.device import free_memory
 from cosyvoice.runtime.errors import InputError
 from matcha.models.components.flow_matching import cosine_time_grid
@@ -23,12 +22,14 @@ class SolverPast:
     CosyVoice2-0.5B and ten steps 4.6 MB a frame in float32, 2.3 in float16, 1.2 in int8.
     """
 
-    def __init__(self, estimator: CausalConditionalDecoder, n_timesteps: int, kept_type: torch.dtype) -> None:
+    def __init__(self, decoder: "CausalConditionalCFM", n_timesteps: int, kept_type: torch.dtype) -> None:
         """kept_type: that of keys and values."""
+        estimator = decoder.estimator
         self.device = next(estimator.parameters()).device
-        self.estimate_next = for_halves(estimator.step, self.device)
+        self.estimate_next = decoder.spread(estimator.step, self.device)
         self.steps = [estimator.new_past(kept_type) for _ in range(n_timesteps)]
-        self.frame_bytes = 2 * n_timesteps * estimator.kept_bytes(kept_type)  # 2: the halves of guidance
+        items = 2 if decoder.is_guided else 1  # with and without conditions
+        self.frame_bytes = items * n_timesteps * estimator.kept_bytes(kept_type)
 
     @property
     def length(self) -> int:
@@ -87,12 +88,12 @@ class CausalConditionalCFM(ConditionalCFM):
         for more than 15000 frames.
         """
         z = noise_of(mu, 0) * temperature
-        estimator = for_halves(partial(self.estimator, streaming=streaming), mu.device)
+        estimator = self.spread(partial(self.estimator, streaming=streaming), mu.device)
         return self.solve_euler(z, cosine_time_grid(n_timesteps, mu.device), mu, mask, spks, cond, estimator), None
 
     def new_past(self, n_timesteps: int, kept_type: torch.dtype) -> SolverPast:
         """Return the past of a stream that has not begun, for `step`. kept_type: of keys and values."""
-        return SolverPast(self.estimator, n_timesteps, kept_type)
+        return SolverPast(self, n_timesteps, kept_type)
 
     @torch.inference_mode()
     def step(self, mu: Tensor, spks: Tensor | None, cond: Tensor | None, past: SolverPast, final: int) -> Tensor:

@@ -90,7 +90,7 @@ stage_6() {
     local model
     for model in llm flow hifigan; do
         python cosyvoice/bin/average_model.py --dst_model "$work_dir/exp/$model/$model.pt" \
-            --src_path "$work_dir/exp/$model" --num "${averaged[$model]}" --val_best
+            --src_path "$work_dir/exp/$model" ${averaged[$model]}
     done
 }
 

@@ -29,7 +29,7 @@ corpora=(voices mixes texts speakers prompts)
 # what is named twice is heard twice as often
 declare -A trained_on=([llm]="voices voices voices mixes mixes texts" [flow]="voices voices mixes mixes speakers prompts"
     [hifigan]="voices voices mixes mixes speakers prompts")
-declare -A averaged=([llm]=1 [flow]=1 [hifigan]=3) # epochs, of the least held-out loss
+declare -A averaged=([llm]="--num 1 --val_best" [flow]="--num 1 --val_best" [hifigan]="--num 3 --val_best") # epochs
 
 recipe=examples/mini
 config=$work_dir/cosyvoice.yaml # beside the lexicon that it names

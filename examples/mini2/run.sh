@@ -29,9 +29,10 @@ train_options=(--qwen_pretrain_path "$work_dir/CosyVoice-BlankEN")
 stored_voices=(gongitsune nezumi kumo)
 corpora=(voices mixes texts speakers prompts)
 # what is named twice is heard twice as often
-declare -A trained_on=([llm]="voices voices voices mixes mixes texts" [flow]="voices voices mixes mixes speakers prompts"
+declare -A trained_on=([llm]="voices voices voices mixes mixes texts" [flow]="voices voices mixes mixes"
     [hifigan]="voices voices mixes mixes speakers prompts")
-declare -A averaged=([llm]=1 [flow]=1 [hifigan]=3) # epochs, of the least held-out loss
+# the last epoch of llm: its held-out loss grows while its speech is still understood better from epoch to epoch
+declare -A averaged=([llm]="--num 1" [flow]="--num 1 --val_best" [hifigan]="--num 3 --val_best")
 
 make_corpora() {
     local corpus split folder
