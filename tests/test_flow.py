@@ -132,24 +132,15 @@ def test_cosine_grid_starts_with_short_steps() -> None:
     assert (grid.diff().diff() > 0).all()
 
 
-def test_guidance_extrapolates_in_one_call_per_step() -> None:
+@pytest.mark.parametrize(("w", "items"), [(0.5, 2), (0.0, 1)])
+def test_guidance_extrapolates_in_one_call_per_step_and_without_it_conditions_are_kept(w: float, items: int) -> None:
     field = LinearField()
-    cfm = build_cfm(field, inference_cfg_rate=0.5)
+    cfm = build_cfm(field, inference_cfg_rate=w)
     mu = torch.randn(1, MELS, 7)
     ones = torch.ones(1, 1, 7, dtype=torch.bool)
     x = cfm.solve_euler(torch.zeros_like(mu), torch.linspace(0, 1, 4001), mu, ones, mu[:, :, 0], mu)
-    assert field.batches == [2] * 4000
-    torch.testing.assert_close(x, 1 + 1.5 * mu + 1, atol=2e-3, rtol=0)  # 1.5 (mu + 1) - 0.5 (0 + 1), and 3 t²
-
-
-def test_without_guidance_each_step_asks_with_conditions_alone() -> None:
-    field = LinearField()
-    cfm = build_cfm(field, inference_cfg_rate=0.0)
-    mu = torch.randn(1, MELS, 7)
-    ones = torch.ones(1, 1, 7, dtype=torch.bool)
-    x = cfm.solve_euler(torch.zeros_like(mu), torch.linspace(0, 1, 4001), mu, ones, mu[:, :, 0], mu)
-    assert field.batches == [1] * 4000
-    torch.testing.assert_close(x, 1 + mu + 1, atol=2e-3, rtol=0)
+    assert field.batches == [items] * 4000
+    torch.testing.assert_close(x, 1 + (1 + w) * mu + 1, atol=2e-3, rtol=0)  # (1 + w) (mu + 1) - w (0 + 1), and 3 t²
 
 
 def test_loss_is_the_mean_over_valid_cells() -> None:

@@ -150,21 +150,16 @@ def stream(
 
     Appends to `streams` the seconds until the first sound, and the jump at the seams.
     """
-    import torch
-
-    from cosyvoice.utils.wav_files import write_wav
     from tools.measures import seam_jump
+    from voices.wav import write_stream
 
-    rate_hz = voice.cosyvoice.sample_rate
     for line in lines:
         started, wait, pieces = time.perf_counter(), None, []
         for piece in voice.stream(line, seed):
             wait = time.perf_counter() - started if wait is None else wait
             pieces.append(piece)
         streams.append((wait, seam_jump(pieces)))
-        speech = torch.cat(pieces, dim=1)
-        write_wav(line.output, speech, rate_hz, f"seed {seed}, line {line.number}, streamed")
-        yield line, speech.size(1) / rate_hz
+        yield line, write_stream(voice, line, seed, pieces)
 
 
 if __name__ == "__main__":

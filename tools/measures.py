@@ -8,12 +8,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from cosyvoice.cli.text_normalizer import TextNormalizer
 from cosyvoice.utils.frontend_utils import CHINESE
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from whisper.normalizers import EnglishTextNormalizer
 
 # Unseen sentences of 6 to 14 words last 0.85 to 1.36 times as long as their speaker's pace predicts (40 by each of
@@ -259,7 +259,7 @@ def voice_figures(voices: Sequence[ClipVoice | None]) -> VoiceFigures:
     return VoiceFigures(similarity, nearest, nearest_similarity, margin, nearer, len(voices) - len(heard))
 
 
-def seam_jump(pieces: Sequence[Tensor]) -> float:
+def seam_jump(pieces: Sequence["Tensor"]) -> float:
     """Return the largest step between the samples on both sides of a seam, as a share of the largest within a piece.
 
     pieces: those of a stream, each (1, samples). 1 or less: no seam stands out from the speech itself.

@@ -5,6 +5,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cosyvoice.utils.wav_files import write_wav
 from voices.lines import Line
@@ -31,7 +32,7 @@ def stream_into_files(voice: ReadyVoice, line: Line, seed: int) -> Iterator[tupl
     is out.wav itself, with all of them.
     """
     rate_hz, pieces = voice.cosyvoice.sample_rate, []
-    comment = f"seed {seed}, line {line.number}, streamed, {voice.cosyvoice.model.precision}"
+    comment = stream_comment(voice, line, seed)
     for number, speech in enumerate(voice.stream(line, seed), start=1):
         pieces.append(speech)
         write_wav(piece_path(line, number), speech, rate_hz, f"{comment}, piece {number}")
@@ -40,9 +41,18 @@ def stream_into_files(voice: ReadyVoice, line: Line, seed: int) -> Iterator[tupl
         if not piece_path(line, number).exists():
             break
         piece_path(line, number).unlink()
-    whole = torch.cat(pieces, dim=1)
-    write_wav(line.output, whole, rate_hz, comment)
-    yield line.output, whole.size(1) / rate_hz
+    yield line.output, write_stream(voice, line, seed, pieces)
+
+
+def write_stream(voice: ReadyVoice, line: Line, seed: int, pieces: Sequence[Tensor]) -> float:
+    """Write the pieces (1, samples) of a streamed line as one file, and return its seconds of speech."""
+    rate_hz, whole = voice.cosyvoice.sample_rate, torch.cat(list(pieces), dim=1)
+    write_wav(line.output, whole, rate_hz, stream_comment(voice, line, seed))
+    return whole.size(1) / rate_hz
+
+
+def stream_comment(voice: ReadyVoice, line: Line, seed: int) -> str:
+    return f"seed {seed}, line {line.number}, streamed, {voice.cosyvoice.model.precision}"
 
 
 def piece_path(line: Line, number: int) -> Path:

@@ -19,6 +19,9 @@ _making_workers = threading.Lock()
 _half_workers: dict[int, ThreadPoolExecutor] = {}  # by the number of threads
 
 
+Velocity = Callable[[Tensor, Tensor], Tensor]  # of (B, M, T), at a noisy mel (B, M, T) and a time (B, 1, 1)
+
+
 @dataclass(frozen=True)
 class CFMParams:
     """The `cfm_params` of a model YAML."""
@@ -87,18 +90,32 @@ class ConditionalCFM(nn.Module):
         drops_conditions: bool = True,
         **attention: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Mean squared error of the prediction over the valid mel cells, and the noisy mel y (B, M, T) it is taken at.
+        """The mean of `errors` over the valid mel cells, and the noisy mel y (B, M, T) that they are taken at.
 
         x1 (B, M, T) is the mel, mask (B, 1, T) true at frames, mu (B, M, T), spks (B, S), cond (B, M, T). times (B,):
         numbers from 0 to 1 that flow times are made of, instead of random ones. drops_conditions False: every item
         keeps its conditions. attention: what the estimator takes besides.
         """
-        draw = self.draw_given(x1, times, drops_conditions)
+        draw = self.draw_training(x1)
+        if times is not None:
+            draw = replace(draw, t=times.to(x1).view(-1, 1, 1))
+        if not drops_conditions:
+            draw = replace(draw, keep=torch.ones_like(draw.keep))
+        mu, spks, cond = (_keep_items(condition, draw.keep) for condition in (mu, spks, cond))
+
+        def velocity(y: Tensor, t: Tensor) -> Tensor:
+            return self.estimator(y.to(mu.dtype), mask, mu, t.flatten(), spks, cond, **attention).float()
+
+        errors, y = self.errors(x1, draw, velocity)
+        return (errors * mask).sum() / (mask.sum() * x1.shape[1]), y
+
+    def errors(self, x1: Tensor, draw: TrainingDraw, velocity: Velocity) -> tuple[Tensor, Tensor]:
+        """Return the squared error of the velocity in every mel cell, padding included, and the noisy mel y.
+
+        x1 (B, M, T) is the mel; both results have its shape. velocity: the estimator's, with the draw's conditions.
+        """
         y, u = optimal_transport_path(x1, draw.z, draw.t, self.params.sigma_min)
-        mu, spks, cond = (keep_items(condition, draw.keep) for condition in (mu, spks, cond))
-        predicted = self.estimator(y.to(mu.dtype), mask, mu, draw.t.flatten(), spks, cond, **attention)
-        squared_error = ((predicted.float() - u) * mask).square().sum()
-        return squared_error / (mask.sum() * u.shape[1]), y
+        return (velocity(y, draw.t) - u).square(), y
 
     def draw_training(self, x1: Tensor) -> TrainingDraw:
         """Draws time, noise and guidance dropout, in this order, on the device of x1."""
@@ -107,15 +124,6 @@ class ConditionalCFM(nn.Module):
         z = self.draw_noise(x1)
         keep = torch.rand(batch, device=x1.device) >= self.params.training_cfg_rate
         return TrainingDraw(t, z, keep)
-
-    def draw_given(self, x1: Tensor, times: Tensor | None, drops_conditions: bool) -> TrainingDraw:
-        """Return what is drawn, with what is given in its place; see `compute_loss`."""
-        draw = self.draw_training(x1)
-        if times is not None:
-            draw = replace(draw, t=times.to(x1).view(-1, 1, 1))
-        if not drops_conditions:
-            draw = replace(draw, keep=torch.ones_like(draw.keep))
-        return draw
 
     def draw_noise(self, like: Tensor) -> Tensor:
         """Standard normal noise in float32, of the shape and on the device of `like`.
@@ -247,7 +255,7 @@ def half_workers(threads: int) -> ThreadPoolExecutor:
         return _half_workers[threads]
 
 
-def keep_items(condition: Tensor | None, keep: Tensor) -> Tensor | None:
+def _keep_items(condition: Tensor | None, keep: Tensor) -> Tensor | None:
     """The condition (B, ...) with zeros in the items that are not kept."""
     if condition is None:
         return None

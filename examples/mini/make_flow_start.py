@@ -79,21 +79,21 @@ def start_as_denoiser(network: "CausalConditionalDecoder") -> None:
     if channels < mels:
         raise InputError(f"the flow's channels are {channels}, and must be at least {mels}")
     one_each = torch.eye(mels)
-    first, *others = network.down_blocks, network.mid_blocks, network.up_blocks
+    (down,), (up,) = network.down_blocks, network.up_blocks
+    stages = down, *network.mid_blocks, up
     with torch.no_grad():
-        for residual_block, transformer_blocks, *_ in (*first, *(stage for stages in others for stage in stages)):
+        for residual_block, transformer_blocks, *_ in stages:
             residual_block.block2.block["2"].weight.fill_(BESIDE)
             for block in transformer_blocks:
                 block.attn1.to_out[0].weight.mul_(BESIDE)
                 block.ff.net[2].weight.mul_(BESIDE)
-        into = first[0][0].res_conv
+        into = down[0].res_conv
         into.bias[:mels] = -MEL_MEAN  # taken out up to the last layer: a norm would mistake it for an offset
         into.weight[:mels] = 0  # (channels, x + mu + speaker + known mel, 1)
         into.weight[:mels, :mels, 0], into.weight[:mels, mels : 2 * mels, 0] = -one_each, one_each
-        for stages in others:
-            for residual_block, *_ in stages:
-                keep(residual_block.res_conv, 0.0, channels)
-        for *_, same_rate in (*first, *network.up_blocks):
+        for residual_block, *_ in stages[1:]:
+            keep(residual_block.res_conv, 0.0, channels)
+        for *_, same_rate in (down, up):
             keep(same_rate, BESIDE, channels)
         convolution, norm = network.final_block.block["0"], network.final_block.block["2"]
         keep(convolution, BESIDE, mels)
