@@ -1,5 +1,6 @@
 # The stages of the recipes of both small models: each run.sh sets its variables, and then sources this file. It also
-# tells how the corpora are made (make_corpora) and the YAML to train by is written (write_config).
+# tells how the corpora are made (make_corpora), the YAML to train by is written (write_config), and the language model
+# is trained (train_language_model).
 
 source examples/stages.sh
 
@@ -20,6 +21,10 @@ folders=()
 for corpus in "${corpora[@]}"; do
     folders+=("$work_dir/$corpus/train" "$work_dir/$corpus/dev")
 done
+
+make_corpus() { # the name of the corpus, options
+    python examples/mini/make_corpus.py --des_dir "$work_dir/$1" --lexicon "$lexicon" --num_processes "$num_jobs" "${@:2}"
+}
 
 write_lists() { # of all runs, so that what is missing shows at the start
     local run split corpus part
@@ -74,7 +79,7 @@ stage_5() {
     write_lists
     python examples/mini/make_flow_start.py --config "$config" --output "$work_dir/exp/flow_start.pt" --seed "$seed"
     set -m # process groups of their own, so that each is stopped whole
-    train llm llm &
+    train_language_model &
     (
         train flow flow --checkpoint "$work_dir/exp/flow_start.pt"
         train hifigan hifigan

@@ -39,10 +39,6 @@ pull=0.15 # on neighbouring tokens, to be alike
 tokenizer_steps=2500
 train_options=()
 
-make_corpus() { # the name of the corpus, options
-    python examples/mini/make_corpus.py --des_dir "$work_dir/$1" --lexicon "$lexicon" --num_processes "$num_jobs" "${@:2}"
-}
-
 make_corpora() {
     python examples/mini/make_lexicon.py --output "$lexicon"
     python examples/mini/make_prompts.py --des_dir "$work_dir/prompts" --num_processes "$num_jobs"
@@ -55,6 +51,10 @@ make_corpora() {
 
 write_config() {
     cp "$recipe/cosyvoice.yaml" "$config"
+}
+
+train_language_model() {
+    train llm llm
 }
 
 source examples/mini/recipe.sh

@@ -22,14 +22,18 @@ num_jobs=${num_jobs:-2}
 
 recipe=examples/mini2
 config=$work_dir/cosyvoice2.yaml
+lexicon=$corpus_dir/lexicon.txt.gz
 tokenizer=speech_tokenizer_v2.onnx
 pull=0 # on neighbouring tokens, to be alike: these are twice as far apart as those of CosyVoice-mini
 tokenizer_steps=4000
 train_options=(--qwen_pretrain_path "$work_dir/CosyVoice-BlankEN")
 stored_voices=(gongitsune nezumi kumo)
-corpora=(voices mixes texts speakers prompts)
+reading_voices=(slt awb kal16 ked)
+of_mini=(voices mixes texts speakers prompts)
+corpora=("${of_mini[@]}" more_voices more_texts) # letters need more words than phones do
 # what is named twice is heard twice as often
-declare -A trained_on=([llm]="voices voices voices mixes mixes texts" [flow]="voices voices mixes mixes"
+declare -A trained_on=([reading]="voices voices voices mixes mixes texts"
+    [llm]="voices mixes more_voices more_voices texts more_texts" [flow]="voices voices mixes mixes"
     [hifigan]="voices voices mixes mixes speakers prompts")
 # the last epoch of llm: its held-out loss grows while its speech is still understood better from epoch to epoch
 declare -A averaged=([llm]="--num 1" [flow]="--num 1 --val_best" [hifigan]="--num 3 --val_best")
@@ -37,21 +41,28 @@ declare -A averaged=([llm]="--num 1" [flow]="--num 1 --val_best" [hifigan]="--nu
 make_corpora() {
     local corpus split folder
     work_dir=$corpus_dir stage=0 stop_stage=0 bash examples/mini/run.sh
-    for corpus in "${corpora[@]}"; do
+    for corpus in "${of_mini[@]}"; do
         for split in train dev; do
             folder=$work_dir/$corpus/$split
             mkdir -p "$folder"
             cp "$corpus_dir/$corpus/$split"/{wav.scp,text,utt2spk,spk2utt} "$folder"
         done
     done
+    make_corpus more_voices --voices "${stored_voices[@]}" --sentences both --utterances 280 --dev_utterances 4 --seed $((seed + 4))
+    make_corpus more_texts --voices "${reading_voices[@]}" --sentences both --utterances 4000 --dev_utterances 10 --seed $((seed + 5))
     python examples/mini2/make_text_model.py --texts "$work_dir"/{voices,mixes,texts}/train/text \
         --des_dir "$work_dir/CosyVoice-BlankEN"
     python examples/mini2/train_text_model.py --config "$config" --text_model "$work_dir/CosyVoice-BlankEN" \
-        --lexicon "$corpus_dir/lexicon.txt.gz" --texts "$work_dir"/{voices,mixes,texts}/train/text --seed "$seed"
+        --lexicon "$lexicon" --texts "$work_dir"/{voices,mixes,texts}/train/text --seed "$seed"
 }
 
 write_config() {
     cat "$recipe/cosyvoice2.yaml" "$recipe/training.yaml" >"$config"
+}
+
+train_language_model() { # twice, and the second time with three times as much to read
+    train reading llm
+    train llm llm --checkpoint "$work_dir/exp/reading/epoch_8_whole.pt" --max_epoch 4
 }
 
 source examples/mini/recipe.sh
