@@ -41,7 +41,6 @@ TARGETS = frozenset(
         "cosyvoice.flow.decoder.CausalConditionalDecoder",
         "cosyvoice.flow.decoder.ConditionalDecoder",
         "cosyvoice.flow.mel_regressor.MelRegressor",
-        "cosyvoice.flow.median_flow_matching.MedianCFM",
         "cosyvoice.hifigan.generator.HiFTGenerator",
         "cosyvoice.hifigan.f0_predictor.ConvRNNF0Predictor",
         "cosyvoice.hifigan.hifigan.HiFiGan",
