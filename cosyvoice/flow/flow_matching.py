@@ -33,7 +33,7 @@ class CFMParams:
     t_scheduler: str
     training_cfg_rate: float  # share of training items that lose their conditions
     inference_cfg_rate: float  # guidance strength w: v = (1 + w) v_conditional - w v_unconditional
-    reg_loss_type: str  # MEDIAN, or any other value, which means nothing: all public recipes have l1, and compute squares
+    reg_loss_type: str  # MEDIAN or, as in all public recipes, a name that means nothing: they compute squares
 
     @classmethod
     def parse(cls, params: Any) -> "CFMParams":
