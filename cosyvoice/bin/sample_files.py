@@ -59,7 +59,8 @@ def log(writer: SummaryWriter, samples: Sequence[Sample], epoch: int, rate_hz: i
     """Log sound and picture of each, and the mean of each figure by version."""
     for sample in samples:
         writer.add_audio(sample.tag, sample.speech, epoch, rate_hz)
-        writer.add_image(sample.tag, picture(sample.mel), epoch, dataformats="HWC")
+        # under a tag of its own: TensorBoard shows only one kind of thing under each
+        writer.add_image(f"{sample.tag}/mel", picture(sample.mel), epoch, dataformats="HWC")
     for version in dict.fromkeys(sample.version for sample in samples):
         own = [sample.figures for sample in samples if sample.version == version]
         for name in dict.fromkeys(name for figures in own for name in figures):
