@@ -35,7 +35,7 @@ corpora=("${of_mini[@]}" more_voices more_texts) # letters need more words than 
 declare -A trained_on=([reading]="voices voices voices mixes mixes texts"
     [llm]="voices mixes more_voices more_voices texts more_texts" [flow]="voices voices mixes mixes"
     [hifigan]="voices voices mixes mixes speakers prompts")
-# the last epoch of llm: its held-out loss grows while its speech is still understood better from epoch to epoch
+# the last epoch of llm: even where its held-out loss grows, its speech is understood better from epoch to epoch
 declare -A averaged=([llm]="--num 1" [flow]="--num 1 --val_best" [hifigan]="--num 3 --val_best")
 
 make_corpora() {
