@@ -44,9 +44,9 @@ def stream_into_files(voice: ReadyVoice, line: Line, seed: int) -> Iterator[tupl
     yield line.output, write_stream(voice, line, seed, pieces)
 
 
-def write_stream(voice: ReadyVoice, line: Line, seed: int, pieces: Sequence[Tensor]) -> float:
+def write_stream(voice: ReadyVoice, line: Line, seed: int, pieces: list[Tensor]) -> float:
     """Write the pieces (1, samples) of a streamed line as one file, and return its seconds of speech."""
-    rate_hz, whole = voice.cosyvoice.sample_rate, torch.cat(list(pieces), dim=1)
+    rate_hz, whole = voice.cosyvoice.sample_rate, torch.cat(pieces, dim=1)
     write_wav(line.output, whole, rate_hz, stream_comment(voice, line, seed))
     return whole.size(1) / rate_hz
 

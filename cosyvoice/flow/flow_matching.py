@@ -15,11 +15,10 @@ from cosyvoice.transformer.precision import Convert
 from cosyvoice.utils.rates_300m import OVERLAP_TOKENS, mel_frames
 from matcha.models.components.flow_matching import cosine_time_grid, integrate_euler, optimal_transport_path
 
+MEDIAN = "median"  # the reg_loss_type of a flow that leads all noise to one mel; see ConditionalCFM.median_errors
+
 _making_workers = threading.Lock()
 _half_workers: dict[int, ThreadPoolExecutor] = {}  # by the number of threads
-
-
-MEDIAN = "median"  # the reg_loss_type of a flow that leads all noise to one mel; see ConditionalCFM.median_errors
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # of (B, M, T), at a noisy mel (B, M, T) and a time (B, 1, 1)
 

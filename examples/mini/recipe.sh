@@ -4,6 +4,9 @@
 
 source examples/stages.sh
 
+stored_voices=(gongitsune nezumi kumo) # alpha is heard far worse from text than these
+reading_voices=(slt awb kal16 ked)
+
 mkdir -p "$work_dir"
 write_config
 
@@ -43,6 +46,10 @@ train() { # the name of the run, the network, options
     python cosyvoice/bin/train.py --config "$config" --model "$2" --seed "$seed" --resume auto \
         --train_data "$work_dir/$1.train.list" --cv_data "$work_dir/$1.dev.list" "${train_options[@]}" \
         --model_dir "$work_dir/exp/$1" --tensorboard_dir "$work_dir/tensorboard/$1" --ddp.dist_backend gloo --use_amp "${@:3}"
+}
+
+average() { # the name of the run
+    python cosyvoice/bin/average_model.py --dst_model "$work_dir/exp/$1/$1.pt" --src_path "$work_dir/exp/$1" ${averaged[$1]}
 }
 
 stage_0() {
@@ -92,10 +99,9 @@ stage_5() {
 }
 
 stage_6() {
-    local model
-    for model in llm flow hifigan; do
-        python cosyvoice/bin/average_model.py --dst_model "$work_dir/exp/$model/$model.pt" \
-            --src_path "$work_dir/exp/$model" ${averaged[$model]}
+    local run
+    for run in llm flow hifigan; do
+        average "$run"
     done
 }
 

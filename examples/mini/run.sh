@@ -19,12 +19,10 @@ model_dir=${model_dir:-pretrained_models/CosyVoice-mini}
 seed=${seed:-1986}
 num_jobs=${num_jobs:-2}
 
-# Four neural voices that speak, and mixtures of five; two of flite's and two of festival's, whose many sentences teach
-# reading; pseudo-speakers and three people, so that a voice never heard before is nothing new.
+# Four neural voices that speak, and mixtures of five; three of flite's and one of festival's, whose many sentences teach
+# reading (recipe.sh); pseudo-speakers and three people, so that a voice never heard before is nothing new.
 base_voices=(alpha gongitsune nezumi kumo)
-stored_voices=(gongitsune nezumi kumo) # alpha is heard far worse from text than these
 mixtures=(mix{1..30})
-reading_voices=(slt awb kal16 ked)
 corpora=(voices mixes texts speakers prompts)
 # what is named twice is heard twice as often
 declare -A trained_on=([llm]="voices voices voices mixes mixes texts" [flow]="voices voices mixes mixes speakers prompts"

@@ -27,16 +27,14 @@ tokenizer=speech_tokenizer_v2.onnx
 pull=0 # on neighbouring tokens, to be alike: these are twice as far apart as those of CosyVoice-mini
 tokenizer_steps=4000
 train_options=(--qwen_pretrain_path "$work_dir/CosyVoice-BlankEN")
-stored_voices=(gongitsune nezumi kumo)
-reading_voices=(slt awb kal16 ked)
 of_mini=(voices mixes texts speakers prompts)
 corpora=("${of_mini[@]}" more_voices more_texts) # letters need more words than phones do
 # what is named twice is heard twice as often
 declare -A trained_on=([reading]="voices voices voices mixes mixes texts"
     [llm]="voices mixes more_voices more_voices texts more_texts" [flow]="voices voices mixes mixes"
     [hifigan]="voices voices mixes mixes speakers prompts")
-# the last epoch of llm: even where its held-out loss grows, its speech is understood better from epoch to epoch
-declare -A averaged=([llm]="--num 1" [flow]="--num 1 --val_best" [hifigan]="--num 3 --val_best")
+# the last epoch of the language model: even where its held-out loss grows, it is understood better from epoch to epoch
+declare -A averaged=([reading]="--num 1" [llm]="--num 1" [flow]="--num 1 --val_best" [hifigan]="--num 3 --val_best")
 
 make_corpora() {
     local corpus split folder
@@ -62,7 +60,8 @@ write_config() {
 
 train_language_model() { # twice, and the second time with three times as much to read
     train reading llm
-    train llm llm --checkpoint "$work_dir/exp/reading/epoch_8_whole.pt" --max_epoch 4
+    average reading
+    train llm llm --checkpoint "$work_dir/exp/reading/reading.pt" --max_epoch 4
 }
 
 source examples/mini/recipe.sh
