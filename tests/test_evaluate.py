@@ -454,6 +454,8 @@ def test_the_language_is_asked_for_or_seen(
         (["--wavs", str(RECORDINGS), "--base-voices", "nowhere"], "nowhere"),
         (["--wavs", str(RECORDINGS), "--base-voices", str(RECORDINGS)], "base voices"),
         (["--wavs", str(RECORDINGS), "--model-dir", "nowhere"], "nowhere"),
+        (["--wavs", str(RECORDINGS), "--stream"], "--stream is for speech from --text-file"),
+        (["--wavs", str(RECORDINGS), "--speaker", "rms"], "--speaker is for speech from --text-file"),
     ],
 )
 def test_bad_input(folders: list[str], options: list[str], message: str) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from voices.synthesis import ReadyVoice
 
 ROOT = Path(__file__).resolve().parents[1]
+SPEAKING = ("llm", "flow", "adapter", "speaker", "stream")  # options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +84,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_folders(parser, "model", "output")
     add_device(parser)
     add_seeds(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.wavs:
+        refuse_speaking(args)
+    return args
+
+
+def refuse_speaking(args: argparse.Namespace) -> None:
+    """Raise InputError for an option that would do nothing, since nothing is spoken."""
+    from cosyvoice.runtime.errors import InputError
+
+    if given := [option for option in SPEAKING if getattr(args, option)]:
+        raise InputError(f"--{given[0]} is for speech from --text-file; --wavs judges recordings as they are")
 
 
 def evaluate(args: argparse.Namespace, folder: "ModelFolder") -> "Evaluation":
