@@ -161,6 +161,19 @@ def test_a_run_stopped_in_the_last_validation_of_an_epoch_resumes_exactly(
         assert losses(folder, epoch) == losses(finished("llm"), epoch)
 
 
+def test_the_length_of_the_schedule_may_be_given(recipe: Recipe) -> None:
+    cosine = write_config(recipe.folder, "cosine.yaml", scheduler="cosine", warmup_steps="1\n        total_steps: 999")
+    steps = 2 * FILES * CLIPS_A_FILE // 2  # of two epochs
+    folder = recipe.train("llm", "short", "--total_steps", str(steps), config=cosine)
+    last = said_of(folder, 1)
+    assert (last["step"], last["scheduler_conf"]["total_steps"]) == (steps, steps)
+    assert last["lr"] < 0.1 * said_of(folder, 0)["lr"] < 0.1 * 0.002
+    with pytest.raises(InputError, match="'total_steps': 8}, not .*'total_steps': 999}"):
+        recipe.train("llm", "short", "--resume", "auto", config=cosine)
+    with pytest.raises(InputError, match="--total_steps is for scheduler: cosine, not warmuplr"):
+        recipe.train("llm", "endless", "--total_steps", "8")
+
+
 def test_a_run_is_resumed_only_with_its_settings_and_its_data(
     recipe: Recipe, finished: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -361,7 +374,7 @@ def test_mistakes_are_said_before_training(
         recipe.train("llm", "llm")
     with pytest.raises(InputError, match="has done 2 epochs, not 1"):
         recipe.train("llm", "llm", "--resume", "auto", "--max_epoch", "1")
-    for option, least in (("max_epoch", 1), ("seed", 0), ("num_workers", 0), ("prefetch", 1)):
+    for option, least in (("max_epoch", 1), ("total_steps", 1), ("seed", 0), ("num_workers", 0), ("prefetch", 1)):
         with pytest.raises(InputError, match=f"--{option} {least - 1}: at least {least} is needed"):
             recipe.train("llm", "wrong", f"--{option}={least - 1}")
     with pytest.raises(InputError, match="deepspeed is not installed"):

@@ -49,6 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--qwen_pretrain_path", type=Path, help="folder CosyVoice-BlankEN, which CosyVoice2 needs")
     what.add_argument("--resume", choices=("auto",), help="continue from last.ckpt in --model_dir, where there is one")
     what.add_argument("--max_epoch", type=int, help="epochs in all (default: train_conf)")
+    what.add_argument("--total_steps", type=int, help="steps of the cosine schedule (default: train_conf)")
     what.add_argument("--seed", type=int, default=1986, help="seed of all random draws (default: %(default)s)")
     pairs = parser.add_argument_group("preferences")
     pairs.add_argument("--dpo", action="store_true", help="make recorded speech likelier than rejected; llm only")
@@ -71,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_sample_options(parser)
     args = parser.parse_args(argv)
     check_sample_options(args)
-    for option, least in {"max_epoch": 1, "seed": 0, "num_workers": 0, "prefetch": 1}.items():
+    for option, least in {"max_epoch": 1, "total_steps": 1, "seed": 0, "num_workers": 0, "prefetch": 1}.items():
         if getattr(args, option) is not None:
             check_least(f"--{option}", getattr(args, option), least)
     return args
@@ -101,6 +102,7 @@ def train(args: argparse.Namespace, open_judge: "OpenJudge | None" = None) -> in
     steps = own_or_common(args, recipe, "data_pipeline")
     with naming(args.config):
         check_numbers(train_conf)
+        train_conf = with_total_steps(train_conf, args.total_steps)
         pipeline = Pipeline.of(steps)
         pipeline.check(args.model, *rates(args, recipe))
     last = args.model_dir / LAST
@@ -140,6 +142,15 @@ def own_or_common(args: argparse.Namespace, recipe: dict[str, Any], name: str) -
     """The YAML's entry NAME_MODEL where it has one, else `name` or, for the vocoder, NAME_gan."""
     own, common = f"{name}_{args.model}", f"{name}_gan" if args.model == "hifigan" else name
     return built(args, recipe, own, {own: None}) or built(args, recipe, common)
+
+
+def with_total_steps(train_conf: dict[str, Any], total_steps: int | None) -> dict[str, Any]:
+    """Return the settings with a schedule of `total_steps`, if given. Raises InputError if the schedule has no end."""
+    if total_steps is None:
+        return train_conf
+    if train_conf.get("scheduler") != "cosine":
+        raise InputError(f"--total_steps is for scheduler: cosine, not {train_conf.get('scheduler')}. Leave it out")
+    return {**train_conf, "scheduler_conf": {**train_conf.get("scheduler_conf", {}), "total_steps": total_steps}}
 
 
 def built(args: argparse.Namespace, recipe: dict[str, Any], name: str, defaults: dict[str, Any] | None = None) -> Any:

@@ -1,6 +1,6 @@
 # The stages of the recipes of both small models: each run.sh sets its variables, and then sources this file. It also
-# tells how the corpora are made (make_corpora), the YAML to train by is written (write_config), and the language model
-# is trained (train_language_model).
+# tells how the corpora are made (make_corpora), the YAML to train by is written (write_config), and the networks are
+# trained (train_language_model, train_flow, train_vocoder).
 
 source examples/stages.sh
 
@@ -88,8 +88,8 @@ stage_5() {
     set -m # process groups of their own, so that each is stopped whole
     train_language_model &
     (
-        train flow flow --checkpoint "$work_dir/exp/flow_start.pt"
-        train hifigan hifigan
+        train_flow
+        train_vocoder
     ) &
     set +m
     trap 'for group in $(jobs -p); do kill -- "-$group" 2> /dev/null || true; done' EXIT

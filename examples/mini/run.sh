@@ -26,8 +26,8 @@ mixtures=(mix{1..30})
 corpora=(voices mixes texts speakers prompts)
 # what is named twice is heard twice as often
 declare -A trained_on=([llm]="voices voices voices mixes mixes texts" [flow]="voices voices mixes mixes speakers prompts"
-    [hifigan]="voices voices mixes mixes speakers prompts")
-declare -A averaged=([llm]="--num 1 --val_best" [flow]="--num 1 --val_best" [hifigan]="--num 3 --val_best") # epochs
+    [smooth]="texts speakers" [hifigan]="voices voices mixes mixes speakers prompts")
+declare -A averaged=([llm]="--num 1 --val_best" [flow]="--num 1 --val_best" [smooth]="--num 1" [hifigan]="--num 1") # epochs
 
 recipe=examples/mini
 config=$work_dir/cosyvoice.yaml # beside the lexicon that it names
@@ -53,6 +53,16 @@ write_config() {
 
 train_language_model() {
     train llm llm
+}
+
+train_flow() {
+    train flow flow --checkpoint "$work_dir/exp/flow_start.pt"
+}
+
+train_vocoder() { # first from the old synthesisers, whose mels are as smooth as those of the flow
+    train smooth hifigan --max_epoch 4
+    average smooth
+    train hifigan hifigan --checkpoint "$work_dir/exp/smooth/smooth.pt" --max_epoch 2 --total_steps 3200
 }
 
 source examples/mini/recipe.sh
