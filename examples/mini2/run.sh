@@ -31,10 +31,11 @@ of_mini=(voices mixes texts speakers prompts)
 corpora=("${of_mini[@]}" more_voices more_texts) # letters need more words than phones do
 # what is named twice is heard twice as often
 declare -A trained_on=([reading]="voices voices voices mixes mixes texts"
-    [llm]="voices mixes more_voices more_voices texts more_texts" [flow]="voices voices mixes mixes"
+    [llm]="voices mixes more_voices more_voices texts more_texts" [first_flow]="voices voices mixes mixes"
+    [flow]="voices voices mixes mixes more_voices more_voices speakers prompts"
     [hifigan]="voices voices mixes mixes speakers prompts")
 # the last epoch of the language model: even where its held-out loss grows, it is understood better from epoch to epoch
-declare -A averaged=([reading]="--num 1" [llm]="--num 1" [flow]="--num 1 --val_best" [hifigan]="--num 3 --val_best")
+declare -A averaged=([reading]="--num 1" [llm]="--num 1" [first_flow]="--num 1" [flow]="--num 1" [hifigan]="--num 3 --val_best")
 
 make_corpora() {
     local corpus split folder
@@ -62,6 +63,16 @@ train_language_model() { # twice, and the second time with three times as much t
     train reading llm
     average reading
     train llm llm --checkpoint "$work_dir/exp/reading/reading.pt" --max_epoch 4
+}
+
+train_flow() { # and again with twice as many voices
+    train first_flow flow --checkpoint "$work_dir/exp/flow_start.pt"
+    average first_flow
+    train flow flow --checkpoint "$work_dir/exp/first_flow/first_flow.pt" --max_epoch 5 --total_steps 4700
+}
+
+train_vocoder() {
+    train hifigan hifigan
 }
 
 source examples/mini/recipe.sh
