@@ -52,6 +52,11 @@ average() { # the name of the run
     python cosyvoice/bin/average_model.py --dst_model "$work_dir/exp/$1/$1.pt" --src_path "$work_dir/exp/$1" ${averaged[$1]}
 }
 
+train_from() { # the run whose result it starts from, then as for train
+    average "$1"
+    train "$2" "$3" --checkpoint "$work_dir/exp/$1/$1.pt" "${@:4}"
+}
+
 stage_0() {
     make_corpora
 }

@@ -61,8 +61,7 @@ train_flow() {
 
 train_vocoder() { # first from the old synthesisers, whose mels are as smooth as those of the flow
     train smooth hifigan --max_epoch 4
-    average smooth
-    train hifigan hifigan --checkpoint "$work_dir/exp/smooth/smooth.pt" --max_epoch 2 --total_steps 3200
+    train_from smooth hifigan hifigan --max_epoch 2 --total_steps 3200
 }
 
 source examples/mini/recipe.sh

@@ -61,14 +61,12 @@ write_config() {
 
 train_language_model() { # twice, and the second time with three times as much to read
     train reading llm
-    average reading
-    train llm llm --checkpoint "$work_dir/exp/reading/reading.pt" --max_epoch 4
+    train_from reading llm llm --max_epoch 4
 }
 
-train_flow() { # and again with twice as many voices
+train_flow() { # twice, and the second time with all voices
     train first_flow flow --checkpoint "$work_dir/exp/flow_start.pt"
-    average first_flow
-    train flow flow --checkpoint "$work_dir/exp/first_flow/first_flow.pt" --max_epoch 5 --total_steps 4700
+    train_from first_flow flow flow --max_epoch 5 --total_steps 4700
 }
 
 train_vocoder() {
