@@ -172,6 +172,8 @@ def test_the_length_of_the_schedule_may_be_given(recipe: Recipe) -> None:
         recipe.train("llm", "short", "--resume", "auto", config=cosine)
     with pytest.raises(InputError, match="--total_steps is for scheduler: cosine, not warmuplr"):
         recipe.train("llm", "endless", "--total_steps", "8")
+    with pytest.raises(InputError, match="scheduler_conf of train_conf is None"):
+        train.with_total_steps({"scheduler": "cosine", "scheduler_conf": None}, 8)
 
 
 def test_a_run_is_resumed_only_with_its_settings_and_its_data(

@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +150,10 @@ def with_total_steps(train_conf: dict[str, Any], total_steps: int | None) -> dic
         return train_conf
     if train_conf.get("scheduler") != "cosine":
         raise InputError(f"--total_steps is for scheduler: cosine, not {train_conf.get('scheduler')}. Leave it out")
-    return {**train_conf, "scheduler_conf": {**train_conf.get("scheduler_conf", {}), "total_steps": total_steps}}
+    conf = train_conf.get("scheduler_conf", {})
+    if not isinstance(conf, Mapping):
+        raise InputError(f"scheduler_conf of train_conf is {conf!r}. Give settings by name, such as warmup_steps")
+    return {**train_conf, "scheduler_conf": {**conf, "total_steps": total_steps}}
 
 
 def built(args: argparse.Namespace, recipe: dict[str, Any], name: str, defaults: dict[str, Any] | None = None) -> Any:
